@@ -1,0 +1,53 @@
+# make demo  - install, draw the synthetic data set, train, evaluate
+# make test  - install, lint, all tests
+# Variables: PYTHON (interpreter), VENV (environment), EXTRA (cuda12 or cuda13: JAX with CUDA), WORKDIR (demo's folder)
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRA ?=
+WORKDIR ?= runs/demo
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
+TEST_INSTALLED := $(VENV)/.installed-test
+
+.PHONY: demo test lint format lock clean
+
+demo: $(INSTALLED)
+	$(BIN)/python scripts/demo.py --workdir=$(WORKDIR)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TEST_INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(TEST_INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The stamp is written last, so an interrupted installation is taken up again. The editable install resolves nothing:
+# everything comes from the lock file.
+$(INSTALLED): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(if $(EXTRA),$(BIN)/python -m pip install --quiet -c requirements.lock "jax[$(EXTRA)]")
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(TEST_INSTALLED): $(INSTALLED) requirements-test.lock
+	$(BIN)/python -m pip install --quiet -r requirements-test.lock
+	touch $@
+
+# Pins both files anew; needs uv (pip install uv).
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header \
+		pyproject.toml requirements-build.in -o requirements.lock
+	uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header \
+		-c requirements.lock requirements-test.in -o requirements-test.lock
+	echo "torch==2.13.0" >> requirements-test.lock
+
+clean:
+	rm -rf $(VENV) runs/demo

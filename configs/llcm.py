@@ -1,0 +1,16 @@
+"""LLCM, with the recipe of SYSU-MM01 (the paper has no figures for it).
+
+python scripts/train.py --config=configs/llcm.py --config.dataset.source=/path/to/LLCM
+"""
+
+from ml_collections import ConfigDict
+
+from configs.default import apply_preset
+from configs.default import get_config as default_config
+
+
+def get_config(preset: str = "paper") -> ConfigDict:
+    config = default_config()
+    config.init_from = "hf:timm/resnet50.tv_in1k"
+    config.dataset.name = "llcm"
+    return apply_preset(config, preset)

@@ -1,0 +1,1 @@
+"""Measurements of the parts, called by `scripts/benchmark.py`."""

@@ -1,0 +1,128 @@
+"""How fast images reach the network: a plain Pillow loop, the decoders, streaming, and the host cache, in one run."""
+
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from mpanet_jax.data.cache import available_cpus, resized_images
+from mpanet_jax.data.decode import decode_and_resize, resize_bilinear
+from mpanet_jax.data.pipeline import train_feed
+from mpanet_jax.datasets.schema import Split
+
+
+def benchmark_data(
+    split: Split,
+    *,
+    height: int = 384,
+    width: int = 128,
+    num_ids_per_batch: int = 16,
+    images_per_id: int = 8,
+    num_images: int = 1000,
+    num_batches: int = 12,
+    repeats: int = 3,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Measure the data pipeline on `split`, on this machine, in this run; nothing is left behind on the disk.
+
+    Figures "per core" count the seconds that a CPU has worked for this process, not those on the clock, so that other
+    work on the machine doesn't enter. Every figure but the cache's building is the best of `repeats` rounds, over the
+    same `num_images` images, or over `num_batches` batches after those that were ready before. A whole cache of the
+    split is built, so the temporary folder needs N·height·width·3 bytes.
+
+    Returns:
+      cores: CPUs that this process may use.
+      images, cache_gib: images of the split, and size of its cache.
+      pillow_loop: images/s per core of Pillow's decode + bilinear resize in a plain loop.
+      decode_and_resize: images/s per core of the project's own, in the same loop.
+      decode_pillow, decode_simplejpeg, decode_opencv: images/s per core of decoding alone (the last two: JPEG only).
+      resize_pillow, resize_project: images/s per core of resizing alone.
+      difference_mean, difference_worst: the images' mean absolute difference from Pillow's, of 255: mean and worst.
+      streaming, streaming_per_core: images/s with cache 'none', by the clock on all cores, and per core.
+      streaming_over_pillow: streaming_per_core / pillow_loop.
+      cache_build: images/s of building the host cache, by the clock on all cores.
+      host_cache, host_cache_batches: images/s and batches/s out of the finished cache, by the clock.
+    """
+    generator = np.random.default_rng(seed)
+    chosen = generator.permutation(len(split))[:num_images]
+    files = [split.encoded[int(i)] for i in chosen]
+    decoded = [_decode_pillow(file) for file in files]
+    size = dict(height=height, width=width)
+    loops = {
+        "pillow_loop": (lambda file: _pillow(file, **size), files),
+        "decode_and_resize": (lambda file: decode_and_resize(file, "", **size), files),
+        "decode_pillow": (_decode_pillow, files),
+        "resize_pillow": (lambda image: _resize_pillow(image, **size), decoded),
+        "resize_project": (lambda image: resize_bilinear(image, **size), decoded),
+    }
+    if all(file[:2] == b"\xff\xd8" for file in files):
+        loops |= {"decode_simplejpeg": (simplejpeg.decode_jpeg, files), "decode_opencv": (_decode_opencv, files)}
+    results = {"cores": available_cpus(), "images": len(split), "cache_gib": len(split) * height * width * 3 / 2**30}
+    results |= _best_rates(loops, repeats)
+
+    differences = [
+        np.abs(decode_and_resize(file, "", **size).astype(int) - _pillow(file, **size)).mean() for file in files
+    ]
+    results |= {"difference_mean": float(np.mean(differences)), "difference_worst": float(np.max(differences))}
+
+    plan = dict(num_ids_per_batch=num_ids_per_batch, images_per_id=images_per_id, seed=seed, num_epochs=10_000)
+    batch = num_ids_per_batch * images_per_id
+    feed = train_feed(split, **size, **plan, cache="none")
+    by_clock, by_cpu = _batches_per_second(feed.batches, num_batches, repeats)
+    results |= {"streaming": by_clock * batch, "streaming_per_core": by_cpu * batch}
+    results["streaming_over_pillow"] = results["streaming_per_core"] / results["pillow_loop"]
+
+    with tempfile.TemporaryDirectory() as cache_dir:
+        started = time.perf_counter()
+        resized_images(split, **size, cache_dir=cache_dir)
+        results["cache_build"] = len(split) / (time.perf_counter() - started)
+        feed = train_feed(split, **size, **plan, cache="host", cache_dir=cache_dir)
+        by_clock, _ = _batches_per_second(feed.batches, num_batches, repeats)
+    results |= {"host_cache": by_clock * batch, "host_cache_batches": by_clock}
+    return results
+
+
+def _best_rates(loops: dict[str, tuple[Callable, list]], repeats: int) -> dict[str, float]:
+    seconds = {name: float("inf") for name in loops}
+    for _ in range(repeats):
+        for name, (function, inputs) in loops.items():
+            started = time.process_time()
+            for value in inputs:
+                function(value)
+            seconds[name] = min(seconds[name], time.process_time() - started)
+    return {name: len(inputs) / seconds[name] for name, (_, inputs) in loops.items()}
+
+
+def _batches_per_second(batches: Iterator, count: int, repeats: int) -> tuple[float, float]:
+    """The best rate at which `count` batches come, in seconds on the clock and in seconds of CPU work."""
+    for _ in range(available_cpus() + 2):
+        next(batches)
+    rates = []
+    for _ in range(repeats):
+        clock, cpu = time.perf_counter(), time.process_time()
+        for _ in range(count):
+            next(batches)
+        rates.append((count / (time.perf_counter() - clock), count / (time.process_time() - cpu)))
+    batches.close()
+    return tuple(max(rate) for rate in zip(*rates, strict=True))
+
+
+def _decode_pillow(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+
+
+def _decode_opencv(file: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+
+def _resize_pillow(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _pillow(file: bytes, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB").resize((width, height), Image.Resampling.BILINEAR))

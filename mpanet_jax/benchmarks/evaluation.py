@@ -1,0 +1,131 @@
+"""How fast the evaluator is on SYSU-MM01's real structure: 3,803 x 6,775 images, four settings, ten trials."""
+
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mpanet_jax.evaluation.evaluate import evaluate_embeddings
+from mpanet_jax.evaluation.metrics import threads
+from mpanet_jax.evaluation.protocols import Embeddings, load_permutation
+from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
+
+# Images of SYSU-MM01's 96 test identities in cameras 1 to 6, and how many of those identities a camera saw.
+CAMERA_IMAGES = {1: (1374, 56), 2: (1565, 56), 3: (1883, 93), 4: (1918, 94), 5: (1918, 95), 6: (1920, 96)}
+NUM_TEST_IDS = 96
+
+
+def test_set_counts(
+    permutation: str | os.PathLike | None = None, test_ids: list[int] | None = None
+) -> dict[tuple[int, int], int]:
+    """{(camera, identity): images} of SYSU-MM01's test set.
+
+    From the data set's own `permutation` file and `test_ids` where given, else its totals spread evenly.
+    """
+    if permutation is not None:
+        matrices = load_permutation(permutation)
+        return {
+            (camera, pid): matrices[camera - 1][pid - 1].shape[1]
+            for camera in CAMERA_IMAGES
+            for pid in (test_ids or range(1, NUM_TEST_IDS + 1))
+        }
+    return {
+        (camera, pid): images // ids + (pid <= images % ids) if pid <= ids else 0
+        for camera, (images, ids) in CAMERA_IMAGES.items()
+        for pid in range(1, NUM_TEST_IDS + 1)
+    }
+
+
+def random_embeddings(
+    counts: dict[tuple[int, int], int], dimension: int, *, noise: float = 3.0, seed: int = 0
+) -> tuple[Embeddings, Embeddings]:
+    """Query and gallery with the given counts: one random centre an identity plus `noise` times the noise."""
+    generator = np.random.default_rng(seed)
+    centres = {pid: generator.standard_normal(dimension, np.float32) for pid in sorted({pid for _, pid in counts})}
+    result = []
+    for cameras in ((3, 6), (1, 2, 4, 5)):
+        images = [(c, pid, n + 1) for (c, pid), number in sorted(counts.items()) if c in cameras for n in range(number)]
+        features = generator.standard_normal((len(images), dimension), np.float32)
+        features *= noise
+        for row, (_, pid, _) in enumerate(images):
+            features[row] += centres[pid]
+        result.append(
+            Embeddings(
+                features=features,
+                pids=np.array([pid for _, pid, _ in images]),
+                camids=np.array([camera for camera, _, _ in images]),
+                paths=np.array([f"cam{camera}/{pid:04d}/{n:04d}.jpg" for camera, pid, n in images]),
+            )
+        )
+    return tuple(result)
+
+
+def benchmark_evaluation(
+    dimension: int = 256,
+    *,
+    permutation: str | os.PathLike | None = None,
+    test_ids: list[int] | None = None,
+    repeats: int = 3,
+    noise: float = 3.0,
+    seed: int = 0,
+) -> dict:
+    """Time all four SYSU-MM01 settings with ten trials each on random features of the real structure.
+
+    Without `permutation` the galleries are drawn by `sysu_mm01_random`, which is the same work. Returns {'seconds'
+    (median), 'seconds_all', 'peak_gib' (this process's peak resident memory, features included), 'num_query',
+    'num_gallery', 'dimension', 'threads', 'rank1' (all-search, single-shot)}.
+    """
+    query, gallery = random_embeddings(test_set_counts(permutation, test_ids), dimension, noise=noise, seed=seed)
+    protocol = "sysu_mm01" if permutation is not None else "sysu_mm01_random"
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        metrics = evaluate_embeddings(query, gallery, protocol=protocol, permutation=permutation)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "seconds": float(np.median(seconds)),
+        "seconds_all": seconds,
+        "peak_gib": peak_memory_gib(),
+        "num_query": len(query),
+        "num_gallery": len(gallery),
+        "dimension": dimension,
+        "threads": threads(),
+        "rank1": metrics["sysu/all/single"]["rank1"],
+    }
+
+
+def benchmark_rerank(num_query: int = 2060, num_gallery: int = 2060, dimension: int = 256, *, repeats: int = 3) -> dict:
+    """Time k-reciprocal re-ranking on RegDB's counts: 206 identities with ten images in each modality."""
+    generator = np.random.default_rng(0)
+    pids = np.concatenate([np.arange(num_query) // 10, np.arange(num_gallery) // 10])
+    features = generator.standard_normal((pids.max() + 1, dimension), np.float32)[pids]
+    features += generator.standard_normal(features.shape, np.float32)
+    distance_seconds, seconds = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        distance = squared_distances(features, "euclidean")
+        middle = time.perf_counter()
+        k_reciprocal(distance, num_query)
+        distance_seconds.append(middle - start)
+        seconds.append(time.perf_counter() - middle)
+    return {
+        "seconds": float(np.median(seconds)),
+        "distance_seconds": float(np.median(distance_seconds)),
+        "peak_gib": peak_memory_gib(),
+        "num_query": num_query,
+        "num_gallery": num_gallery,
+        "dimension": dimension,
+    }
+
+
+def peak_memory_gib() -> float:
+    """Peak resident memory of this process so far, in GiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -1,0 +1,100 @@
+"""Checkpoints with orbax: the model, the rest of the training state, and the data iterator, saved together.
+
+A checkpoint holds three items: `model` (params, batch_stats, mean_classifiers: all that evaluation and export need),
+`training` (opt_state, step, rng) and `data` (the position of the batch iterator). Saving is asynchronous and atomic.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from mpanet_jax.errors import UserError
+from mpanet_jax.state import TrainState
+
+MODEL_FIELDS = ("params", "batch_stats", "mean_classifiers")
+TRAINING_FIELDS = ("opt_state", "step", "rng")
+
+
+def _items(state: TrainState) -> dict[str, dict[str, Any]]:
+    return {
+        "model": {name: getattr(state, name) for name in MODEL_FIELDS},
+        "training": {name: getattr(state, name) for name in TRAINING_FIELDS},
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `workdir/checkpoints/<step>`; a context manager that waits for the last save.
+
+    Attributes:
+      workdir: the run's folder.
+      keep: how many of the latest checkpoints stay.
+    """
+
+    def __init__(self, workdir: Path, keep: int, folder: str = "checkpoints"):
+        self._checkpointer = ocp.training.Checkpointer(
+            (workdir / folder).resolve(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint; None where there is none."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
+        """Starts saving; returns once the device's arrays are copied, so that the next step may donate them."""
+        self._checkpointer.save_checkpointables_async(step, {**_items(state), "data": batches}, force=True)
+
+    def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
+        """The newest checkpoint as a state like `state` (shapes, types, placement); moves `batches` to its position.
+
+        Raises:
+          UserError: the checkpoint does not fit the model of the config.
+        """
+        try:
+            items = self._checkpointer.load_checkpointables(None, {**_items(state), "data": batches})
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{self._checkpointer.directory}: the checkpoint does not fit this config ({_first_line(error)}); "
+                "continue with the config it was trained with, or give another --workdir"
+            ) from error
+        return TrainState(**items["model"], **items["training"])
+
+
+def _first_line(error: BaseException) -> str:
+    # Orbax wraps the cause that names the array (twice); the innermost one says what does not fit.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0][:200]
+
+
+def load_model(workdir: Path, folder: str = "checkpoints") -> tuple[int, dict[str, Any]]:
+    """The newest checkpoint's step and its model {params, batch_stats, mean_classifiers}, on the first device.
+
+    Raises:
+      UserError: the workdir has no checkpoint.
+    """
+    directory = (Path(workdir) / folder).resolve()
+    missing = UserError(f"{directory}: no checkpoint here; train first: python scripts/train.py --workdir={workdir} …")
+    if not directory.is_dir():
+        raise missing
+    with ocp.training.Checkpointer(directory) as checkpointer:
+        if checkpointer.latest is None:
+            raise missing
+        step = checkpointer.latest.step
+        metadata = ocp.metadata(directory / str(step), checkpointable_name="model").metadata
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata)
+        return step, checkpointer.load_checkpointables(step, {"model": abstract})["model"]

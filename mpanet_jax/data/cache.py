@@ -1,0 +1,181 @@
+"""The resized images of a split kept ready: a memory-mapped file, and the choice between the three feeding modes."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mpanet_jax.data.decode import decode_and_resize
+from mpanet_jax.datasets.schema import Split
+from mpanet_jax.errors import UserError
+
+CACHE_MODES = ("device", "host", "none")
+
+# Part of the file's name: raise it when `decode.py` changes the pixels.
+PIXELS_VERSION = 1
+
+
+def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None) -> str:
+    """'device', 'host' or 'none' for `cache` = 'auto'; any other valid value as it is.
+
+    'device' where `num_bytes` fit in half the accelerator's free memory, else 'host' where they fit in half the free
+    space of `cache_dir` (or, without one, of the RAM) and in half the free RAM, else 'none'. Without an accelerator
+    'device' would be a second copy in the same RAM, so the choice starts at 'host'. Logs the choice and the sizes.
+    Raises `UserError` for an unknown value.
+    """
+    if cache in CACHE_MODES:
+        logging.info("images: cache=%s, %s resized", cache, _gib(num_bytes))
+        return cache
+    if cache != "auto":
+        raise UserError(f"config.data.cache='{cache}' is unknown; expected one of {('auto', *CACHE_MODES)}")
+    sizes = {"accelerator": _free_device_memory(), "RAM": _free_ram()}
+    if cache_dir is not None:
+        sizes["disk"] = _free_disk(Path(cache_dir))
+    fits = {place: free >= 2 * num_bytes for place, free in sizes.items()}
+    if fits.pop("accelerator"):
+        choice = "device"
+    elif all(fits.values()):
+        choice = "host"
+    else:
+        choice = "none"
+    free = ", ".join(f"{place} {_gib(size)}" for place, size in sizes.items())
+    logging.info(
+        "images: cache=%s chosen for %s resized (free: %s; half of it may be used)", choice, _gib(num_bytes), free
+    )
+    return choice
+
+
+def cache_path(split: Split, height: int, width: int, cache_dir: str | os.PathLike) -> Path:
+    """Where the resized images of `split` are kept: the name changes with the prepared data and with the size."""
+    name = split.name.replace("/", "-")
+    return Path(cache_dir) / f"{name}-{split.fingerprint}-{height}x{width}-v{PIXELS_VERSION}.npy"
+
+
+def open_cache(split: Split, height: int, width: int, cache_dir: str | os.PathLike | None) -> np.ndarray | None:
+    """The memory-mapped uint8[N, height, width, 3] of an earlier run, or None where there is none."""
+    if cache_dir is None or not (path := cache_path(split, height, width, cache_dir)).exists():
+        return None
+    try:
+        images = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError):  # cut off, as by a full disk: to be built again
+        return None
+    return images if images.shape == (len(split), height, width, 3) and images.dtype == np.uint8 else None
+
+
+def resized_images(
+    split: Split,
+    height: int,
+    width: int,
+    cache_dir: str | os.PathLike | None,
+    *,
+    num_threads: int | None = None,
+) -> np.ndarray:
+    """uint8[N, height, width, 3]: every image of `split`, memory-mapped from `cache_dir`, built there if need be.
+
+    The file is built under a temporary name and renamed when it is whole, so a killed build leaves nothing that could
+    be taken for a cache; the next one removes its remains. A lock makes other processes wait for one build. With
+    `cache_dir` None the images are in RAM only. Raises `UserError` naming an image that can't be decoded, or
+    config.data.cache_dir if nothing can be written there.
+    """
+    if (images := open_cache(split, height, width, cache_dir)) is not None:
+        return images
+    shape = (len(split), height, width, 3)
+    if cache_dir is None:
+        images = np.empty(shape, np.uint8)
+        _fill(images, split, num_threads)
+        return images
+    path = cache_path(split, height, width, cache_dir)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            if (images := open_cache(split, height, width, cache_dir)) is None:
+                temporary = path.with_suffix(".npy.part")
+                with _removed_on_error(temporary):
+                    images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+                    _fill(images, split, num_threads)
+                    images.flush()
+                    del images
+                    os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"config.data.cache_dir={cache_dir}: can't write the image cache ({error.strerror or error}); "
+            "name a folder with room for it, or set config.data.cache=none"
+        ) from error
+    return open_cache(split, height, width, cache_dir)
+
+
+def _fill(images: np.ndarray, split: Split, num_threads: int | None) -> None:
+    """Decode and resize every image into its place. Threads do: decoder and resize both release Python's lock."""
+    height, width = images.shape[1:3]
+
+    def one(i: int) -> None:
+        images[i] = decode_and_resize(split.encoded[i], split.paths[i], height, width)
+
+    started = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    pool = ThreadPoolExecutor(num_threads or available_cpus())
+    try:
+        with Progress(*columns, transient=True) as progress:
+            for _ in progress.track(pool.map(one, range(len(split))), len(split), description=f"resize {split.name}"):
+                pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+    rate = len(split) / (time.perf_counter() - started)
+    logging.info("images: %d of %s resized to %dx%d, %.0f a second", len(split), split.name, height, width, rate)
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it however the process ends
+        yield
+
+
+@contextlib.contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _free_device_memory() -> int:
+    """Bytes free on the fullest local accelerator; 0 on the CPU, which has no memory of its own."""
+
+    def free(device: jax.Device) -> int:
+        stats = device.memory_stats() if device.platform != "cpu" else None
+        return stats["bytes_limit"] - stats["bytes_in_use"] if stats else 0
+
+    return min(map(free, jax.local_devices()))
+
+
+def _free_ram() -> int:
+    try:
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_disk(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,303 @@
+"""grain pipelines: training batches by the P×K plan in three feeding modes, and padded evaluation batches.
+
+A batch is a pure function of (seed, step): element i of the random-access source is batch i of the whole training, so
+a pipeline that starts at i yields the same bits as one that has come to i. The three modes (`config.data.cache`)
+differ only in where the pixels of a batch come from.
+"""
+
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from mpanet_jax.data.cache import available_cpus, choose_cache, open_cache, resized_images
+from mpanet_jax.data.decode import decode_and_resize
+from mpanet_jax.data.sampling import BatchPlan
+from mpanet_jax.datasets.schema import Split
+from mpanet_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TrainFeed:
+    """What the training loop reads.
+
+    Attributes:
+      batches: a checkpointable iterator of dicts `labels int32[b]`, `modality int32[b]`, `index int32[b]` (the images'
+        place in the split) and, unless the images are on the device, `images uint8[b, height, width, 3]`, where
+        b = P·K / process_count; identity-major, visible before infrared. Ends after `num_epochs`.
+      steps_per_epoch: batches in an epoch.
+      images: uint8[N, height, width, 3] on the accelerator, to be indexed with a batch's `index`; None in the
+        other modes.
+      cache: the mode in use: 'device', 'host' or 'none'.
+    """
+
+    batches: grain.DatasetIterator
+    steps_per_epoch: int
+    images: jax.Array | None
+    cache: str
+
+
+def train_feed(
+    split: Split,
+    *,
+    height: int,
+    width: int,
+    num_ids_per_batch: int,
+    images_per_id: int,
+    seed: int,
+    num_epochs: int,
+    cache: str = "auto",
+    cache_dir: str | os.PathLike | None = None,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    put_images: Callable[[np.ndarray], jax.Array] = jax.device_put,
+) -> TrainFeed:
+    """The training batches of `num_epochs` epochs, bit-identical whatever `cache` and `num_workers` are.
+
+    Args:
+      split: the training split.
+      height, width: of the images, in pixels.
+      num_ids_per_batch, images_per_id: P and K of the whole batch over all processes.
+      seed: of the plan.
+      num_epochs: the batches end after them.
+      cache: 'device' (all resized images in accelerator memory, a batch is indices), 'host' (memory-mapped from
+        `cache_dir`), 'none' (decoded and resized as they are needed) or 'auto' (see `choose_cache`).
+      cache_dir: where the resized images are kept between runs; None keeps them in RAM only.
+      num_workers: processes that decode with `cache` = 'none'; 0 decodes in threads of this process, which is
+        enough for a few cores.
+      process_index, process_count: each of several hosts gets P / process_count consecutive identity slots.
+      put_images: how `cache` = 'device' places the images, so that they can be replicated over several devices.
+
+    Raises `UserError` for an impossible plan (`BatchPlan`), an unknown `cache`, a P that process_count does not
+    divide, an image that can't be decoded, and a `cache_dir` that can't be written.
+    """
+    plan = BatchPlan(split.pids, split.modality, num_ids_per_batch, images_per_id, seed)
+    if num_ids_per_batch % process_count:
+        raise UserError(
+            f"config.data.num_ids_per_batch={num_ids_per_batch} must be a multiple of the {process_count} processes; "
+            f"the next is {-(-num_ids_per_batch // process_count) * process_count}"
+        )
+    size = num_ids_per_batch * images_per_id // process_count
+    share = slice(process_index * size, (process_index + 1) * size)
+    source = _TrainSource(plan, split.labels, split.modality.astype(np.int32), num_epochs, share)
+    cache = choose_cache(cache, len(split) * height * width * 3, cache_dir)
+
+    dataset = grain.MapDataset.source(source)
+    images = None
+    if cache == "device":
+        images = put_images(resized_images(split, height, width, cache_dir))
+    elif cache == "host":
+        dataset = dataset.map(_Gather(resized_images(split, height, width, cache_dir)))
+    else:
+        dataset = dataset.map(_Decode(split.encoded, split.paths, height, width))
+    num_threads, num_workers = (available_cpus(), num_workers) if cache == "none" else (1, 0)
+    batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
+    return TrainFeed(batches, plan.steps_per_epoch, images, cache)
+
+
+def eval_batches(
+    split: Split,
+    indices: np.ndarray,
+    *,
+    height: int,
+    width: int,
+    batch_size: int,
+    cache_dir: str | os.PathLike | None = None,
+) -> Iterator[Batch]:
+    """Batches of the images `indices` of `split`, in that order.
+
+    Yields dicts `images uint8[b, height, width, 3]`, `pids`, `camids`, `index int32[b]` and `mask bool[b]` with
+    b = batch_size always: the last batch is filled up with zeros where `mask` is False. The pixels come from the cache
+    in `cache_dir` where a training run has left one, and are the same without it. Raises `UserError` for an image
+    that can't be decoded.
+    """
+    cached = open_cache(split, height, width, cache_dir)
+    load = _Decode(split.encoded, split.paths, height, width) if cached is None else _Gather(cached)
+    dataset = (
+        grain.MapDataset.source(_EvalSource(split, np.asarray(indices), batch_size)).map(load).map(_Pad(batch_size))
+    )
+    batches = iter(dataset.to_iter_dataset(_read_options(available_cpus())))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+class ResumableBatches(grain.DatasetIterator):
+    """An iterator over a `MapDataset` of batches, whose state is the number of the next one.
+
+    grain's own state also holds how the work is spread over processes; this one does not, so a checkpoint resumes with
+    another number of workers or in another feeding mode. It does hold the plan's signature: `set_state` raises
+    `UserError` where the number would mean a batch of another plan.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, plan: str, num_threads: int, num_workers: int = 0):
+        super().__init__()
+        self._dataset = dataset
+        self._plan = plan
+        self._num_threads = num_threads
+        self._num_workers = num_workers
+        self._next_index = 0
+        self._running = []  # grain's iterator; made for the first element asked for, so that set_state costs nothing
+        # Also at exit, before the interpreter takes apart what grain's own clean-up needs.
+        weakref.finalize(self, self._stop, self._running)
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        self.start_prefetch()
+        batch = next(self._running[0])
+        self._next_index += 1
+        # A worker's arrays lie in shared memory that grain takes back; the caller gets arrays of its own.
+        return {name: np.array(a) for name, a in batch.items()} if self._num_workers else batch
+
+    def start_prefetch(self) -> None:
+        """Start work on the first batches before they are asked for."""
+        if not self._running:
+            rest = self._dataset[self._next_index :]
+            if self._num_workers:
+                if not flags.FLAGS.is_parsed():  # in a notebook or a test; grain's workers read absl flags
+                    flags.FLAGS.mark_as_parsed()
+                rest = rest.to_iter_dataset(_read_options(1)).mp_prefetch(
+                    grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2), _end_with_parent
+                )
+            else:
+                rest = rest.to_iter_dataset(_read_options(self._num_threads))
+            self._running.append(iter(rest))
+            self._running[0].start_prefetch()
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._next_index, "plan": self._plan}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state["plan"] != self._plan:
+            raise UserError(
+                f"the checkpoint's batches are those of ({state['plan']}), this run's of ({self._plan}); resume with "
+                "the same config.data, config.seed and data set, or start in a new workdir"
+            )
+        if not 0 <= state["next_index"] <= len(self._dataset):
+            raise UserError(
+                f"the checkpoint stands before batch {state['next_index']}, this run has {len(self._dataset)}; "
+                "raise config.num_epochs, or start in a new workdir"
+            )
+        self._stop(self._running)
+        self._next_index = state["next_index"]
+
+    def close(self) -> None:
+        """Stop threads and worker processes."""
+        self._closed = True
+        self._stop(self._running)
+
+    @staticmethod
+    def _stop(running: list[grain.DatasetIterator]) -> None:
+        if running:
+            running.pop().close()
+            gc.collect()  # grain's iterators hold each other in a circle, and the last batches' shared memory with them
+
+    def __str__(self) -> str:
+        return f"ResumableBatches(next_index={self._next_index} of {len(self._dataset)})"
+
+
+@dataclass(frozen=True)
+class _TrainSource:
+    """Batch i of the whole training, as indices."""
+
+    plan: BatchPlan
+    labels: np.ndarray
+    modality: np.ndarray
+    num_epochs: int
+    share: slice  # of the batch, for this process
+
+    def __len__(self) -> int:
+        return self.num_epochs * self.plan.steps_per_epoch
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, step_in_epoch = divmod(int(step), self.plan.steps_per_epoch)
+        index = self.plan.epoch(epoch)[step_in_epoch, self.share].copy()
+        return {"labels": self.labels[index], "modality": self.modality[index], "index": index}
+
+
+@dataclass(frozen=True)
+class _EvalSource:
+    """Batch i of an evaluation, without its images; the last one may be short."""
+
+    split: Split
+    indices: np.ndarray
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __getitem__(self, i: int) -> Batch:
+        index = self.indices[i * self.batch_size : (i + 1) * self.batch_size].astype(np.int32)
+        return {
+            "pids": self.split.pids[index].astype(np.int32),
+            "camids": self.split.camids[index].astype(np.int32),
+            "index": index,
+            "mask": np.ones(len(index), bool),
+        }
+
+
+@dataclass(frozen=True)
+class _Gather(grain.transforms.Map):
+    """Adds a batch's images from the resized ones."""
+
+    images: np.ndarray
+
+    def map(self, batch: Batch) -> Batch:
+        return batch | {"images": self.images[batch["index"]]}
+
+
+@dataclass(frozen=True)
+class _Decode(grain.transforms.Map):
+    """Adds a batch's images from their files."""
+
+    encoded: Any
+    paths: np.ndarray
+    height: int
+    width: int
+
+    def map(self, batch: Batch) -> Batch:
+        images = np.empty((len(batch["index"]), self.height, self.width, 3), np.uint8)
+        for image, i in zip(images, batch["index"], strict=True):
+            image[:] = decode_and_resize(self.encoded[int(i)], self.paths[i], self.height, self.width)
+        return batch | {"images": images}
+
+
+@dataclass(frozen=True)
+class _Pad(grain.transforms.Map):
+    """Fills a batch up with zeros to one size."""
+
+    batch_size: int
+
+    def map(self, batch: Batch) -> Batch:
+        missing = self.batch_size - len(batch["index"])
+        return {name: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for name, a in batch.items()}
+
+
+def _read_options(num_threads: int) -> grain.ReadOptions:
+    """Enough batches in flight to keep every thread busy, and no more: one of them holds some 20 MB."""
+    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
+
+
+def _end_with_parent(worker_index: int, worker_count: int) -> None:
+    """Runs in each worker process: end it when the process that feeds on it is gone, even if that was killed."""
+    del worker_index, worker_count
+
+    def watch() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,151 @@
+"""The P×K plan: which images make up every batch of an epoch (METHOD, "Epoch"), as a pure function of (seed, epoch)."""
+
+import functools
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpanet_jax.datasets.schema import INFRARED, VISIBLE
+from mpanet_jax.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """Batches of P identities with K/2 visible and K/2 infrared images each.
+
+    In every epoch each identity's larger image list is cut at random to the size of the smaller, both are shuffled,
+    paired, and the pairs grouped by K/2. A batch takes one group from each of P identities. An identity that cannot
+    fill one group is drawn with replacement to K/2 pairs, so that it has one group too; no other image comes twice
+    in an epoch.
+
+    Which identities: P at random among those with a group left. Left to itself such a draw strands a few groups at
+    the end of the epoch, a different number each time (181 to 183 batches on SYSU-MM01). The number of batches is
+    therefore fixed to the largest that the counts allow, the greatest T with Σ_i min(groups_i, T) ≥ P·T (183 on
+    SYSU-MM01, 34 on RegDB), and the draw is uniform except where leaving an identity out would make T unreachable.
+
+    Attributes:
+      labels: int[N], the identity of every image.
+      modality: int[N], VISIBLE or INFRARED.
+      num_ids_per_batch: P.
+      images_per_id: K, even.
+      seed: of the plan.
+
+    Raises `UserError` if K is odd or less than 2, if there are fewer than P identities, or if one of them has no image
+    in one of the modalities.
+    """
+
+    labels: np.ndarray
+    modality: np.ndarray
+    num_ids_per_batch: int
+    images_per_id: int
+    seed: int
+
+    def __post_init__(self):
+        p, k = self.num_ids_per_batch, self.images_per_id
+        if k < 2 or k % 2:
+            raise UserError(
+                f"config.data.images_per_id={k} must be even and at least 2 (half visible, half infrared); "
+                f"the nearest is {max(2, k + k % 2)}"
+            )
+        num_ids = len(np.unique(self.labels))
+        if not 1 <= p <= num_ids:
+            raise UserError(
+                f"config.data.num_ids_per_batch={p} must be between 1 and the {num_ids} training identities; "
+                f"the largest that fits is {num_ids}"
+            )
+        self.images_by_identity  # noqa: B018 - raises for an identity without a partner
+
+    @functools.cached_property
+    def images_by_identity(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The indices of each identity's visible and of its infrared images."""
+        lists = []
+        for label in np.unique(self.labels):
+            mine = self.labels == label
+            visible, infrared = (np.flatnonzero(mine & (self.modality == m)) for m in (VISIBLE, INFRARED))
+            for name, images in (("visible", visible), ("infrared", infrared)):
+                if not len(images):
+                    raise UserError(
+                        f"identity {label} has no {name} image, so it can't be paired across modalities; "
+                        "complete it in the data set or remove it from the list of training identities"
+                    )
+            lists.append((visible, infrared))
+        return lists
+
+    @functools.cached_property
+    def groups_by_identity(self) -> np.ndarray:
+        """int[num_ids]: how many groups of K/2 pairs an identity has in one epoch."""
+        pairs = np.array([min(len(v), len(i)) for v, i in self.images_by_identity])
+        return np.maximum(pairs // (self.images_per_id // 2), 1)
+
+    @functools.cached_property
+    def steps_per_epoch(self) -> int:
+        """The number of batches in every epoch, for every seed."""
+        return most_batches(self.groups_by_identity, self.num_ids_per_batch)
+
+    @functools.cached_property
+    def signature(self) -> str:
+        """Differs between plans that draw different batches; a checkpoint keeps it, to resume the same plan only."""
+        images = zlib.crc32(np.stack([self.labels, self.modality]).astype("<i8").tobytes())
+        return f"P={self.num_ids_per_batch} K={self.images_per_id} seed={self.seed} images={images:08x}"
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """int32[steps_per_epoch, P·K]: the image indices of every batch of an epoch, counted from 0.
+
+        Identity-major: position b belongs to identity slot b // K; within a slot the first K/2 images are visible.
+        """
+        return _draw_epoch(self, epoch)
+
+
+def most_batches(groups: np.ndarray, num_ids_per_batch: int) -> int:
+    """The most batches of P distinct identities that can be formed from `groups[i]` groups of identity i.
+
+    T batches are possible exactly if Σ_i min(groups_i, T) ≥ P·T: an identity can be in each batch at most once, and
+    always taking the P identities with most groups left then succeeds.
+    """
+    steps = 0
+    while np.minimum(groups, steps + 1).sum() >= num_ids_per_batch * (steps + 1):
+        steps += 1
+    return steps
+
+
+@functools.lru_cache(maxsize=4)  # prefetching threads stand on both sides of an epoch's end
+def _draw_epoch(plan: BatchPlan, epoch: int) -> np.ndarray:
+    generator = np.random.default_rng(np.random.SeedSequence([plan.seed, epoch]))
+    groups = [_draw_groups(v, i, plan.images_per_id // 2, generator) for v, i in plan.images_by_identity]
+    identities = _draw_identities(plan.groups_by_identity, plan.num_ids_per_batch, plan.steps_per_epoch, generator)
+    left = [list(g) for g in groups]
+    batches = np.array([[left[i].pop() for i in batch] for batch in identities], np.int32)
+    batches = batches.reshape(plan.steps_per_epoch, plan.num_ids_per_batch * plan.images_per_id)
+    batches.setflags(write=False)  # shared by the cache above
+    return batches
+
+
+def _draw_groups(visible: np.ndarray, infrared: np.ndarray, half: int, generator: np.random.Generator) -> np.ndarray:
+    """int[groups, K]: an identity's groups of this epoch, K/2 visible images and then K/2 infrared ones in each."""
+    pairs = min(len(visible), len(infrared))
+    drawn = [generator.permutation(images)[:pairs] for images in (visible, infrared)]
+    if pairs < half:
+        drawn = [generator.choice(images, half) for images in drawn]
+    count = len(drawn[0]) // half
+    return np.concatenate([images[: count * half].reshape(count, half) for images in drawn], axis=1)
+
+
+def _draw_identities(groups: np.ndarray, size: int, steps: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """`steps` times `size` distinct identities with a group left: uniform, except where `steps` is at stake.
+
+    With t batches to go and c_i groups left, the rest is possible exactly if s = Σ_i min(c_i, t) − size·t ≥ 0. Every
+    identity with c_i ≥ t that a batch leaves out lowers s by one, and nothing else does; so at most s of them may be
+    left out.
+    """
+    left = groups.copy()
+    batches = []
+    for to_go in range(steps, 0, -1):
+        spare = np.minimum(left, to_go).sum() - size * to_go
+        order = generator.permutation(np.flatnonzero(left))
+        needed = left[order] >= to_go
+        forced = order[needed][: max(0, needed.sum() - spare)]
+        batch = np.concatenate([forced, order[~np.isin(order, forced)]])[:size]
+        left[batch] -= 1
+        batches.append(generator.permutation(batch))
+    return batches

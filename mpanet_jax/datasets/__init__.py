@@ -1,0 +1,20 @@
+"""SYSU-MM01, RegDB and LLCM: importing this registers their tfds builders.
+
+`prepare` builds a data set from its raw folder, `load_split` opens a prepared split.
+"""
+
+from mpanet_jax.datasets.prepared import is_prepared, load_split, make_builder, permutation_file, prepare, prepared_dir
+from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord, Split
+
+__all__ = [
+    "INFRARED",
+    "VISIBLE",
+    "ImageRecord",
+    "Split",
+    "is_prepared",
+    "load_split",
+    "make_builder",
+    "permutation_file",
+    "prepare",
+    "prepared_dir",
+]

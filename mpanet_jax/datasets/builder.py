@@ -1,0 +1,143 @@
+"""The tfds part that the data sets share: one record layout, one order, and a sidecar index for quick starts.
+
+Shards are streamed in the order of `list_images` (`tfds.core.ShardBasedBuilder`). The more usual
+`GeneratorBasedBuilder` shuffles through temporary files that need TensorFlow once a split passes 1 GB.
+"""
+
+import hashlib
+import io
+import itertools
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mpanet_jax.datasets.raw import raise_fault, read_encoded
+from mpanet_jax.datasets.schema import ImageRecord
+
+SPLITS = ("train", "test")
+IMAGES_PER_SHARD = 2048  # tfds holds one shard's images in memory while it writes it
+VERSION = "1.0.0"
+
+Track = Callable[[Iterable, str, int], Iterable]  # a progress bar: (items, description, total) -> the same items
+
+
+def no_progress(items: Iterable, description: str, total: int) -> Iterable:
+    """The `Track` that shows nothing."""
+    del description, total
+    return items
+
+
+class RawDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Writes what a subclass's `list_images` lists; beside the records an index of the metadata.
+
+    The record: `image` (JPEG bytes as they are on disk; BMP as lossless PNG), `pid`, `camid`, `modality`, `path`.
+    `index_{train,test}.npz` holds pids, camids, modality, paths and a fingerprint over everything, images included.
+    """
+
+    VERSION = tfds.core.Version(VERSION)
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "The data sets are licensed: ask their authors, then point manual_dir at the folder."
+
+    companions: ClassVar[tuple[str, ...]] = ()  # files of the raw folder that evaluation needs; copied along
+    track: Track = staticmethod(no_progress)
+
+    def __init__(self, *, file_format: str = "array_record", **kwargs):
+        super().__init__(file_format=file_format, **kwargs)
+
+    def list_images(self, source: Path, split: str) -> list[ImageRecord]:
+        """The images of a split; a data set's builder calls its module's function of this name."""
+        raise NotImplementedError
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(),
+                "pid": np.int32,
+                "camid": np.int32,
+                "modality": tfds.features.ClassLabel(names=["visible", "infrared"]),
+                "path": tfds.features.Text(),
+            }
+        )
+        return _LocalInfo(builder=self, description=self.__doc__, features=features, disable_shuffling=True)
+
+    def _shard_iterators_per_split(self, dl_manager):
+        source = Path(dl_manager.manual_dir)
+        for companion in self.companions:
+            if not (source / companion).is_file():
+                raise_fault(f"{source / companion}: file missing; evaluation needs it: copy it from the data set")
+        self._indices = {split: _Index(self.list_images(source, split)) for split in SPLITS}
+        self._companion_paths = [source / companion for companion in self.companions]
+        # One iterator, and one progress bar, for all shards: tfds writes them one after the other.
+        records = [record for index in self._indices.values() for record in index.records]
+        self._records = iter(self.track(records, f"writing {self.info.full_name}", len(records)))
+        return {
+            split: [
+                partial(_examples, source, itertools.islice(self._records, count), index.digest)
+                for count in _shard_lengths(len(index.records))
+            ]
+            for split, index in self._indices.items()
+        }
+
+    def _download_and_prepare(self, dl_manager, download_config=None):
+        """Writes shards, index and companions into the directory that tfds renames into place once it is whole."""
+        super()._download_and_prepare(dl_manager, download_config)
+        next(self._records, None)  # all are written: lets the progress bar end
+        for split, index in self._indices.items():
+            index.save(Path(self.data_dir) / f"index_{split}.npz")
+        for path in self._companion_paths:
+            shutil.copyfile(path, Path(self.data_dir) / path.name)
+
+    def _log_download_bytes(self) -> None:
+        """Nothing is downloaded; tfds prints that it does."""
+
+    def _log_download_done(self) -> None:
+        """See `_log_download_bytes`."""
+
+
+class _LocalInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Looks for nothing online: tfds has no copy of these licensed data sets."""
+
+
+class _Index:
+    def __init__(self, records: list[ImageRecord]):
+        self.records = records
+        self.digest = hashlib.sha256()
+
+    def save(self, path: Path) -> None:
+        np.savez(
+            path,
+            pids=np.array([r.pid for r in self.records], np.int32),
+            camids=np.array([r.camid for r in self.records], np.int32),
+            modality=np.array([r.modality for r in self.records], np.int32),
+            paths=np.array([r.path for r in self.records], np.str_),
+            fingerprint=np.array(self.digest.hexdigest()[:32]),
+        )
+
+
+def _shard_lengths(num_images: int) -> list[int]:
+    if not num_images:
+        raise_fault("a split without images; check the raw folder: python scripts/prepare_data.py … --check")
+    full, rest = divmod(num_images, IMAGES_PER_SHARD)
+    return [IMAGES_PER_SHARD] * full + [rest] * (rest > 0)
+
+
+def _examples(source: Path, records: Iterable[ImageRecord], digest) -> Iterator[tuple[str, dict]]:
+    for record in records:
+        encoded = read_encoded(source / record.path)
+        digest.update(f"{record.path}\0{record.pid}\0{record.camid}\0{record.modality}\0{len(encoded)}\0".encode())
+        digest.update(encoded)
+        yield (
+            record.path,
+            {
+                "image": io.BytesIO(encoded),
+                "pid": record.pid,
+                "camid": record.camid,
+                "modality": record.modality,
+                "path": record.path,
+            },
+        )

@@ -1,0 +1,193 @@
+"""Prepared data sets: build them once, all or nothing, and open their splits quickly."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from mpanet_jax.datasets import llcm, regdb, sysu_mm01
+from mpanet_jax.datasets.builder import SPLITS, VERSION, RawDatasetBuilder, Track, no_progress
+from mpanet_jax.datasets.schema import Split
+from mpanet_jax.datasets.verify import require_sound
+from mpanet_jax.errors import UserError
+
+BUILDERS = {"sysu_mm01": sysu_mm01.SysuMm01, "regdb": regdb.Regdb, "llcm": llcm.Llcm}
+
+
+def make_builder(name: str, data_dir: str | Path, *, trial: int = 1) -> RawDatasetBuilder:
+    """The tfds builder of a data set: the same as `tfds.builder(name, data_dir=...)`.
+
+    Raises `UserError` for an unknown `name` and, on RegDB, for a `trial` outside 1..10.
+    """
+    _check_name(name, trial)
+    config = {"config": f"split_{trial}"} if name == "regdb" else {}
+    return BUILDERS[name](data_dir=Path(data_dir).expanduser().absolute(), **config)
+
+
+def prepared_dir(name: str, data_dir: str | Path, *, trial: int = 1) -> Path:
+    """Where `prepare` puts a data set: tfds's `data_dir/name[/split_N]/version`. Raises as `make_builder`."""
+    _check_name(name, trial)
+    return Path(data_dir, name, *([f"split_{trial}"] if name == "regdb" else []), VERSION).expanduser()
+
+
+def is_prepared(name: str, data_dir: str | Path, *, trial: int = 1) -> bool:
+    """Whether the whole data set is there. Raises as `make_builder`."""
+    directory = prepared_dir(name, data_dir, trial=trial)
+    files = ["dataset_info.json", *(f"index_{split}.npz" for split in SPLITS)]
+    files += [Path(companion).name for companion in BUILDERS[name].companions]
+    return all((directory / file).is_file() for file in files)
+
+
+def prepare(
+    name: str,
+    source: str | Path | None,
+    data_dir: str | Path,
+    *,
+    trial: int = 1,
+    verify: bool = True,
+    track: Track = no_progress,
+) -> Path:
+    """Build a data set below `data_dir` unless it is there, and return its directory.
+
+    The directory appears by one rename when all of it is written: a run that was killed leaves nothing that could
+    be taken for a data set, and the next run removes its remains. Runs on one machine wait for each other.
+
+    Args:
+      name: 'sysu_mm01', 'regdb' or 'llcm'.
+      source: the raw folder; None or '' where the data are expected to be prepared already.
+      data_dir: tfds's data_dir.
+      trial: RegDB's split, 1 to 10; not used by the others.
+      verify: check the raw folder first, every image decoded; False where that has just been done.
+      track: shows a progress bar; see `builder.Track`.
+
+    Raises:
+      UserError: neither prepared data nor a source is there, or the source has faults.
+    """
+    target = prepared_dir(name, data_dir, trial=trial)
+    if is_prepared(name, data_dir, trial=trial):
+        return target
+    if not source:
+        raise UserError(_not_prepared(name, data_dir, trial))
+    source = Path(source).expanduser()
+    if not source.is_dir():
+        raise UserError(
+            f"config.dataset.source: there is no folder {source}; give the raw data set's folder: {_command(name)}"
+        )
+    if verify:
+        require_sound(name, source, trials=(trial,), track=track)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"config.dataset.data_dir: cannot make {target.parent} ({error.strerror})") from error
+    with _exclusive(target.parent) as locked:
+        if is_prepared(name, data_dir, trial=trial):  # another run was quicker
+            return target
+        if target.exists():
+            raise UserError(f"{target}: not a prepared data set of this program; delete it and run again")
+        incomplete = ("incomplete.", f"_{target.name}")  # tfds's prefix and suffix of directories it is writing
+        if locked:
+            for remains in target.parent.glob("*".join(incomplete)):
+                shutil.rmtree(remains, ignore_errors=True)
+        builder = make_builder(name, data_dir, trial=trial)
+        builder.track = track
+        with _quiet(), tempfile.TemporaryDirectory(*reversed(incomplete), target.parent) as downloads:
+            config = tfds.download.DownloadConfig(manual_dir=source, extract_dir=downloads)
+            builder.download_and_prepare(download_dir=downloads, download_config=config)
+    return target
+
+
+def load_split(name: str, data_dir: str | Path, split: str, *, trial: int = 1) -> Split:
+    """Open the prepared split 'train' or 'test': metadata in memory, encoded images on demand.
+
+    The order is `list_images`'s and so the same on every machine. Raises `UserError` when it is not prepared.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split '{split}': expected train or test")
+    if not is_prepared(name, data_dir, trial=trial):
+        raise UserError(_not_prepared(name, data_dir, trial))
+    builder = make_builder(name, data_dir, trial=trial)
+    with np.load(Path(builder.data_dir) / f"index_{split}.npz") as index:
+        metadata = {key: index[key] for key in ("pids", "camids", "modality", "paths")}
+        fingerprint = str(index["fingerprint"])
+    with _quiet():
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    if len(records) != len(metadata["pids"]):
+        raise UserError(f"{builder.data_dir}: records and index differ; delete the directory and prepare it again")
+    return Split(name=f"{name}/{split}", **metadata, encoded=EncodedImages(records), fingerprint=fingerprint)
+
+
+def permutation_file(data_dir: str | Path) -> Path:
+    """The prepared SYSU-MM01's copy of `rand_perm_cam.mat`. Raises `UserError` when it is not there."""
+    path = prepared_dir("sysu_mm01", data_dir) / Path(sysu_mm01.PERMUTATION).name
+    if not path.is_file():
+        raise UserError(_not_prepared("sysu_mm01", data_dir, 1))
+    return path
+
+
+class EncodedImages(Sequence):
+    """`encoded[i]`: image i's file as bytes. Safe to use from many threads, picklable for worker processes."""
+
+    def __init__(self, records: Sequence):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._records[range(len(self._records))[index]][
+            "image"
+        ]  # IndexError ends iteration; the source's own is not
+
+
+def _check_name(name: str, trial: int) -> None:
+    if name not in BUILDERS:
+        raise UserError(f"config.dataset.name '{name}': expected one of {', '.join(BUILDERS)}")
+    if name == "regdb" and trial not in regdb.TRIALS:
+        raise UserError(f"trial {trial}: RegDB has the trials 1 to 10")
+
+
+def _command(name: str) -> str:
+    return f"python scripts/prepare_data.py --dataset {name} --source DIR"
+
+
+def _not_prepared(name: str, data_dir: str | Path, trial: int) -> str:
+    what = f"{name} trial {trial}" if name == "regdb" else name
+    command = _command(name) + f" --data_dir {data_dir}" + (f" --trial {trial}" if name == "regdb" else "")
+    return (
+        f"config.dataset.data_dir: {what} is not prepared in {data_dir} and config.dataset.source names no raw "
+        f"folder; run: {command}"
+    )
+
+
+@contextlib.contextmanager
+def _exclusive(directory: Path) -> Iterator[bool]:
+    """Hold the lock of a directory; the kernel lets it go when the process dies. False where locks do not work."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep tfds's own messages and progress bars off the terminal."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    tfds.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,49 @@
+"""The one exception that means "your input is wrong, here is the fix", and how scripts end on it."""
+
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+
+class UserError(Exception):
+    """A mistake in a flag, a config field or a file that the user can mend.
+
+    The message is one line: it names the field or file, says what was expected and gives the fix.
+    Scripts print it without a traceback and exit with code 2.
+    """
+
+
+def _fail(message: object) -> None:
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:  # what ml_collections raises for a field that the config lacks
+        name = re.findall(r"\w+", str(error).replace("\\n", " "))[0]
+        _fail(f"unknown config field '{name}'; configs/default.py lists every field")
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        # A config file that refuses its option arrives as the text of a traceback; its last line is the message.
+        text = str(error)
+        _fail(text.splitlines()[-1].partition(": ")[2] if "Traceback" in text else text)
+
+
+def run_script(main: Callable[[list[str]], int | None]) -> None:
+    """Parse absl's flags, run `main(positional arguments)` and exit.
+
+    The exit code is 0 or what `main` returns; 2, with one line on stderr, for a flag or config field that cannot be
+    parsed and for a `UserError`.
+    """
+
+    def guarded(argv: list[str]) -> int:
+        logging.set_verbosity(logging.WARNING)
+        try:
+            return main(argv[1:]) or 0
+        except UserError as error:
+            _fail(error)
+
+    app.run(guarded, flags_parser=_parse_flags)

@@ -1,0 +1,47 @@
+"""Embeddings of a list of images: the network over padded, masked batches of one shape."""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from mpanet_jax.evaluation.protocols import Embeddings
+
+
+def extract_embeddings(
+    embed: Callable[[UInt8[Array, "b h w 3"]], Float[Array, "b d"]],
+    batches: Iterable[dict[str, np.ndarray]],
+    paths: np.ndarray,
+) -> Embeddings:
+    """Runs `embed` over eval batches.
+
+    Args:
+      embed: resized bytes to embeddings; compiled once, since all batches have one shape.
+      batches: eval batches (DESIGN: "Eval batch"); rows whose `mask` is False are padding and dropped.
+      paths: str[N] of the whole split, indexed by the batches' `index`.
+
+    Returns:
+      One row an image, in the batches' order; features are float32 and not normalised.
+    """
+    features, pids, camids, index = [], [], [], []
+    waiting = None
+
+    def collect(batch: dict[str, np.ndarray], embeddings: Array) -> None:
+        rows = np.asarray(batch["mask"])
+        features.append(np.asarray(embeddings, np.float32)[rows])
+        pids.append(batch["pids"][rows])
+        camids.append(batch["camids"][rows])
+        index.append(batch["index"][rows])
+
+    for batch in batches:
+        # The previous result is fetched only after the next batch has been sent off, so the device never waits.
+        result = embed(jax.device_put(batch["images"]))
+        if waiting is not None:
+            collect(*waiting)
+        waiting = (batch, result)
+    if waiting is not None:
+        collect(*waiting)
+    return Embeddings(
+        np.concatenate(features), np.concatenate(pids), np.concatenate(camids), paths[np.concatenate(index)]
+    )

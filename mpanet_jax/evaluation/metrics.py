@@ -1,0 +1,252 @@
+"""Distances, rankings and the three figures of person re-identification: CMC, mAP and mINP.
+
+Everything here works on plain numpy arrays and knows no data set: `protocols.py` says which images are query and
+gallery, `evaluate.py` joins the two. A ranking is stable: ascending distance, equal distances in gallery order.
+"""
+
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int
+
+METRICS = ("cosine", "euclidean")
+CMC_DEFINITIONS = ("identity", "image")
+
+
+def threads() -> int:
+    """Number of CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def squared_norms(features: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, " n"]:
+    """‖row‖² of each row, by numpy's pairwise sums; infinite where it exceeds float32."""
+    squares = np.empty(len(features), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(features), 256):
+            np.sum(np.square(features[start : start + 256]), axis=1, out=squares[start : start + 256])
+    return squares
+
+
+def l2_normalize(features: np.ndarray) -> Float32[np.ndarray, "n d"]:
+    """Divide each row of `features` float[n, d] by its Euclidean norm; a zero row stays zero (similarity 0 to all).
+
+    Any finite float32 row is normalised correctly: in float64 where its squares overflow or vanish in float32.
+    """
+    features = np.asarray(features, np.float32)
+    squares = squared_norms(features)
+    ordinary = _ordinary(squares)
+    normalized = features / np.sqrt(np.where(ordinary, squares, 1))[:, None]
+    for row in np.flatnonzero(~ordinary):
+        exact = features[row].astype(np.float64)
+        normalized[row] = exact / (np.linalg.norm(exact) or 1.0)
+    return normalized
+
+
+def _ordinary(squares: np.ndarray) -> np.ndarray:
+    """Squared norms that, and whose products with each other, float32 holds with all its digits."""
+    return (squares > 1e-25) & (squares < 1e37)
+
+
+def _direction(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, 1/norm of each row), to give features/‖features‖ by a product; zero rows have factor 1.
+
+    Copies the features only where some norm is too large or too small to multiply.
+    """
+    squares = squared_norms(features)
+    ordinary = _ordinary(squares)
+    if not ordinary.all() and features[~ordinary].any():
+        return l2_normalize(features), np.ones(len(features), np.float32)
+    return features, 1 / np.sqrt(np.where(ordinary, squares, np.float32(1)))
+
+
+def first_equal_row(features: np.ndarray) -> Int[np.ndarray, " n"]:
+    """For each row, the index of the first row with the same bytes (its own where there is none before it).
+
+    Matrix products on some CPUs give the same row other last bits at another position, which would break a tie between
+    two equal images at random; the distances of the first of them are used for all.
+    """
+    first = np.arange(len(features))
+    # Most rows are told apart by some of their columns; only those that are not are read whole.
+    sample = np.ascontiguousarray(features[:, :: -(-features.shape[1] // 256)])
+    groups: dict[bytes, list[int]] = {}
+    for index, row in enumerate(sample):
+        groups.setdefault(row.tobytes(), []).append(index)
+    for rows in groups.values():
+        if len(rows) > 1:
+            seen: dict[bytes, int] = {}
+            for index in rows:
+                first[index] = seen.setdefault(hashlib.sha256(features[index].tobytes()).digest(), index)
+    return first
+
+
+def distance_function(gallery: np.ndarray, metric: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Return `distances(query) -> float32[q, n]` against a fixed `gallery` float32[n, d].
+
+    'cosine' is minus the cosine similarity times ‖q‖; a zero vector has similarity 0 to everything. 'euclidean' is half
+    the squared Euclidean distance without the query's own term ‖q‖²/2. Both rank a row like the distance itself and
+    keep more digits than it would; neither is meant to be compared between rows. Where this process already runs JAX
+    on an accelerator, the products are computed there in full float32, else by numpy.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+    first = first_equal_row(gallery)
+    duplicates = np.flatnonzero(first != np.arange(len(first)))
+    if metric == "cosine":
+        # The query's norm is the same for the whole row; the gallery's is divided out after the product.
+        gallery, factor = _direction(gallery)
+        half_squares = np.float32(0)
+        scale = None
+    else:
+        # A power of two brings the largest value near 1, so that no square overflows; it rounds nothing.
+        scale = np.ldexp(np.float32(1), -int(np.frexp(np.max(np.abs(gallery), initial=0))[1]))
+        gallery = gallery * scale if scale != 1 else gallery
+        half_squares, factor = squared_norms(gallery) / 2, np.float32(1)
+    product = _product_function(gallery)
+
+    def distances(query: np.ndarray) -> np.ndarray:
+        result = product(_direction(query)[0] if scale is None else query * scale)
+        result *= factor
+        np.subtract(half_squares, result, out=result)  # from a +0 or more: never gives -0, which would not tie with 0
+        result[:, duplicates] = result[:, first[duplicates]]
+        return result
+
+    return distances
+
+
+def _product_function(gallery: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Return `query -> query @ gallery.T` in float32, on the accelerator if JAX is loaded and has one."""
+    jax = sys.modules.get("jax")
+    if jax is None or jax.default_backend() == "cpu":
+        return lambda query: query @ gallery.T
+    on_device = jax.device_put(gallery)
+    return lambda query: np.array(_accelerator_product()(query, on_device))
+
+
+@functools.cache
+def _accelerator_product() -> Callable:
+    import jax
+
+    return jax.jit(lambda query, gallery: jax.numpy.matmul(query, gallery.T, precision=jax.lax.Precision.HIGHEST))
+
+
+def rank_gallery(distance: Float32[np.ndarray, "q n"]) -> Int[np.ndarray, "q n"]:
+    """Order the gallery for each query: ascending distance, ties by gallery order.
+
+    One int64 key holds the distance's bits above the gallery index, so that one plain sort, which numpy vectorises, is
+    also stable; several times the speed of a stable argsort. `distance` must be finite.
+    """
+    bits = np.ascontiguousarray(distance, np.float32).view(np.int32)
+    bits = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))  # negative floats: now ordered as integers too
+    keys = bits.astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(distance.shape[1], dtype=np.int64)
+    keys.sort(axis=1)
+    keys &= 0xFFFFFFFF
+    return keys
+
+
+def relative_identities(
+    query_pids: Int[np.ndarray, " q"], gallery_pids: Int[np.ndarray, " n"]
+) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], int]:
+    """Return `relative(rows, order) -> int[r, m]` and how many different numbers it gives.
+
+    `relative` renumbers the identities of gallery images `order` int[r, m] for the queries `rows` int[r]: 0 is the
+    query's own identity, other identities have other numbers.
+    """
+    pids, codes = np.unique(gallery_pids, return_inverse=True)
+    found = np.searchsorted(pids, query_pids).clip(max=len(pids) - 1)
+    own = np.where(pids[found] == query_pids, found, len(pids))  # the last number: an identity the gallery lacks
+    number = len(pids) + 1
+    small = np.int16 if number < 2**14 else np.int64
+    codes, own = codes.reshape(-1).astype(small), own.astype(small)
+
+    def relative(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+        difference = codes.take(order) - own[rows][:, None]
+        difference += (difference < 0) * small(number)
+        return difference
+
+    return relative, number
+
+
+class QueryScores(NamedTuple):
+    """One value for each of q queries; queries without a match have `matches` 0 and must not be averaged.
+
+    Attributes:
+      matches: how many gallery images show the query's identity.
+      identity_rank: position of the query's identity, from 1, when each identity counts once, at its first appearance.
+      image_rank: position of the first matching image, from 1.
+      average_precision: mean over the matches of (matches so far / position).
+      inverse_penalty: matches / position of the last match (mINP is its mean).
+    """
+
+    matches: Int[np.ndarray, " q"]
+    identity_rank: Int[np.ndarray, " q"]
+    image_rank: Int[np.ndarray, " q"]
+    average_precision: Float64[np.ndarray, " q"]
+    inverse_penalty: Float64[np.ndarray, " q"]
+
+
+def score_rankings(
+    ranked_identities: Int[np.ndarray, "q n"], keep: Bool[np.ndarray, "q n"], num_identities: int
+) -> QueryScores:
+    """Score q rankings of n gallery images each, of which only the kept ones take part.
+
+    Args:
+      ranked_identities: the images' identities in ranked order, in [0, num_identities) and renumbered for each query so
+        that 0 is its own (see `relative_identities`).
+      keep: whether that image is in this query's gallery at all (trial, camera rules).
+      num_identities: how many numbers `ranked_identities` may use.
+    """
+    num_queries = len(keep)
+    ends = np.cumsum(np.count_nonzero(keep, axis=1))
+    starts = np.concatenate([[0], ends[:-1]])
+    # The kept images of all queries one after the other; query i owns [starts[i], ends[i]).
+    identities = np.compress(keep.ravel(), ranked_identities.ravel())
+    hits = np.flatnonzero(identities == 0)
+
+    row = np.searchsorted(ends, hits, side="right")
+    position = hits - starts[row] + 1
+    matches = np.bincount(row, minlength=num_queries)
+    last_hit = np.cumsum(matches) - 1
+    first_hit = last_hit - matches + 1
+    ordinal = np.arange(len(hits)) - first_hit[row] + 1
+
+    matched = matches > 0
+    image_rank = np.zeros(num_queries, np.int64)
+    image_rank[matched] = position[first_hit[matched]]
+    last_position = np.ones(num_queries, np.int64)
+    last_position[matched] = position[last_hit[matched]]
+    precision = np.bincount(row, weights=ordinal / position, minlength=num_queries)
+
+    # Identities met before the first match: only those prefixes are looked at.
+    ahead = np.maximum(image_rank - 1, 0)
+    owner = np.repeat(np.arange(num_queries), ahead)
+    offset = np.arange(len(owner)) - np.repeat(np.cumsum(ahead) - ahead, ahead)
+    met = np.zeros((num_queries, num_identities), bool)
+    met[owner, identities[starts[owner] + offset]] = True
+    identity_rank = np.where(matched, np.count_nonzero(met, axis=1) + 1, 0)
+
+    return QueryScores(matches, identity_rank, image_rank, precision / np.maximum(matches, 1), matches / last_position)
+
+
+def summarize(scores: QueryScores, cmc: str, ranks: tuple[int, ...] = (1, 5, 10, 20)) -> dict[str, float]:
+    """Average over the queries that have a match: {'rank1', …, 'mAP', 'mINP'}, in percent.
+
+    `cmc` names the definition: 'identity' counts each identity once, at its first appearance; 'image' counts images.
+    Raises ValueError if no query has a match.
+    """
+    if cmc not in CMC_DEFINITIONS:
+        raise ValueError(f"cmc must be one of {CMC_DEFINITIONS}, got {cmc!r}")
+    matched = scores.matches > 0
+    if not matched.any():
+        raise ValueError("no query has a match in its gallery")
+    position = (scores.identity_rank if cmc == "identity" else scores.image_rank)[matched]
+    summary = {f"rank{k}": 100.0 * float(np.mean(position <= k)) for k in ranks}
+    summary["mAP"] = 100.0 * float(np.mean(scores.average_precision[matched]))
+    summary["mINP"] = 100.0 * float(np.mean(scores.inverse_penalty[matched]))
+    return summary

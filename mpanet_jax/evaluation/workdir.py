@@ -1,0 +1,84 @@
+"""Evaluation of a trained run: restore the model, embed the test split, apply the data set's protocol."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mpanet_jax import datasets
+from mpanet_jax.checkpoint import load_model
+from mpanet_jax.data.pipeline import eval_batches
+from mpanet_jax.datasets.schema import INFRARED, VISIBLE, Split
+from mpanet_jax.evaluation.evaluate import evaluate_embeddings
+from mpanet_jax.evaluation.extract import extract_embeddings
+from mpanet_jax.evaluation.protocols import Embeddings
+from mpanet_jax.experiment import cache_dir, load_config, load_split, make_model
+from mpanet_jax.models.mpanet import MPANet
+from mpanet_jax.step import embed_step
+
+
+def make_embed(model: MPANet) -> Callable[..., jax.Array]:
+    """(variables, resized bytes) → embeddings, compiled."""
+    return jax.jit(lambda variables, images: embed_step(variables, images, model=model))
+
+
+def embed_split(
+    config: ConfigDict, split: Split, embed: Callable[..., jax.Array], variables: dict[str, Any]
+) -> tuple[Embeddings, Embeddings]:
+    """Embeddings of a test split's (visible, infrared) images."""
+    by_modality = []
+    for modality in (VISIBLE, INFRARED):
+        batches = eval_batches(
+            split,
+            (split.modality == modality).nonzero()[0],
+            height=config.data.height,
+            width=config.data.width,
+            batch_size=config.eval.batch_size,
+            cache_dir=cache_dir(config),
+        )
+        by_modality.append(extract_embeddings(lambda images: embed(variables, images), batches, split.paths))
+    return by_modality[0], by_modality[1]
+
+
+def evaluate_split(
+    config: ConfigDict,
+    visible: Embeddings,
+    infrared: Embeddings,
+    *,
+    rerank: bool | None = None,
+    metric: str | None = None,
+    cmc: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The metrics of the data set's protocol; None leaves an option at the protocol's (or the config's) choice."""
+    name = config.dataset.name
+    permutation = datasets.permutation_file(config.dataset.data_dir) if name == "sysu_mm01" else None
+    return evaluate_embeddings(
+        infrared,
+        visible,
+        protocol=name,
+        permutation=permutation,
+        metric=metric,
+        cmc=cmc,
+        rerank=config.eval.rerank if rerank is None else rerank,
+        trial=config.dataset.trial if name == "regdb" else None,
+    )
+
+
+def evaluate_workdir(
+    workdir: Path, *, rerank: bool | None = None, metric: str | None = None, cmc: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Metrics of the last checkpoint under `workdir` on its data set's test split.
+
+    Raises:
+      UserError: no config.json, no checkpoint, or no data set; the message names the file and the fix.
+    """
+    config = load_config(workdir)
+    step, variables = load_model(workdir)
+    split = load_split(config, "test")
+    model = make_model(config, num_ids=variables["params"]["classifier"].shape[-1])
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
+    visible, infrared = embed_split(config, split, make_embed(model), variables)
+    metrics = evaluate_split(config, visible, infrared, rerank=rerank, metric=metric, cmc=cmc)
+    return {name: {**values, "checkpoint": "last", "step": step} for name, values in metrics.items()}

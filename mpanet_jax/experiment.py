@@ -1,0 +1,140 @@
+"""A config turned into the objects it describes. Below this file nothing reads a config."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mpanet_jax import datasets
+from mpanet_jax.data.augment import AugmentSettings
+from mpanet_jax.datasets.schema import Split
+from mpanet_jax.errors import UserError
+from mpanet_jax.losses import LossSettings
+from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
+from mpanet_jax.optim import create_optimizer, learning_rate_schedule, mean_rate_schedule
+
+CONFIG_FILE = "config.json"
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses a config that cannot be run, before anything is written.
+
+    Raises:
+      UserError: naming the field, what it expects and what it got.
+    """
+    choices = {
+        "preset": ("paper", "official"),
+        "dtype": ("auto", "float32", "bfloat16", "float64"),
+        "dataset.name": ("sysu_mm01", "regdb", "llcm"),
+        "data.cache": ("auto", "device", "host", "none"),
+        "model.channel_module": CHANNEL_MODULES,
+        "model.pattern_module": PATTERN_MODULES,
+    }
+    for field, allowed in choices.items():
+        value = _field(config, field)
+        if value not in allowed:
+            raise UserError(f"config.{field} = '{value}': expected one of {', '.join(allowed)}")
+    if config.data.images_per_id < 2 or config.data.images_per_id % 2:
+        raise UserError(
+            f"config.data.images_per_id = {config.data.images_per_id}: K is half visible, half infrared; "
+            f"use an even number such as {max(2, config.data.images_per_id // 2 * 2)}"
+        )
+    positive = (
+        "data.height data.width data.num_ids_per_batch train.num_epochs train.keep_checkpoints train.log_every_steps "
+        "eval.batch_size model.width model.num_patterns model.reduction"
+    )
+    for field in positive.split():
+        if _field(config, field) < 1:
+            raise UserError(f"config.{field} = {_field(config, field)}: expected at least 1")
+    if config.model.width % config.model.reduction and config.model.channel_module in ("mam", "se", "cbam"):
+        raise UserError(
+            f"config.model.reduction = {config.model.reduction}: it has to divide config.model.width = "
+            f"{config.model.width}"
+        )
+
+
+def _field(config: ConfigDict, path: str) -> object:
+    for name in path.split("."):
+        config = config[name]
+    return config
+
+
+def save_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `config.json`, the record from which `evaluate` and `extract` rebuild the model."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / (CONFIG_FILE + ".tmp")
+    unfinished.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    unfinished.rename(workdir / CONFIG_FILE)
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The config that `workdir` was trained with.
+
+    Raises:
+      UserError: the folder holds no readable config.json.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; --workdir takes a folder that scripts/train.py has written") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a config ({error}); restore it or train again") from None
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """config.dtype as a type; 'auto' is bfloat16 on accelerators and float32 on CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def load_split(config: ConfigDict, split: str) -> Split:
+    """The config's data set, prepared on demand from config.dataset.source; `split` is 'train' or 'test'."""
+    dataset = config.dataset
+    datasets.prepare(dataset.name, dataset.source, dataset.data_dir, trial=dataset.trial)
+    return datasets.load_split(dataset.name, dataset.data_dir, split, trial=dataset.trial)
+
+
+def cache_dir(config: ConfigDict) -> Path:
+    """Where the resized images of config.data.cache = 'host' lie."""
+    return Path(config.dataset.data_dir) / "cache"
+
+
+def make_model(config: ConfigDict, num_ids: int, axis_name: str | None = None) -> MPANet:
+    """The network of config.model for `num_ids` identities."""
+    dtype = compute_dtype(config.dtype)
+    return MPANet(
+        num_ids=num_ids,
+        **{**config.model, "stage_sizes": tuple(config.model.stage_sizes)},
+        dtype=dtype,
+        param_dtype=jnp.promote_types(dtype, jnp.float32),
+        axis_name=axis_name,
+    )
+
+
+def make_schedules(config: ConfigDict, steps_per_epoch: int) -> tuple[optax.Schedule, optax.Schedule]:
+    """The learning rate and the mean classifiers' α, by step."""
+    learning_rate = learning_rate_schedule(
+        config.optim.learning_rate, tuple(config.optim.milestones), config.optim.decay, steps_per_epoch
+    )
+    return learning_rate, mean_rate_schedule(config.mean.rate, config.mean.epochs_at_full or None, steps_per_epoch)
+
+
+def make_optimizer(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Adam with config.optim's weight decay."""
+    return create_optimizer(learning_rate, config.optim.weight_decay)
+
+
+def make_loss_settings(config: ConfigDict) -> LossSettings:
+    """config.loss as plain values."""
+    return LossSettings(**config.loss)
+
+
+def make_augment_settings(config: ConfigDict) -> AugmentSettings:
+    """config.augment as plain values."""
+    values = {name: tuple(v) if isinstance(v, list | tuple) else v for name, v in config.augment.items()}
+    return AugmentSettings(**values)

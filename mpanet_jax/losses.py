@@ -1,0 +1,163 @@
+"""The five losses of MPANet, eq. 7–13, and their weighted sum.
+
+Every function returns *this device's share* of the loss: the shares of all devices of `axis_name` add up to the loss
+of the global batch, because every denominator is global. On one device (`axis_name=None`) the share is the loss.
+Differentiating the share and summing the gradients over the devices gives the gradient of the global loss.
+
+A batch is identity-major: B = P·K, image b belongs to identity slot b // K (DESIGN: "Train batch").
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+VISIBLE = 0  # the value of `modality` for visible images; infrared ones have 1
+
+
+class LossSettings(NamedTuple):
+    """Weights of eq. 14 and the scalars in which the presets `paper` and `official` differ.
+
+    Attributes:
+      identity, center_cluster, separation, modality_identity, mutual_mean: weights of L_id, L_cc, L_sep (λ₁),
+        L_sid (λ₂) and L_MM (λ₃); 0 leaves the term out.
+      margin: ρ of eq. 13.
+      per_modality_identity: L_id as eq. 12's two means, summed; False: one mean over the batch.
+      student_first: L_MM as KL(own ‖ mean classifier) in one mean over the batch; False: eq. 10, KL(mean ‖ own), two
+        means, summed.
+    """
+
+    identity: float = 1.0
+    center_cluster: float = 1.0
+    separation: float = 0.5
+    modality_identity: float = 0.5
+    mutual_mean: float = 2.5
+    margin: float = 0.7
+    per_modality_identity: bool = True
+    student_first: bool = False
+
+
+def _total(values: Array, axis_name: str | None) -> Array:
+    return values.sum() if axis_name is None else lax.psum(values.sum(), axis_name)
+
+
+def _batch_mean(values: Float[Array, "b"], axis_name: str | None) -> Float[Array, ""]:
+    return values.sum() / _total(jnp.ones_like(values), axis_name)
+
+
+def _modality_means(values: Float[Array, "b"], modality: Int[Array, "b"], axis_name: str | None) -> Float[Array, ""]:
+    """The mean over the visible images plus the mean over the infrared ones."""
+    visible = (modality == VISIBLE).astype(values.dtype)
+    infrared = 1 - visible
+    return (values * visible).sum() / _total(visible, axis_name) + (values * infrared).sum() / _total(
+        infrared, axis_name
+    )
+
+
+def _cross_entropy(logits: Float[Array, "b n"], labels: Int[Array, "b"]) -> Float[Array, "b"]:
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+
+
+def _of_own_modality(modality: Int[Array, "b"], visible: Array, infrared: Array) -> Float[Array, "b n"]:
+    return jnp.where(modality[:, None] == VISIBLE, visible, infrared)
+
+
+def identity_loss(
+    logits: Float[Array, "b n"],
+    labels: Int[Array, "b"],
+    modality: Int[Array, "b"],
+    *,
+    per_modality: bool = True,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """L_id, eq. 12: cross-entropy, the mean over visible plus the mean over infrared images (or one mean)."""
+    values = _cross_entropy(logits, labels)
+    return _modality_means(values, modality, axis_name) if per_modality else _batch_mean(values, axis_name)
+
+
+def modality_identity_loss(
+    visible_logits: Float[Array, "b n"],
+    infrared_logits: Float[Array, "b n"],
+    labels: Int[Array, "b"],
+    modality: Int[Array, "b"],
+    *,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """L_sid, eq. 8: cross-entropy of each image under its own modality's classifier; two means, summed."""
+    own = _of_own_modality(modality, visible_logits, infrared_logits)
+    return _modality_means(_cross_entropy(own, labels), modality, axis_name)
+
+
+def separation_loss(maps: Float[Array, "b positions l"], *, axis_name: str | None = None) -> Float[Array, ""]:
+    """L_sep, eq. 7: per image Σ_{i<j} (MᵀM)_ij · 2/(l(l−1)), then the batch mean; 0 where l < 2."""
+    num_patterns = maps.shape[-1]
+    if num_patterns < 2:
+        return jnp.zeros((), maps.dtype)
+    overlaps = jnp.einsum("bni,bnj->bij", maps, maps, precision=lax.Precision.HIGHEST)
+    pairs = jnp.triu(jnp.ones((num_patterns, num_patterns), maps.dtype), k=1)
+    per_image = (overlaps * pairs).sum((1, 2)) * 2 / (num_patterns * (num_patterns - 1))
+    return _batch_mean(per_image, axis_name)
+
+
+def _norm(x: Float[Array, "... d"]) -> Float[Array, "..."]:
+    """‖x‖₂ over the last axis, with gradient 0 (not NaN) at 0."""
+    squared = (x * x).sum(-1)
+    is_zero = squared == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squared)))
+
+
+def center_cluster_loss(
+    features: Float[Array, "b d"], *, images_per_id: int, margin: float, axis_name: str | None = None
+) -> Float[Array, ""]:
+    """L_cc, eq. 13, of the features before the neck.
+
+    First term: the mean L2 distance of an image to its identity's centre h. Second: the mean over the P(P−1)/2 pairs of
+    identities of [ρ − ‖h_k − h_j‖]₊. A slot of K images lies wholly on one device; the centres of all devices are
+    gathered for the pairs.
+    """
+    slots = features.reshape(-1, images_per_id, features.shape[-1])
+    centers = slots.mean(1)
+    pull = _batch_mean(_norm(slots - centers[:, None]).reshape(-1), axis_name)
+    if axis_name is None:
+        others, first = centers, 0
+    else:
+        others = lax.all_gather(centers, axis_name, tiled=True)
+        first = lax.axis_index(axis_name) * len(centers)
+    num_ids = len(others)
+    if num_ids < 2:
+        return pull
+    distances = _norm(centers[:, None] - others[None])
+    # Each pair once: k < j in the global numbering of the slots.
+    once = (first + jnp.arange(len(centers)))[:, None] < jnp.arange(num_ids)
+    push = jnp.where(once, jax.nn.relu(margin - distances), 0).sum() * 2 / (num_ids * (num_ids - 1))
+    return pull + push
+
+
+def mutual_mean_loss(
+    visible_logits: Float[Array, "b n"],
+    infrared_logits: Float[Array, "b n"],
+    mean_visible_logits: Float[Array, "b n"],
+    mean_infrared_logits: Float[Array, "b n"],
+    modality: Int[Array, "b"],
+    *,
+    student_first: bool = False,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """L_MM, eq. 10: the mean classifier of the *other* modality teaches the image's own classifier.
+
+    KL(mean ‖ own) with the mean over visible plus the mean over infrared images; with `student_first`, the published
+    program's KL(own ‖ mean) in one mean over the batch. No gradient flows through the mean classifiers' prediction.
+    """
+    own = jax.nn.log_softmax(_of_own_modality(modality, visible_logits, infrared_logits))
+    other = _of_own_modality(modality, mean_infrared_logits, mean_visible_logits)
+    mean = jax.nn.log_softmax(lax.stop_gradient(other))
+    if student_first:
+        return _batch_mean((jnp.exp(own) * (own - mean)).sum(-1), axis_name)
+    return _modality_means((jnp.exp(mean) * (mean - own)).sum(-1), modality, axis_name)
+
+
+def total_loss(terms: dict[str, Float[Array, ""]], settings: LossSettings) -> Float[Array, ""]:
+    """L, eq. 14: the sum of the terms, each with the weight that `settings` holds under the same name."""
+    return sum(getattr(settings, name) * value for name, value in terms.items())

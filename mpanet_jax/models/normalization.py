@@ -1,0 +1,145 @@
+"""Batch normalisation as PyTorch computes it, with the residual addition and the ReLU that follow it.
+
+The forward and backward passes are written by hand because they decide the speed of the step: a ResNet is bound by
+memory traffic, and this form keeps only the convolution's output, the layer's output and two vectors per channel.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def statistics_dtype(x: Array) -> jnp.dtype:
+    """The type that statistics of x are computed in: float32, or float64 for float64 input."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def sum_over_devices(value: Array, axis_name: str | None) -> Array:
+    """The sum of `value` over the devices of `axis_name`; `value` itself on one device (axis_name None)."""
+    return value if axis_name is None else lax.psum(value, axis_name)
+
+
+def _channel_sums(*values: Array) -> list[Array]:
+    return [value.sum(axis=tuple(range(value.ndim - 1))) for value in values]
+
+
+def _count(x: Array, axis_name: str | None) -> int:
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    return x.size // x.shape[-1] * devices
+
+
+def _forward(x, residual, scale, bias, eps, relu, axis_name):
+    wide = x.astype(statistics_dtype(x))
+    total, total_squared = _channel_sums(wide, wide * wide)
+    count = _count(x, axis_name)
+    mean = sum_over_devices(total, axis_name) / count
+    variance = jnp.maximum(sum_over_devices(total_squared, axis_name) / count - mean * mean, 0)
+    inverse_deviation = lax.rsqrt(variance + eps)
+    y = (wide - mean) * (inverse_deviation * scale) + bias
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = jnp.maximum(y, 0)
+    return y.astype(x.dtype), mean, variance, inverse_deviation
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def batch_norm(
+    x: Float[Array, "*positions c"],
+    residual: Float[Array, "*positions c"] | None,
+    scale: Float[Array, "c"],
+    bias: Float[Array, "c"],
+    eps: float,
+    relu: bool,
+    axis_name: str | None,
+) -> tuple[Float[Array, "*positions c"], Float[Array, "c"], Float[Array, "c"]]:
+    """Training-mode batch norm over all axes but the last, then `+ residual`, then ReLU.
+
+    Args:
+      x: any number of leading axes; the statistics are taken over them and over the devices of `axis_name`.
+      residual: of x's shape, added after the normalisation; None for none.
+      scale, bias: one value a channel.
+      eps: added to the variance.
+      relu: whether a ReLU follows.
+      axis_name: the mapped axis of a multi-device step, None on one device.
+
+    Returns:
+      y in x's type, and the batch's mean and *biased* variance in float32; no gradient flows through these two.
+    """
+    y, mean, variance, _ = _forward(x, residual, scale, bias, eps, relu, axis_name)
+    return y, mean, variance
+
+
+def _batch_norm_forward(x, residual, scale, bias, eps, relu, axis_name):
+    y, mean, variance, inverse_deviation = _forward(x, residual, scale, bias, eps, relu, axis_name)
+    # The ReLU's mask is read back from y, which the next layer keeps anyway.
+    saved = (x, mean, inverse_deviation, scale, y if relu else None, residual is not None)
+    return (y, mean, variance), saved
+
+
+def _batch_norm_backward(eps, relu, axis_name, saved, cotangents):
+    x, mean, inverse_deviation, scale, y, has_residual = saved
+    dy = cotangents[0]
+    gradient = dy.astype(mean.dtype)
+    if relu:
+        gradient = jnp.where(y > 0, gradient, 0)
+    normalised = (x.astype(mean.dtype) - mean) * inverse_deviation
+    d_bias, d_scale = _channel_sums(gradient, gradient * normalised)
+    count = _count(x, axis_name)
+    mean_gradient = sum_over_devices(d_bias, axis_name) / count
+    mean_product = sum_over_devices(d_scale, axis_name) / count
+    dx = (gradient - mean_gradient - normalised * mean_product) * (inverse_deviation * scale)
+    d_residual = gradient.astype(dy.dtype) if has_residual else None
+    return dx.astype(x.dtype), d_residual, d_scale, d_bias
+
+
+batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm2d / BatchNorm1d in PyTorch's conventions: the running variance is the *unbiased* one.
+
+    Attributes:
+      relu: apply a ReLU after the normalisation (and after the residual).
+      use_bias: False leaves the bias out, i.e. fixes it at 0 (the BN neck).
+      momentum: weight of the new batch in the running statistics.
+      axis_name: the mapped axis over whose devices the statistics are taken.
+      param_dtype: type of scale, bias and running statistics.
+    """
+
+    relu: bool = False
+    use_bias: bool = True
+    momentum: float = 0.1
+    eps: float = 1e-5
+    axis_name: str | None = None
+    param_dtype: jnp.dtype = jnp.float32
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*positions c"], residual: Float[Array, "*positions c"] | None = None, *, train: bool
+    ) -> Float[Array, "*positions c"]:
+        channels = (x.shape[-1],)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
+        running_variance = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
+        scale = self.param("scale", self.scale_init, channels, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype) if self.use_bias else 0 * scale
+        if train:
+            y, mean, variance = batch_norm(x, residual, scale, bias, self.eps, self.relu, self.axis_name)
+            if not self.is_initializing():
+                count = _count(x, self.axis_name)
+                unbiased = variance * (count / max(count - 1, 1))
+                running_mean.value = (1 - self.momentum) * running_mean.value + self.momentum * mean
+                running_variance.value = (1 - self.momentum) * running_variance.value + self.momentum * unbiased
+            return y
+        wide = x.astype(statistics_dtype(x))
+        y = (wide - running_mean.value) * (lax.rsqrt(running_variance.value + self.eps) * scale) + bias
+        if residual is not None:
+            y = y + residual
+        if self.relu:
+            y = jnp.maximum(y, 0)
+        return y.astype(x.dtype)

@@ -1,0 +1,63 @@
+"""Evaluate a trained model, or embeddings from any framework, by a named protocol.
+
+python scripts/evaluate.py --workdir=runs/sysu
+python scripts/evaluate.py --workdirs='runs/regdb_*'
+python scripts/evaluate.py --features query.npz gallery.npz --protocol sysu_mm01 \
+    --permutation rand_perm_cam.mat --out metrics.json
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from mpanet_jax.errors import UserError, run_script
+from mpanet_jax.evaluation.evaluate import evaluate_embeddings, format_table, write_metrics
+from mpanet_jax.evaluation.metrics import CMC_DEFINITIONS, METRICS
+from mpanet_jax.evaluation.protocols import DEFAULTS, load_embeddings
+from mpanet_jax.evaluation.trials import evaluate_workdirs
+
+FEATURES = flags.DEFINE_string(
+    "features", None, "QUERY.npz, followed by GALLERY.npz (regdb, llcm: the visible and the infrared images)."
+)
+PROTOCOL = flags.DEFINE_enum("protocol", None, list(DEFAULTS), "What --features are.")
+PERMUTATION = flags.DEFINE_string("permutation", None, "SYSU-MM01's rand_perm_cam.mat, for --protocol sysu_mm01.")
+WORKDIR = flags.DEFINE_string("workdir", None, "A training run: restores its checkpoint, extracts and evaluates.")
+WORKDIRS = flags.DEFINE_string("workdirs", None, "A pattern of RegDB runs, one for each trial, to average.")
+RERANK = flags.DEFINE_bool("rerank", None, "k-reciprocal re-ranking; off by default, as in the papers' tables.")
+METRIC = flags.DEFINE_enum("metric", None, METRICS, "By default the protocol's.")
+CMC = flags.DEFINE_enum(
+    "cmc", None, CMC_DEFINITIONS, "Rank-k counts identities (at their first appearance) or images; default: protocol's."
+)
+OUT = flags.DEFINE_string("out", None, "Where to write metrics.json; by default in --workdir, else nowhere.")
+
+
+def main(files: list[str]) -> None:
+    given = [flag.name for flag in (FEATURES, WORKDIR, WORKDIRS) if flag.value]
+    if len(given) != 1:
+        raise UserError(f"expected one of --features, --workdir and --workdirs, got {', '.join(given) or 'none'}")
+    options = {"rerank": RERANK.value, "metric": METRIC.value, "cmc": CMC.value}
+    if FEATURES.value and (len(files) != 1 or PROTOCOL.value is None):
+        raise UserError("--features: expected --features QUERY.npz GALLERY.npz --protocol " + "|".join(DEFAULTS))
+    if not FEATURES.value and (files or PROTOCOL.value or PERMUTATION.value):
+        raise UserError("--protocol, --permutation and file names go with --features; a run's config says its own")
+    out = OUT.value
+    if FEATURES.value:
+        query, gallery = load_embeddings(FEATURES.value), load_embeddings(files[0])
+        options.update(protocol=PROTOCOL.value, permutation=PERMUTATION.value, rerank=bool(RERANK.value))
+        metrics = evaluate_embeddings(query, gallery, **options)
+    else:
+        from mpanet_jax.evaluation.workdir import evaluate_workdir  # imports JAX, which embeddings do not need
+
+        if WORKDIR.value:
+            metrics = evaluate_workdir(Path(WORKDIR.value), **options)
+            out = out or Path(WORKDIR.value) / "metrics.json"
+        else:
+            metrics = evaluate_workdirs(WORKDIRS.value, lambda workdir: evaluate_workdir(workdir, **options))
+    print(format_table(metrics))
+    if out:
+        write_metrics(out, metrics)
+
+
+if __name__ == "__main__":
+    flags.FLAGS.set_gnu_getopt(True)  # flags may follow GALLERY.npz
+    run_script(main)

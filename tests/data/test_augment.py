@@ -1,0 +1,160 @@
+"""Each augmentation: its distribution over many draws, and its geometry on hand-made images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpanet_jax.data.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AugmentSettings,
+    augment,
+    augment_image,
+    erase_box,
+    normalize,
+)
+
+NOTHING = AugmentSettings(flip_probability=0.0, crop_padding=0, erase_probability=0.0)
+HEIGHT, WIDTH = 24, 10
+DRAWS = 4000
+
+
+def draw_image(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, size=(HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def same(results, expected):
+    """Whether each image equals `expected`; one step of a byte is 0.017 after normalisation, rounding 1e-6."""
+    return (np.abs(results - np.asarray(expected)) < 1e-4).all((-3, -2, -1))
+
+
+def augment_many(image, settings, draws=DRAWS):
+    images = jnp.broadcast_to(image, (draws, *image.shape))
+    return np.asarray(jax.jit(lambda x: augment(jax.random.key(0), x, settings, dtype=jnp.float32))(images))
+
+
+def test_normalize_by_hand():
+    pixel = np.array([[[0, 255, 51]]], np.uint8)
+    expected = [(v - m) / s for v, m, s in zip((0.0, 1.0, 0.2), IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    np.testing.assert_allclose(normalize(pixel, jnp.float32)[0, 0], expected, rtol=1e-6)
+
+
+def test_without_draws_it_only_normalises():
+    image = draw_image()
+    assert same(augment_many(image, NOTHING, 2), normalize(image, jnp.float32)).all()
+
+
+def test_flip_mirrors_columns_at_its_rate():
+    image = draw_image()
+    results = augment_many(image, NOTHING._replace(flip_probability=0.3))
+    plain, mirrored = normalize(image, jnp.float32), normalize(image[:, ::-1], jnp.float32)
+    is_plain, is_mirrored = same(results, plain), same(results, mirrored)
+    assert (is_plain ^ is_mirrored).all()
+    # 0.3 ± 5 standard deviations of a mean of DRAWS coin tosses
+    assert abs(is_mirrored.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / DRAWS)
+
+
+def test_crop_offsets_are_uniform_and_the_padding_is_127():
+    pad = 2
+    image = draw_image()
+    results = augment_many(image, NOTHING._replace(crop_padding=pad))
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), constant_values=127)
+    counts = {}
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            crop = normalize(padded[top : top + HEIGHT, left : left + WIDTH], jnp.float32)
+            counts[top, left] = same(results, crop).sum()
+    # Every result is one of the 25 crops, and a chi-squared test does not refuse the uniform distribution.
+    assert sum(counts.values()) == DRAWS
+    expected = DRAWS / len(counts)
+    chi_squared = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert chi_squared < 60  # 24 degrees of freedom: p < 1e-4 beyond
+
+
+def test_flip_comes_before_the_crop():
+    # In a mirrored image the padding's side tells the order: cropping first would mirror the padding too.
+    settings = NOTHING._replace(flip_probability=1.0, crop_padding=3)
+    image = draw_image()
+    padded = np.pad(image[:, ::-1], ((3, 3), (3, 3), (0, 0)), constant_values=127)
+    for result in augment_many(image, settings, 20):
+        matches = [
+            same(result, normalize(padded[t : t + HEIGHT, u : u + WIDTH], jnp.float32))
+            for t in range(7)
+            for u in range(7)
+        ]
+        assert sum(matches) == 1
+
+
+def test_erased_pixels_are_zero_after_normalisation_and_form_one_box():
+    image = draw_image()
+    results = augment_many(image, NOTHING._replace(erase_probability=1.0), 200)
+    plain = np.asarray(normalize(image, jnp.float32))
+    for result in results:
+        changed = (np.abs(result - plain) > 1e-4).any(-1)
+        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+        assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        assert (result[changed] == 0).all()
+
+
+def test_erasing_happens_at_its_rate():
+    results = augment_many(draw_image(), NOTHING._replace(erase_probability=0.5))
+    erased = (results == 0).all(-1).any((1, 2))
+    assert abs(erased.mean() - 0.5) < 5 * np.sqrt(0.25 / DRAWS)
+
+
+def test_erase_boxes_keep_to_area_and_aspect():
+    height, width = 384, 128
+    settings = NOTHING._replace(erase_probability=1.0)
+    keys = jax.random.split(jax.random.key(1), DRAWS)
+    top, left, box_height, box_width = (
+        np.asarray(v) for v in jax.vmap(lambda key: erase_box(key, height, width, settings))(keys)
+    )
+    assert (top >= 0).all() and (top + box_height <= height).all()
+    assert (left >= 0).all() and (left + box_width <= width).all()
+    share, aspect = box_height * box_width / (height * width), box_height / box_width
+    # Rounding to whole pixels moves both ends by a few percent of the smallest boxes.
+    assert 0.019 < share.min() < 0.025 and 0.30 < share.max() < 0.336
+    assert 0.28 < aspect.min() < 0.33 and 3.1 < aspect.max() < 3.5
+    # Aspect is log-uniform, but wide boxes of large area do not fit and are drawn again, so tall ones are more frequent.
+    assert 0.5 < (aspect > 1).mean() < 0.8
+    # Where the image is square nothing is refused for its shape: half of the boxes are tall, the mean share is 17.5 %.
+    _, _, box_height, box_width = (
+        np.asarray(v) for v in jax.vmap(lambda key: erase_box(key, 300, 300, settings))(keys)
+    )
+    assert abs((box_height > box_width).mean() - 0.5) < 0.05
+    assert abs((box_height * box_width / 90_000).mean() - 0.175) < 0.01
+
+
+def test_places_of_the_box_are_uniform():
+    settings = NOTHING._replace(erase_probability=1.0, erase_area=(0.04, 0.04), erase_aspect=(1.0, 1.0))
+    keys = jax.random.split(jax.random.key(2), DRAWS)
+    top, left, box_height, box_width = (
+        np.asarray(v) for v in jax.vmap(lambda key: erase_box(key, 50, 50, settings))(keys)
+    )
+    assert (box_height == 10).all() and (box_width == 10).all()
+    for place in (top, left):
+        counts = np.bincount(place, minlength=41)
+        assert len(counts) == 41
+        assert ((counts - DRAWS / 41) ** 2 / (DRAWS / 41)).sum() < 85  # 40 degrees of freedom: p < 1e-4 beyond
+
+
+@pytest.mark.parametrize("share", [2, 3, 4])
+def test_draws_depend_on_the_place_in_the_global_batch_only(share):
+    images = np.stack([draw_image(seed) for seed in range(12)])
+    settings = AugmentSettings(crop_padding=2)
+    key = jax.random.key(3)
+    whole = augment(key, images, settings, dtype=jnp.float32)
+    size = 12 // share
+    parts = [
+        augment(key, images[i * size : (i + 1) * size], settings, dtype=jnp.float32, first_index=i * size)
+        for i in range(share)
+    ]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_one_key_gives_one_result():
+    image, settings = draw_image(), AugmentSettings(crop_padding=2)
+    first, again, other = (augment_image(jax.random.key(k), image, settings, jnp.float32) for k in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert (np.asarray(first) != np.asarray(other)).any()

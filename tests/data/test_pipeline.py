@@ -1,0 +1,208 @@
+import io
+import itertools
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mpanet_jax.data import cache as cache_module
+from mpanet_jax.data.cache import cache_path, choose_cache, open_cache, resized_images
+from mpanet_jax.data.pipeline import eval_batches, train_feed
+from mpanet_jax.data.sampling import BatchPlan
+from mpanet_jax.errors import UserError
+from tests.data.toy import PLAN, SIZE, batch_hash, toy_split
+
+MODES = [("none", 0), ("none", 1), ("none", 2), ("host", 0), ("device", 0), ("auto", 0)]
+
+
+def pillow_resized(encoded):
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    return np.asarray(image.resize((SIZE["width"], SIZE["height"]), Image.Resampling.BILINEAR))
+
+
+def test_all_modes_give_the_same_bits(tmp_path):
+    split = toy_split()
+    hashes = {}
+    for cache, num_workers in MODES:
+        feed = train_feed(split, **SIZE, **PLAN, cache=cache, cache_dir=tmp_path, num_workers=num_workers)
+        hashes[cache, num_workers] = [batch_hash(batch, feed.images) for batch in feed.batches]
+        feed.batches.close()
+        assert (feed.images is not None) == (feed.cache == "device")
+    first, *others = hashes.values()
+    assert len(first) == 21
+    assert all(other == first for other in others)
+
+
+def test_a_batch_is_what_the_plan_says():
+    split = toy_split()
+    feed = train_feed(split, **SIZE, **PLAN, cache="none")
+    plan = BatchPlan(split.pids, split.modality, PLAN["num_ids_per_batch"], PLAN["images_per_id"], PLAN["seed"])
+    expected = np.concatenate([plan.epoch(epoch) for epoch in range(PLAN["num_epochs"])])
+    batches = list(feed.batches)
+    assert len(batches) == PLAN["num_epochs"] * feed.steps_per_epoch == len(expected)
+    for batch, index in zip(batches, expected, strict=True):
+        np.testing.assert_array_equal(batch["index"], index)
+        # pids 11, 21, ... are the labels 0, 1, ...
+        np.testing.assert_array_equal(batch["labels"], (split.pids[index] - 11) // 10)
+        np.testing.assert_array_equal(batch["modality"], split.modality[index])
+        assert {batch[name].dtype for name in ("labels", "modality", "index")} == {np.dtype(np.int32)}
+        assert batch["images"].dtype == np.uint8
+        for image, i in zip(batch["images"], index, strict=True):
+            # White noise, reduced and enlarged by up to 1.7: far harsher than a photograph, but it tells images apart.
+            assert np.abs(image.astype(int) - pillow_resized(split.encoded[i])).mean() < 8
+
+
+def test_hosts_share_the_identity_slots():
+    split = toy_split()
+    whole = train_feed(split, **SIZE, **PLAN, cache="none")
+    shares = [train_feed(split, **SIZE, **PLAN, cache="none", process_index=i, process_count=2) for i in range(2)]
+    assert {share.steps_per_epoch for share in shares} == {whole.steps_per_epoch}
+    for all_of_it, *parts in itertools.islice(zip(whole.batches, *(s.batches for s in shares), strict=True), 5):
+        for name, values in all_of_it.items():
+            np.testing.assert_array_equal(values, np.concatenate([part[name] for part in parts]))
+            assert len(parts[0][name]) == 8
+    with pytest.raises(UserError, match=r"config\.data\.num_ids_per_batch=4 must be a multiple of the 3 .* next is 6"):
+        train_feed(split, **SIZE, **PLAN, cache="none", process_count=3)
+
+
+def test_device_images_go_where_they_are_put(tmp_path):
+    put = []
+    feed = train_feed(
+        toy_split(), **SIZE, **PLAN, cache="device", put_images=lambda images: put.append(images) or "there"
+    )
+    assert feed.images == "there"
+    assert put[0].shape == (len(toy_split()), 24, 12, 3)
+    assert "images" not in next(feed.batches)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_evaluation_batches_have_one_shape_and_the_asked_order(tmp_path, cached):
+    split = toy_split()
+    if cached:
+        resized_images(split, **SIZE, cache_dir=tmp_path)
+    indices = np.array([5, 3, 40, 7, 3, 0, 11])
+    batches = list(eval_batches(split, indices, **SIZE, batch_size=3, cache_dir=tmp_path))
+    assert [batch["mask"].tolist() for batch in batches] == [[True] * 3, [True] * 3, [True, False, False]]
+    assert {batch["images"].shape for batch in batches} == {(3, 24, 12, 3)}
+    real = {name: np.concatenate([b[name][b["mask"]] for b in batches]) for name in batches[0]}
+    np.testing.assert_array_equal(real["index"], indices)
+    np.testing.assert_array_equal(real["pids"], split.pids[indices])
+    np.testing.assert_array_equal(real["camids"], split.camids[indices])
+    train = {}
+    for batch in train_feed(split, **SIZE, **PLAN, cache="none").batches:
+        train |= dict(zip(batch["index"].tolist(), batch["images"], strict=True))
+    for image, i in zip(real["images"], indices.tolist(), strict=True):
+        np.testing.assert_array_equal(image, train[i])  # evaluation sees training's pixels
+    assert not batches[-1]["images"][1:].any()
+    assert list(eval_batches(split, [], **SIZE, batch_size=3)) == []
+
+
+@pytest.mark.parametrize(("cache", "num_workers"), [("none", 0), ("none", 1), ("host", 0)])
+def test_a_damaged_image_is_named_and_leaves_nothing(tmp_path, cache, num_workers):
+    split = toy_split()
+    split.encoded[17] = split.encoded[17][:150]
+    with pytest.raises(UserError, match=r"image cam/0017\.jpg can't be decoded"):
+        feed = train_feed(split, **SIZE, **PLAN, cache=cache, cache_dir=tmp_path, num_workers=num_workers)
+        list(feed.batches)
+    assert not list(tmp_path.glob("*.npy*"))
+
+
+class CountedReads(list):
+    """Encoded images that count how often one is read."""
+
+    reads = 0
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return super().__getitem__(i)
+
+
+def counted(split):
+    object.__setattr__(split, "encoded", CountedReads(split.encoded))
+    return split
+
+
+def test_the_host_cache_is_built_once(tmp_path):
+    split = counted(toy_split())
+    first = np.array(resized_images(split, **SIZE, cache_dir=tmp_path))
+    assert split.encoded.reads == len(split)
+    again = resized_images(split, **SIZE, cache_dir=tmp_path)
+    assert isinstance(again, np.memmap)
+    np.testing.assert_array_equal(again, first)
+    assert split.encoded.reads == len(split)
+    # Another size and other data are other files.
+    assert resized_images(split, 10, 6, tmp_path).shape[1:] == (10, 6, 3)
+    object.__setattr__(split, "fingerprint", "toy1")
+    resized_images(split, **SIZE, cache_dir=tmp_path)
+    assert split.encoded.reads == 3 * len(split)
+
+
+def test_the_remains_of_a_killed_build_are_no_cache(tmp_path):
+    split = toy_split()
+    part = cache_path(split, **SIZE, cache_dir=tmp_path).with_suffix(".npy.part")
+    part.write_bytes(b"half a file")
+    assert open_cache(split, **SIZE, cache_dir=tmp_path) is None
+    assert len(resized_images(split, **SIZE, cache_dir=tmp_path)) == len(split)
+    assert not part.exists()
+
+
+def test_a_cut_off_cache_is_built_again(tmp_path):
+    split = toy_split()
+    expected = np.array(resized_images(split, **SIZE, cache_dir=tmp_path))
+    path = cache_path(split, **SIZE, cache_dir=tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    np.testing.assert_array_equal(resized_images(split, **SIZE, cache_dir=tmp_path), expected)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"config\.data\.cache_dir=.*file/cache: can't write"):
+        resized_images(toy_split(), **SIZE, cache_dir=tmp_path / "file/cache")
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("device", "ram", "disk", "choice"),
+    [
+        (80, 64, 500, "device"),
+        (8, 64, 500, "device"),  # half of it is just enough
+        (7.9, 64, 500, "host"),
+        (0, 64, 500, "host"),  # no accelerator
+        (0, 7, 500, "none"),
+        (0, 64, 7, "none"),
+    ],
+)
+def test_auto_takes_the_fastest_mode_that_fits(tmp_path, monkeypatch, device, ram, disk, choice):
+    monkeypatch.setattr(cache_module, "_free_device_memory", lambda: int(device * GIB))
+    monkeypatch.setattr(cache_module, "_free_ram", lambda: int(ram * GIB))
+    monkeypatch.setattr(cache_module, "_free_disk", lambda path: int(disk * GIB))
+    messages = []
+    monkeypatch.setattr(cache_module.logging, "info", lambda message, *values: messages.append(message % values))
+    assert choose_cache("auto", 4 * GIB, tmp_path) == choice
+    assert choice in messages[0] and "4.00 GiB" in messages[0] and f"{ram:.2f} GiB" in messages[0]
+
+
+def test_an_unknown_cache_mode_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"config\.data\.cache='disk' is unknown; .*'auto', 'device', 'host', 'none'"):
+        choose_cache("disk", 1, tmp_path)
+
+
+def test_batches_are_prepared_while_the_device_works():
+    """Ten batches take about as long as the slower of reading and training, not as both together."""
+    split = toy_split()
+
+    class Slow(list):
+        def __getitem__(self, i):
+            time.sleep(0.002)
+            return super().__getitem__(i)
+
+    object.__setattr__(split, "encoded", Slow(split.encoded))
+    feed = train_feed(split, **SIZE, **PLAN, cache="none")
+    next(feed.batches)
+    time.sleep(0.3)
+    started = time.perf_counter()
+    next(feed.batches)
+    assert time.perf_counter() - started < 0.02  # it takes 0.032 to read

@@ -1,0 +1,137 @@
+"""Killed at any step and restarted, the batches that follow are the same bits, in all feeding modes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from mpanet_jax.data.pipeline import train_feed
+from mpanet_jax.errors import UserError
+from tests.data.toy import PLAN, SIZE, batch_hash, toy_split
+
+ROOT = Path(__file__).resolve().parents[2]
+MODES = [("none", 0), ("none", 2), ("host", 0), ("device", 0)]
+
+
+def start(folder: Path, cache: str, num_workers: int) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.data.feed_process", str(folder), cache, str(num_workers)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def lines(folder: Path) -> list[str]:
+    log = folder / "batches.txt"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """Those that are whole."""
+    return [path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def children(pid: int) -> list[int]:
+    """Those started by any of a process's threads."""
+    lists = [thread / "children" for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return [int(child) for list_of_one in lists for child in list_of_one.read_text().split()]
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="watches processes through /proc")
+def test_batches_after_a_kill_are_bit_identical_in_all_modes(tmp_path):
+    feed = train_feed(toy_split(), **SIZE, **PLAN, cache="none")
+    expected = [batch_hash(batch) for batch in feed.batches]
+    assert len(expected) == 3 * feed.steps_per_epoch == len(set(expected))
+    folders = {mode: tmp_path / f"{mode[0]}{mode[1]}" for mode in MODES}
+    for folder in folders.values():
+        folder.mkdir()
+
+    # The modes run side by side. Each is killed at another step, after its first checkpoint or its second.
+    processes = {mode: start(folders[mode], *mode) for mode in MODES}
+    waiting = {mode: 4 + number for number, mode in enumerate(MODES)}
+    workers = []
+    deadline = time.monotonic() + 120
+    while waiting:
+        assert time.monotonic() < deadline, f"waited too long for {waiting}"
+        for mode, count in list(waiting.items()):
+            if len(lines(folders[mode])) >= count and checkpoints(folders[mode]):
+                del waiting[mode]
+                workers += children(processes[mode].pid)
+                processes[mode].send_signal(signal.SIGKILL)
+                processes[mode].wait()
+                assert "end" not in lines(folders[mode])
+        time.sleep(0.02)
+    assert len(workers) >= 2  # those of ("none", 2)
+    while any(map(running, workers)):
+        assert time.monotonic() < deadline + 20, "orphans are left"
+        time.sleep(0.02)
+
+    for mode, process in {mode: start(folders[mode], *mode) for mode in MODES}.items():
+        assert process.wait(timeout=120) == 0, mode
+        log = lines(folders[mode])
+        assert log[-1] == "end"
+        (restart,) = [number for number, line in enumerate(log) if line.startswith("restored")]
+        step = int(log[restart].split()[1])
+        assert step > 0 and step % 3 == 0
+        hashes = dict(enumerate(expected))
+        before = [line.split() for line in log[:restart]]
+        assert [(int(s), h) for s, h in before] == list(hashes.items())[: len(before)], mode
+        after = [line.split() for line in log[restart + 1 : -1]]
+        assert [(int(s), h) for s, h in after] == list(hashes.items())[step:], mode
+
+
+def save(folder, batches):
+    ocp.save_checkpointables(folder, {"state": {"step": np.zeros(())}, "data": batches})
+
+
+def load(folder, batches):
+    ocp.load_checkpointables(folder, {"state": None, "data": batches})
+
+
+@pytest.mark.parametrize("taken", [0, 5, 9, 21])
+def test_a_checkpoint_resumes_in_another_mode(tmp_path, taken):
+    feed = train_feed(toy_split(), **SIZE, **PLAN, cache="none")
+    expected = [batch_hash(batch) for batch in feed.batches]
+    assert len(expected) == 21
+    feed = train_feed(toy_split(), **SIZE, **PLAN, cache="none")
+    for _ in range(taken):
+        next(feed.batches)
+    save(tmp_path / "checkpoint", feed.batches)
+    for cache in ("host", "device"):
+        other = train_feed(toy_split(), **SIZE, **PLAN, cache=cache, cache_dir=tmp_path)
+        if taken == 5:  # an iterator that is already under way is put back too
+            for _ in range(8):
+                next(other.batches)
+        load(tmp_path / "checkpoint", other.batches)
+        assert [batch_hash(batch, other.images) for batch in other.batches] == expected[taken:]
+
+
+@pytest.mark.parametrize(
+    "change", [dict(seed=4), dict(num_ids_per_batch=5), dict(images_per_id=2), dict(counts=[(5, 5)] * 6)]
+)
+def test_a_checkpoint_of_another_plan_is_refused(change):
+    state = train_feed(toy_split(), **SIZE, **PLAN, cache="none").batches.get_state()
+    plan = PLAN | change
+    split = toy_split(plan.pop("counts")) if "counts" in change else toy_split()
+    with pytest.raises(UserError, match=r"same config\.data, config\.seed and data set, or start in a new workdir"):
+        train_feed(split, **SIZE, **plan, cache="none").batches.set_state(state)
+
+
+def test_a_checkpoint_beyond_the_last_epoch_is_refused():
+    feed = train_feed(toy_split(), **SIZE, **PLAN, cache="none")
+    for _ in range(20):
+        next(feed.batches)
+    shorter = train_feed(toy_split(), **SIZE, **(PLAN | dict(num_epochs=2)), cache="none")
+    with pytest.raises(UserError, match=r"before batch 20, this run has 14; raise config\.num_epochs"):
+        shorter.batches.set_state(feed.batches.get_state())

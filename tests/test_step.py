@@ -1,0 +1,156 @@
+"""The whole iteration: it learns, it is deterministic, and each piece of the state moves as METHOD says."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpanet_jax.data.augment import AugmentSettings
+from mpanet_jax.losses import LossSettings
+from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
+from mpanet_jax.optim import create_optimizer, learning_rate_schedule, mean_rate_schedule
+from mpanet_jax.state import create_train_state, init_variables
+from mpanet_jax.step import embed_step, train_step
+
+P, K, HEIGHT, WIDTH = 4, 4, 64, 32
+DEFAULT_LOSSES = LossSettings()
+
+
+def make_model(**options):
+    return MPANet(num_ids=P, stage_sizes=(1, 1, 1, 1), width=16, **options)
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    # One texture an identity, so that there is something to learn.
+    base = rng.integers(0, 256, size=(P, 1, HEIGHT, WIDTH, 3))
+    images = np.clip(base + rng.normal(0, 20, size=(P, K, HEIGHT, WIDTH, 3)), 0, 255).astype(np.uint8)
+    return {
+        "images": images.reshape(P * K, HEIGHT, WIDTH, 3),
+        "labels": np.repeat(np.arange(P), K).astype(np.int32),
+        "modality": np.tile([0, 0, 1, 1], P).astype(np.int32),
+    }
+
+
+def make_step(model, loss_settings=DEFAULT_LOSSES, augment_settings=None, mean_rate=0.2):
+    learning_rate = learning_rate_schedule(1e-3, (80,), 0.1, 10)
+    optimizer = create_optimizer(learning_rate, 5e-4)
+    variables = init_variables(model, jax.random.key(0), HEIGHT, WIDTH)
+    state = create_train_state(variables["params"], variables["batch_stats"], optimizer, jax.random.key(1))
+    step = partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        mean_rate=mean_rate_schedule(mean_rate, None, 10),
+        loss_settings=loss_settings,
+        augment_settings=augment_settings,
+        images_per_id=K,
+    )
+    return jax.jit(step), state
+
+
+def equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+def test_four_steps_train():
+    step, state = make_step(make_model(), augment_settings=AugmentSettings())
+    batch, history = make_batch(), []
+    for _ in range(4):
+        state, metrics = step(state, batch)
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert int(state.step) == 4
+    assert all(np.isfinite(list(values.values())).all() for values in history)
+    assert history[3]["identity"] < history[0]["identity"]
+    assert set(history[0]) == {
+        *("identity", "center_cluster", "separation", "modality_identity", "mutual_mean"),
+        *("loss", "accuracy", "learning_rate"),
+    }
+    weights = LossSettings()
+    total = sum(getattr(weights, name) * history[0][name] for name in weights._fields if name in history[0])
+    np.testing.assert_allclose(history[0]["loss"], total, rtol=1e-5)
+
+
+def test_mean_classifiers_follow_equation_11():
+    step, state = make_step(make_model(), mean_rate=0.2)
+    start = state
+    state, _ = step(state, make_batch())
+    after_one = state
+    # E starts as a copy of θ, so the first update (before the first optimiser step) leaves it where it is.
+    for name in ("visible_classifier", "infrared_classifier"):
+        np.testing.assert_allclose(after_one.mean_classifiers[name], start.params[name], rtol=1e-6)
+    state, _ = step(state, make_batch())
+    for name in ("visible_classifier", "infrared_classifier"):
+        expected = 0.8 * start.params[name] + 0.2 * after_one.params[name]
+        np.testing.assert_allclose(state.mean_classifiers[name], expected, rtol=1e-5, atol=1e-8)
+        assert np.abs(state.mean_classifiers[name] - start.params[name]).max() > 0
+
+
+def test_image_cache_gives_the_same_step_as_images():
+    step, state = make_step(make_model(), augment_settings=AugmentSettings())
+    batch = make_batch()
+    order = np.random.default_rng(5).permutation(P * K).astype(np.int32)
+    cache = np.empty_like(batch["images"])
+    cache[order] = batch["images"]
+    by_index = {"labels": batch["labels"], "modality": batch["modality"], "index": order}
+    from_images, _ = step(state, batch)
+    from_cache, _ = step(state, by_index, jnp.asarray(cache))
+    assert equal(from_images.params, from_cache.params)
+
+
+def test_randomness_depends_on_seed_and_step_only():
+    step, state = make_step(make_model(), augment_settings=AugmentSettings())
+    first, _ = step(state, make_batch())
+    again, _ = step(state, make_batch())
+    later, _ = step(state.replace(step=jnp.asarray(7, jnp.int32)), make_batch())
+    assert equal(first.params, again.params)
+    assert not equal(first.params, later.params)
+    assert equal(jax.random.key_data(first.rng), jax.random.key_data(state.rng))
+
+
+@pytest.mark.parametrize("channel_module", CHANNEL_MODULES)
+@pytest.mark.parametrize("pattern_module", PATTERN_MODULES)
+def test_every_ablation_builds_and_has_its_feature_size(channel_module, pattern_module):
+    model = make_model(channel_module=channel_module, pattern_module=pattern_module)
+    variables = init_variables(model, jax.random.key(0), HEIGHT, WIDTH)
+    outputs = jax.eval_shape(
+        lambda v, x: model.apply(v, x, train=False), variables, jnp.zeros((2, HEIGHT, WIDTH, 3), jnp.float32)
+    )
+    channels = 32 * 16
+    patterns = 6 if pattern_module == "pam" else 0
+    assert outputs.features.shape == outputs.embedding.shape == (2, (patterns + 1) * channels)
+    assert outputs.maps.shape == (2, (HEIGHT // 16) * (WIDTH // 16), patterns)
+    assert outputs.logits.shape == (2, P)
+
+
+def test_losses_that_are_off_are_not_computed():
+    baseline = LossSettings(center_cluster=0, separation=0, modality_identity=0, mutual_mean=0)
+    step, state = make_step(make_model(channel_module="none", pattern_module="none"), baseline)
+    _, metrics = step(state, make_batch())
+    assert set(metrics) == {"identity", "loss", "accuracy", "learning_rate"}
+
+
+def test_embedding_does_not_depend_on_the_rest_of_the_batch():
+    model = make_model()
+    variables = init_variables(model, jax.random.key(0), HEIGHT, WIDTH)
+    images = make_batch()["images"]
+    together = embed_step(variables, images, model=model)
+    alone = embed_step(variables, images[3:4], model=model)
+    np.testing.assert_allclose(together[3:4], alone, rtol=1e-4, atol=1e-5)
+    assert together.shape == (P * K, 7 * 512) and together.dtype == jnp.float32
+
+
+def test_full_size_shapes():
+    model = MPANet(num_ids=395)
+    variables = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 384, 128, 3)), train=False), jax.random.key(0))
+    outputs = jax.eval_shape(
+        lambda v, x: model.apply(v, x, train=False), variables, jnp.zeros((1, 384, 128, 3), jnp.float32)
+    )
+    assert outputs.embedding.shape == (1, 14336)
+    assert outputs.maps.shape == (1, 24 * 8, 6)
+    backbone = {name: variables["params"][name] for name in ("stem", "stage1", "stage2", "stage3", "stage4")}
+    # torchvision's ResNet-50 has 25,557,032 parameters, of which 2048·1000 + 1000 are the classifier's.
+    assert sum(leaf.size for leaf in jax.tree.leaves(backbone)) == 25_557_032 - 2_049_000

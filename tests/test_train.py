@@ -1,0 +1,206 @@
+"""Training, killed and resumed, evaluated from its checkpoint; and what it says to bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import config_flags  # noqa: F401 - the scripts' flags come from here
+
+from configs import regdb as regdb_config
+from configs import synthetic as synthetic_config
+from configs import sysu as sysu_config
+from mpanet_jax import experiment
+from mpanet_jax.checkpoint import Checkpoints, load_model
+from mpanet_jax.datasets.synthetic import write_dataset
+from mpanet_jax.errors import UserError
+from mpanet_jax.evaluation.workdir import evaluate_workdir
+from mpanet_jax.train import train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic") / "raw"
+    write_dataset("sysu_mm01", folder, num_train_ids=6, num_test_ids=4, images_per_camera=(3, 5), height=(48, 56))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(raw, tmp_path_factory):
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture
+def config(raw, prepared):
+    config = synthetic_config.get_config()
+    config.dataset.source, config.dataset.data_dir = str(raw), str(prepared)
+    config.data.height, config.data.width = 32, 16
+    config.data.num_ids_per_batch, config.data.images_per_id = 3, 4
+    config.model.width = 16
+    config.train.num_epochs = 1
+    config.train.checkpoint_every_epochs = 1
+    config.train.eval_every_epochs = 0
+    config.eval.batch_size = 16
+    return config
+
+
+def final_state(workdir):
+    step, model = load_model(workdir)
+    return step, jax.tree.map(np.asarray, model)
+
+
+def trees_equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def test_train_writes_a_whole_workdir_and_evaluate_agrees(config, tmp_path):
+    results = train(config, tmp_path / "run")
+    written = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert set(written) == {"sysu/all/single", "sysu/all/multi", "sysu/indoor/single", "sysu/indoor/multi"}
+    for setting in written.values():
+        assert {"rank1", "rank5", "rank10", "rank20", "mAP", "mINP", "rerank"} <= set(setting)
+        assert 0 < setting["mAP"] <= 100
+    assert list((tmp_path / "run/logs").iterdir())
+    restored = evaluate_workdir(tmp_path / "run")
+    for name, values in results.items():
+        for figure in ("rank1", "mAP", "mINP"):
+            np.testing.assert_allclose(restored[name][figure], values[figure], rtol=1e-6)
+
+
+def test_resumed_training_is_bit_identical(config, tmp_path, monkeypatch):
+    # Four steps in one go, against two, a stop, and two more from the checkpoint.
+    config.train.num_epochs = 4
+    monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
+    train(config, tmp_path / "whole")
+    step, whole = final_state(tmp_path / "whole")
+    assert step == 4
+
+    save = Checkpoints.save
+
+    def save_then_stop(self, step, state, batches):
+        save(self, step, state, batches)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "halves")
+    assert final_state(tmp_path / "halves")[0] == 2
+    monkeypatch.setattr(Checkpoints, "save", save)
+    train(config, tmp_path / "halves")
+    step, halves = final_state(tmp_path / "halves")
+    assert step == 4
+    assert trees_equal(whole, halves)
+    kept = sorted(int(p.name) for p in (tmp_path / "halves/checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [3, 4]
+
+
+def test_finished_run_is_evaluated_again_without_training(config, tmp_path):
+    first = train(config, tmp_path / "run")
+    before = final_state(tmp_path / "run")
+    again = train(config, tmp_path / "run")
+    assert trees_equal(before[1], final_state(tmp_path / "run")[1])
+    assert first["sysu/all/single"]["mAP"] == again["sysu/all/single"]["mAP"]
+
+
+def test_checkpoint_of_another_model_is_refused_and_config_kept(config, tmp_path):
+    train(config, tmp_path / "run")
+    before = (tmp_path / "run/config.json").read_text()
+    config.model.num_patterns = 3
+    with pytest.raises(UserError, match="does not fit this config"):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run/config.json").read_text() == before
+
+
+def test_official_preset_changes_what_method_lists():
+    paper, official = sysu_config.get_config(), sysu_config.get_config("official")
+    assert (paper.loss.modality_identity, official.loss.modality_identity) == (0.5, 1.0)
+    assert (paper.loss.per_modality_identity, official.loss.per_modality_identity) == (True, False)
+    assert (paper.loss.student_first, official.loss.student_first) == (False, True)
+    assert (paper.augment.crop_padding, official.augment.crop_padding) == (0, 10)
+    _, paper_rate = experiment.make_schedules(paper, 10)
+    _, official_rate = experiment.make_schedules(official, 10)
+    assert float(paper_rate(1395)) == pytest.approx(0.2)
+    assert float(official_rate(1395)) == pytest.approx(0.2 * 100 / 141)
+    assert paper.init_from == official.init_from == "hf:timm/resnet50.tv_in1k"
+    regdb = regdb_config.get_config("split=3,official")
+    assert (regdb.data.height, regdb.data.num_ids_per_batch, regdb.data.images_per_id) == (256, 12, 10)
+    assert (tuple(regdb.optim.milestones), regdb.dataset.trial) == ((110,), 3)
+    assert regdb_config.get_config("split=3").data.height == 384
+
+
+def run_script(name, *arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(cwd)},
+    )
+
+
+BAD_TRAINING = {
+    "missing data root": (["--config.dataset.source=/does/not/exist"], "config.dataset.source"),
+    "no data root at all": (["--config.dataset.source="], "prepare_data.py"),
+    "unknown field": (["--config.optim.learnin_rate=1"], "learnin_rate"),
+    "unknown preset": (["PRESET"], "unknown preset"),
+    "P does not fit": (["--config.data.num_ids_per_batch=99"], "config.data.num_ids_per_batch"),
+    "K is odd": (["--config.data.images_per_id=5"], "config.data.images_per_id"),
+    "value of the wrong type": (["--config.data.height=tall"], "config.data.height"),
+    "no such module": (["--config.model.channel_module=mamm"], "config.model.channel_module"),
+    "weights that are not there": (["--config.init_from=/no/such/file.safetensors"], "/no/such/file.safetensors"),
+}
+
+
+@pytest.mark.parametrize("arguments, named", BAD_TRAINING.values(), ids=BAD_TRAINING.keys())
+def test_bad_input_is_one_line_and_exit_code_2(arguments, named, raw, tmp_path):
+    config_flag = f"--config={ROOT}/configs/synthetic.py"
+    if arguments == ["PRESET"]:
+        config_flag, arguments = config_flag + ":mistake", []
+    result = run_script(
+        "train.py",
+        config_flag,
+        f"--config.dataset.source={raw}",
+        "--config.data.height=32",
+        "--config.data.width=16",
+        "--config.data.num_ids_per_batch=4",
+        "--workdir=run",
+        *arguments,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ") and named in message, result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_permutation_file_is_named(raw, tmp_path):
+    import shutil
+
+    shutil.copytree(raw, tmp_path / "raw")
+    (tmp_path / "raw/exp/rand_perm_cam.mat").unlink()
+    result = run_script(
+        "train.py",
+        f"--config={ROOT}/configs/synthetic.py",
+        f"--config.dataset.source={tmp_path}/raw",
+        "--workdir=run",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2 and "rand_perm_cam.mat" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("missing", ["folder", "checkpoint"])
+def test_evaluate_without_a_checkpoint(missing, tmp_path, config):
+    if missing == "checkpoint":
+        experiment.save_config(config, tmp_path / "run")
+    result = run_script("evaluate.py", "--workdir=run", cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "run" in result.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run/metrics.json").exists()
