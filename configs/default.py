@@ -11,6 +11,8 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of initialisation, plan and augmentation
     config.preset = "paper"  # 'paper' or 'official' (the published program); only recorded, see apply_preset
     config.dtype = "auto"  # of convolutions and matmuls: 'float32', 'bfloat16'; auto: bfloat16 on accelerators
+    config.parallel = "pmap"  # how several devices share a step: 'pmap' or 'shard_map'; the same numbers
+    config.batch_scale = "global"  # data.num_ids_per_batch is of the whole batch; 'per_device': of each device's share
     config.init_from = ""  # ImageNet ResNet-50: a .safetensors or .pth file or 'hf:owner/repository'; '': random
 
     config.dataset = ConfigDict()
@@ -69,6 +71,7 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every_epochs = 5
     config.train.keep_checkpoints = 2  # the last ones
     config.train.log_every_steps = 50
+    config.train.steps_per_call = 8  # steps sent to the device as one program where it holds the images; else 1
 
     config.eval = ConfigDict()
     config.eval.batch_size = 256

@@ -2,6 +2,8 @@
 
 A checkpoint holds three items: `model` (params, batch_stats, mean_classifiers: all that evaluation and export need),
 `training` (opt_state, step, rng) and `data` (the position of the batch iterator). Saving is asynchronous and atomic.
+Nothing in it depends on the devices or processes that wrote it: arrays are saved once, as one device would hold them,
+and the position is one small JSON file (grain's own handler writes, and reads, one for each process).
 """
 
 from pathlib import Path
@@ -55,7 +57,8 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
         """Starts saving; returns once the device's arrays are copied, so that the next step may donate them."""
-        self._checkpointer.save_checkpointables_async(step, {**_items(state), "data": batches}, force=True)
+        items = {**_items(state), "data": batches.get_state()}
+        self._checkpointer.save_checkpointables_async(step, items, force=True)
 
     def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """The newest checkpoint as a state like `state` (shapes, types, placement); moves `batches` to its position.
@@ -64,12 +67,13 @@ class Checkpoints:
           UserError: the checkpoint does not fit the model of the config.
         """
         try:
-            items = self._checkpointer.load_checkpointables(None, {**_items(state), "data": batches})
+            items = self._checkpointer.load_checkpointables(None, {**_items(state), "data": None})
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"{self._checkpointer.directory}: the checkpoint does not fit this config ({_first_line(error)}); "
                 "continue with the config it was trained with, or give another --workdir"
             ) from error
+        batches.set_state(items["data"])
         return TrainState(**items["model"], **items["training"])
 
 

@@ -27,6 +27,8 @@ def check_config(config: ConfigDict) -> None:
     """
     choices = {
         "preset": ("paper", "official"),
+        "parallel": ("pmap", "shard_map"),
+        "batch_scale": ("global", "per_device"),
         "dtype": ("auto", "float32", "bfloat16", "float64"),
         "dataset.name": ("sysu_mm01", "regdb", "llcm"),
         "data.cache": ("auto", "device", "host", "none"),
@@ -44,7 +46,7 @@ def check_config(config: ConfigDict) -> None:
         )
     positive = (
         "data.height data.width data.num_ids_per_batch train.num_epochs train.keep_checkpoints train.log_every_steps "
-        "eval.batch_size model.width model.num_patterns model.reduction"
+        "train.steps_per_call eval.batch_size model.width model.num_patterns model.reduction"
     )
     for field in positive.split():
         if _field(config, field) < 1:

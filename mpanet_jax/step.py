@@ -4,6 +4,7 @@ The functions are pure and SPMD: what one device does with its share of the batc
 `jax.pmap` or `jax.shard_map`, and N devices compute what one device computes with the whole batch.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -149,6 +150,28 @@ def train_step(
         mean_classifiers=mean_classifiers,
     )
     return next_state, metrics
+
+
+def train_steps(
+    state: TrainState, batches: Batch, image_cache: UInt8[Array, "n h w 3"] | None = None, **settings: Any
+) -> tuple[TrainState, Metrics]:
+    """Several training steps as one program, which leaves no gaps between them on the device.
+
+    Args:
+      state: as for `train_step`.
+      batches: the batches of the steps, stacked: arrays [steps, b, …].
+      image_cache: as for `train_step`.
+      **settings: the keyword arguments of `train_step`.
+
+    Returns:
+      The state after the last step, and every step's metrics, stacked.
+    """
+    step = partial(train_step, **settings)
+    if len(batches["labels"]) > 1:
+        return lax.scan(lambda state, batch: step(state, batch, image_cache), state, batches)
+    # A loop of one would cost more than it saves: on CPU, XLA runs convolutions inside loops on one thread.
+    state, metrics = step(state, {name: rows[0] for name, rows in batches.items()}, image_cache)
+    return state, {name: value[None] for name, value in metrics.items()}
 
 
 def embed_step(variables: Any, images: UInt8[Array, "b h w 3"], *, model: MPANet) -> Float[Array, "b d"]:

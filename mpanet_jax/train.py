@@ -1,6 +1,7 @@
 """The training loop, and nothing else."""
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mpanet_jax.checkpoint import Checkpoints
+from mpanet_jax.data.cache import CACHE_MODES, choose_cache
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.evaluation.evaluate import write_metrics
@@ -26,25 +28,42 @@ from mpanet_jax.experiment import (
     save_config,
 )
 from mpanet_jax.metric_log import MetricLog
+from mpanet_jax.parallel import (
+    Parallel,
+    all_devices,
+    check_same_workdir,
+    gather,
+    global_num_ids,
+    is_first_process,
+    on_first_device,
+    wait_for_all_processes,
+)
 from mpanet_jax.state import TrainState, create_train_state, init_variables
-from mpanet_jax.step import train_step
+from mpanet_jax.step import train_steps
 
 METRICS_FILE = "metrics.json"
 
 
-def make_feed(config: ConfigDict, split: Split) -> TrainFeed:
-    """The batches of the whole run."""
+def make_feed(config: ConfigDict, split: Split, parallel: Parallel, num_ids_per_batch: int) -> TrainFeed:
+    """The batches of the whole run, of which this process gets its share; `num_ids_per_batch` is P of them all."""
+    num_bytes = len(split) * config.data.height * config.data.width * 3
+    cache = choose_cache(config.data.cache, num_bytes, cache_dir(config))
+    # All processes run the same program, so the one with least room decides.
+    cache = CACHE_MODES[max(gather(CACHE_MODES.index(cache)))]
     return train_feed(
         split,
         height=config.data.height,
         width=config.data.width,
-        num_ids_per_batch=config.data.num_ids_per_batch,
+        num_ids_per_batch=num_ids_per_batch,
         images_per_id=config.data.images_per_id,
         seed=config.seed,
         num_epochs=config.train.num_epochs,
-        cache=config.data.cache,
+        cache=cache,
         cache_dir=cache_dir(config),
         num_workers=config.data.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        put_images=parallel.replicate,
     )
 
 
@@ -62,24 +81,25 @@ def initial_state(config: ConfigDict, num_ids: int, steps_per_epoch: int) -> Tra
     return create_train_state(params, batch_stats, make_optimizer(config, learning_rate), run_key)
 
 
-def make_train_step(config: ConfigDict, num_ids: int, steps_per_epoch: int) -> Any:
-    """(state, batch, image_cache) → (state, metrics), compiled; the state is donated."""
+def make_train_steps(config: ConfigDict, num_ids: int, steps_per_epoch: int, parallel: Parallel) -> Any:
+    """(state, stacked batches, image_cache) → (state, stacked metrics), compiled; the state is donated."""
     learning_rate, mean_rate = make_schedules(config, steps_per_epoch)
-    step = partial(
-        train_step,
-        model=make_model(config, num_ids),
+    steps = partial(
+        train_steps,
+        model=make_model(config, num_ids, parallel.axis_name),
         optimizer=make_optimizer(config, learning_rate),
         learning_rate=learning_rate,
         mean_rate=mean_rate,
         loss_settings=make_loss_settings(config),
         augment_settings=make_augment_settings(config),
         images_per_id=config.data.images_per_id,
+        axis_name=parallel.axis_name,
     )
-    return jax.jit(step, donate_argnums=0)
+    return parallel.map_steps(steps)
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Any]]:
-    """Trains by `config`, resuming from the newest checkpoint under `workdir`, and evaluates.
+    """Trains by `config` on all devices, resuming from the newest checkpoint under `workdir`, and evaluates.
 
     Writes config.json, checkpoints/, logs/ and, at the end, metrics.json.
 
@@ -90,82 +110,130 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Any]]:
       UserError: something in the config or the data needs the user; nothing has been written then.
     """
     check_config(config)
+    parallel = all_devices(config.parallel)
+    num_ids_per_batch = global_num_ids(config.data.num_ids_per_batch, parallel.num_devices, config.batch_scale)
     train_split, test_split = load_split(config, "train"), load_split(config, "test")
-    feed = make_feed(config, train_split)
-    state = initial_state(config, train_split.num_ids, feed.steps_per_epoch)
-    step_fn = make_train_step(config, train_split.num_ids, feed.steps_per_epoch)
-    embed = make_embed(make_model(config, train_split.num_ids))
+    feed = make_feed(config, train_split, parallel, num_ids_per_batch)
+    state = parallel.replicate(initial_state(config, train_split.num_ids, feed.steps_per_epoch))
+    run_steps = make_train_steps(config, train_split.num_ids, feed.steps_per_epoch, parallel)
+    make_embedder = make_embed(make_model(config, train_split.num_ids))
 
     def evaluate(state: TrainState) -> dict[str, dict[str, Any]]:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        return evaluate_split(config, *embed_split(config, test_split, embed, variables))
+        variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})
+        return evaluate_split(config, *embed_split(config, test_split, make_embedder(variables)))
 
     total_steps = feed.steps_per_epoch * config.train.num_epochs
     checkpoint_every = config.train.checkpoint_every_epochs * feed.steps_per_epoch
     evaluate_every = config.train.eval_every_epochs * feed.steps_per_epoch
+    steps_per_call = 1 if feed.images is None else config.train.steps_per_call
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
         first_step = 0
+        check_same_workdir(checkpoints.latest_step)
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state, feed.batches)
             first_step = int(state.step)
         # After the restore: a config that does not fit the checkpoint must not replace the one that does.
-        save_config(config, workdir)
-        with MetricLog(workdir, total_steps, first_step) as log:
-            timer = _StepTimer(config.data.num_ids_per_batch * config.data.images_per_id)
-            previous = None
-            for step in range(first_step + 1, total_steps + 1):
-                state, metrics = step_fn(state, next(feed.batches), feed.images)
-                # Step n−1 is read after step n was sent off: the device always has work.
-                if previous is not None and (step - 1) % config.train.log_every_steps == 0:
-                    _log_step(log, step - 1, previous, feed.steps_per_epoch, timer)
-                previous = metrics
-                log.advance(step)
+        if is_first_process():
+            save_config(config, workdir)
+        with MetricLog(workdir, total_steps, first_step, active=is_first_process()) as log:
+            batch_size = num_ids_per_batch * config.data.images_per_id
+            reader = _MetricReader(log, config.train.log_every_steps, feed.steps_per_epoch, batch_size)
+            for before, step in calls(first_step, total_steps, steps_per_call, (checkpoint_every, evaluate_every)):
+                state, metrics = run_steps(state, _stack(feed.batches, step - before), feed.images)
+                # The call before this one is read after this one was sent off: the device always has work.
+                reader.read_previous(before, step, metrics)
                 if step == total_steps or (checkpoint_every and step % checkpoint_every == 0):
-                    checkpoints.save(step, state, feed.batches)
+                    checkpoints.save(step, parallel.to_save(state), feed.batches)
                 if evaluate_every and step % evaluate_every == 0 and step != total_steps:
                     results = evaluate(state)
                     _log_evaluation(log, step, results)
-                    timer.restart(step)
+                    reader.restart_timer(step)
+            reader.finish()
             results = evaluate(state)
             _log_evaluation(log, total_steps, results)
     results = {name: {**values, "checkpoint": "last", "step": total_steps} for name, values in results.items()}
-    write_metrics(workdir / METRICS_FILE, results)
+    if is_first_process():
+        write_metrics(workdir / METRICS_FILE, results)
+    wait_for_all_processes("trained")
     return results
 
 
-class _StepTimer:
-    """Images a second between two readings."""
+def calls(first_step: int, total_steps: int, steps_per_call: int, stops: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """How the steps are cut into calls: pairs (steps done before the call, steps done after it).
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._last = None
+    A call is of `steps_per_call` steps, or of one where so many would run past the end or past a multiple of one of
+    the `stops` (0: none): two lengths, so two compiled programs. What a call holds depends on its place alone, so a
+    run resumed at a stop goes on with the same programs.
+    """
+    step = first_step
+    while step < total_steps:
+        limit = min([total_steps, *(step // every * every + every for every in stops if every)])
+        after = step + (steps_per_call if step + steps_per_call <= limit else 1)
+        yield step, after
+        step = after
 
-    def restart(self, step: int) -> None:
-        self._last = (step, time.perf_counter())
 
-    def images_per_second(self, step: int) -> float | None:
+def _stack(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
+    """The next `count` batches, stacked."""
+    taken = [next(batches) for _ in range(count)]
+    if count == 1:  # without a copy of the images
+        return {name: rows[None] for name, rows in taken[0].items()}
+    return {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}
+
+
+class _MetricReader:
+    """Waits for a call's metrics while the next call is under way, and logs every `every`-th step of them."""
+
+    def __init__(self, log: MetricLog, every: int, steps_per_epoch: int, batch_size: int):
+        self._log, self._every = log, every
+        self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
+        self._unread = None
+        self._timed = None  # the last reading: step and time
+
+    def read_previous(self, before: int, after: int, metrics: Any) -> None:
+        """Reads what was handed in last, and keeps the metrics of the steps before+1 … after for the next time."""
+        self.finish()
+        self._unread = (before, after, metrics)
+
+    def finish(self) -> None:
+        """Reads what was handed in last."""
+        if self._unread is None:
+            return
+        before, after, metrics = self._unread
+        self._unread = None
+        jax.block_until_ready(metrics)
+        self._log.advance(after)
+        logged = [step for step in range(before + 1, after + 1) if step % self._every == 0]
+        if logged:
+            metrics, rate = jax.device_get(metrics), self._images_per_second(after)
+        for step in logged:
+            self._write(step, {name: float(value[step - before - 1]) for name, value in metrics.items()}, rate)
+
+    def restart_timer(self, step: int) -> None:
+        """Leaves the time until now out of the images a second."""
+        self.finish()
+        self._timed = (step, time.perf_counter())
+
+    def _images_per_second(self, step: int) -> float | None:
         now = time.perf_counter()
         rate = None
-        if self._last is not None and step > self._last[0]:
-            rate = (step - self._last[0]) * self._batch_size / (now - self._last[1])
-        self._last = (step, now)
+        if self._timed is not None:
+            rate = (step - self._timed[0]) * self._batch_size / (now - self._timed[1])
+        self._timed = (step, now)
         return rate
 
-
-def _log_step(log: MetricLog, step: int, metrics: Any, steps_per_epoch: int, timer: _StepTimer) -> None:
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    rate = timer.images_per_second(step)
-    if not np.isfinite(values["loss"]):
-        log.status(f"step {step}: the loss is {values['loss']}")
-    scalars = {f"train/{name}": value for name, value in values.items()}
-    if rate is not None:
-        scalars["train/images_per_second"] = rate
-    log.scalars(step, {**scalars, "train/epoch": step / steps_per_epoch})
-    speed = "" if rate is None else f" {rate:.0f} images/s"
-    log.status(
-        f"step {step} epoch {step / steps_per_epoch:.1f} loss {values['loss']:.3f} "
-        f"accuracy {values['accuracy']:.2f}{speed}"
-    )
+    def _write(self, step: int, values: dict[str, float], rate: float | None) -> None:
+        if not np.isfinite(values["loss"]):
+            self._log.status(f"step {step}: the loss is {values['loss']}")
+        scalars = {f"train/{name}": value for name, value in values.items()}
+        if rate is not None:
+            scalars["train/images_per_second"] = rate
+        epoch = step / self._steps_per_epoch
+        self._log.scalars(step, {**scalars, "train/epoch": epoch})
+        speed = "" if rate is None else f" {rate:.0f} images/s"
+        self._log.status(
+            f"step {step} epoch {epoch:.1f} loss {values['loss']:.3f} accuracy {values['accuracy']:.2f}{speed}"
+        )
 
 
 def _log_evaluation(log: MetricLog, step: int, results: dict[str, dict[str, Any]]) -> None:

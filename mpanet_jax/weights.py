@@ -168,7 +168,7 @@ def write_state_dict(path: str | Path, state_dict: StateDict) -> None:
     path = Path(path)
     if path.suffix not in FILE_SUFFIXES:
         raise UserError(f"{path}: unknown weights format; expected a name ending in {', '.join(FILE_SUFFIXES)}")
-    arrays = {name: np.ascontiguousarray(array) for name, array in state_dict.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -330,6 +330,26 @@ def model_for(state_dict: StateDict, stage_sizes: Sequence[int] = RESNET50, widt
     )
 
 
+def embedding_network(variables: Variables) -> tuple[MPANet, Variables]:
+    """The network whose weights `read_weights` gave, for embeddings, and its `{"params", "batch_stats"}`.
+
+    Its size is read off the arrays. Classifiers that were left out become zeros for one identity: embeddings need none.
+
+    Raises:
+      UserError: the weights are of a bare ResNet.
+    """
+    params = dict(variables["params"])
+    if "neck" not in params:
+        raise UserError("these weights are a bare ResNet's; an embedding needs those of a trained MPANet")
+    for name in CLASSIFIERS:
+        params.setdefault(name, np.zeros((len(params["neck"]["scale"]), 1), np.float32))
+    complete = {"params": params, "batch_stats": variables["batch_stats"]}
+    shapes = {name: np.broadcast_to(np.float32(0), shape) for _, name, shape, _ in _entries(complete)}
+    model = model_for(shapes, _stage_sizes(shapes), params["stem"]["conv1"]["kernel"].shape[-1])
+    mask = (params.get("mam3") or params.get("cbam3") or {}).get("mask")
+    return (model.clone(reduction=len(mask["w1"]) // mask["w1"].shape[1]) if mask else model), complete
+
+
 def _shapes(model: MPANet) -> Variables:
     return jax.eval_shape(lambda key: init_variables(model, key, 32, 32), jax.random.key(0))
 
@@ -413,6 +433,7 @@ def resolve(source: str) -> Path:
             # The cache first: no network traffic, and no wait for it to fail, where the file is there.
             return Path(huggingface_hub.hf_hub_download(repository, "model.safetensors", local_files_only=True))
         except huggingface_hub.errors.LocalEntryNotFoundError:
+            huggingface_hub.logging.set_verbosity_error()  # its retries; the error below says all there is to say
             return Path(huggingface_hub.hf_hub_download(repository, "model.safetensors"))
     except Exception as error:  # no network, no such repository, no permission, no space: all have the same cure
         raise UserError(

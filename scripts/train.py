@@ -1,7 +1,8 @@
 """Trains MPANet: python scripts/train.py --config=configs/sysu.py --workdir=runs/sysu
 
 Prepares the data set on the first run, resumes from the newest checkpoint under --workdir, evaluates by the data set's
-protocol and writes WORKDIR/metrics.json.
+protocol and writes WORKDIR/metrics.json. Uses all accelerators of this machine, and with --distributed, given to one
+process on every machine, those of several.
 """
 
 from pathlib import Path
@@ -18,6 +19,12 @@ workdir_flag = flags.DEFINE_string("workdir", None, "the run's folder; runs/<con
 cache_flag = flags.DEFINE_string(
     "compilation_cache", "~/.cache/mpanet_jax/xla", "folder for compiled programs, '' for none; makes later starts fast"
 )
+distributed_flag = flags.DEFINE_bool(
+    "distributed", False, "one of several processes; by the scheduler (Slurm, Open MPI, …) or by the three flags below"
+)
+coordinator_flag = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0")
+num_processes_flag = flags.DEFINE_integer("num_processes", None, "how many processes there are", lower_bound=1)
+process_flag = flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0)
 flags.mark_flag_as_required("config")
 
 
@@ -25,14 +32,19 @@ def main(_: list[str]) -> None:
     import jax
 
     from mpanet_jax.evaluation.evaluate import format_table
+    from mpanet_jax.parallel import is_first_process, start_processes
     from mpanet_jax.train import train
 
     if cache_flag.value:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache_flag.value).expanduser()))
+    if distributed_flag.value:
+        start_processes(coordinator_flag.value, num_processes_flag.value, process_flag.value)
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     name = Path(config_file.partition(":")[0]).stem
     workdir = Path(workdir_flag.value or f"runs/{name}")
-    print(format_table(train(config_flag.value, workdir)))
+    results = train(config_flag.value, workdir)
+    if is_first_process():
+        print(format_table(results))
 
 
 if __name__ == "__main__":

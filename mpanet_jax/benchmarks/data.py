@@ -38,8 +38,9 @@ def benchmark_data(
     Returns:
       cores: CPUs that this process may use.
       images, cache_gib: images of the split, and size of its cache.
-      pillow_loop: images/s per core of Pillow's decode + bilinear resize in a plain loop.
-      decode_and_resize: images/s per core of the project's own, in the same loop.
+      pillow_loop: images/s per core of a plain loop: read a record, Pillow's decode, Pillow's bilinear resize.
+      project_loop: the same loop with the project's decode and resize.
+      read: images/s per core of reading the records alone.
       decode_pillow, decode_simplejpeg, decode_opencv: images/s per core of decoding alone (the last two: JPEG only).
       resize_pillow, resize_project: images/s per core of resizing alone.
       difference_mean, difference_worst: the images' mean absolute difference from Pillow's, of 255: mean and worst.
@@ -50,12 +51,14 @@ def benchmark_data(
     """
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(split))[:num_images]
-    files = [split.encoded[int(i)] for i in chosen]
+    chosen = chosen.tolist()
+    files = [split.encoded[i] for i in chosen]
     decoded = [_decode_pillow(file) for file in files]
     size = dict(height=height, width=width)
     loops = {
-        "pillow_loop": (lambda file: _pillow(file, **size), files),
-        "decode_and_resize": (lambda file: decode_and_resize(file, "", **size), files),
+        "pillow_loop": (lambda i: _pillow(split.encoded[i], **size), chosen),
+        "project_loop": (lambda i: decode_and_resize(split.encoded[i], split.paths[i], **size), chosen),
+        "read": (split.encoded.__getitem__, chosen),
         "decode_pillow": (_decode_pillow, files),
         "resize_pillow": (lambda image: _resize_pillow(image, **size), decoded),
         "resize_project": (lambda image: resize_bilinear(image, **size), decoded),

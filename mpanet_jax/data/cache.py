@@ -24,13 +24,13 @@ CACHE_MODES = ("device", "host", "none")
 PIXELS_VERSION = 1
 
 
-def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None) -> str:
+def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None, *, built: bool = False) -> str:
     """'device', 'host' or 'none' for `cache` = 'auto'; any other valid value as it is.
 
     'device' where `num_bytes` fit in half the accelerator's free memory, else 'host' where they fit in half the free
-    space of `cache_dir` (or, without one, of the RAM) and in half the free RAM, else 'none'. Without an accelerator
-    'device' would be a second copy in the same RAM, so the choice starts at 'host'. Logs the choice and the sizes.
-    Raises `UserError` for an unknown value.
+    RAM and, unless they are `built` already, in half the free space of `cache_dir` (if there is one), else 'none'.
+    Without an accelerator 'device' would be a second copy in the same RAM, so the choice starts at 'host'. Logs the
+    choice and the sizes. Raises `UserError` for an unknown value.
     """
     if cache in CACHE_MODES:
         logging.info("images: cache=%s, %s resized", cache, _gib(num_bytes))
@@ -38,7 +38,7 @@ def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None
     if cache != "auto":
         raise UserError(f"config.data.cache='{cache}' is unknown; expected one of {('auto', *CACHE_MODES)}")
     sizes = {"accelerator": _free_device_memory(), "RAM": _free_ram()}
-    if cache_dir is not None:
+    if cache_dir is not None and not built:
         sizes["disk"] = _free_disk(Path(cache_dir))
     fits = {place: free >= 2 * num_bytes for place, free in sizes.items()}
     if fits.pop("accelerator"):
@@ -101,13 +101,16 @@ def resized_images(
                 temporary = path.with_suffix(".npy.part")
                 with _removed_on_error(temporary):
                     images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+                    if hasattr(os, "posix_fallocate"):  # a full disk is found here, not in a crash half way
+                        with open(temporary, "r+b") as file:
+                            os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
                     _fill(images, split, num_threads)
                     images.flush()
                     del images
                     os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"config.data.cache_dir={cache_dir}: can't write the image cache ({error.strerror or error}); "
+            f"config.data.cache_dir={cache_dir}: can't write the image cache of {_gib(np.prod(shape))} ({error}); "
             "name a folder with room for it, or set config.data.cache=none"
         ) from error
     return open_cache(split, height, width, cache_dir)
@@ -141,7 +144,8 @@ def available_cpus() -> int:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it however the process ends
+        with contextlib.suppress(OSError):  # some network drives have no locks: then two builds do the work twice
+            fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it however the process ends
         yield
 
 

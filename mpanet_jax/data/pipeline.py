@@ -93,7 +93,8 @@ def train_feed(
     size = num_ids_per_batch * images_per_id // process_count
     share = slice(process_index * size, (process_index + 1) * size)
     source = _TrainSource(plan, split.labels, split.modality.astype(np.int32), num_epochs, share)
-    cache = choose_cache(cache, len(split) * height * width * 3, cache_dir)
+    built = open_cache(split, height, width, cache_dir) is not None
+    cache = choose_cache(cache, len(split) * height * width * 3, cache_dir, built=built)
 
     dataset = grain.MapDataset.source(source)
     images = None
@@ -190,7 +191,7 @@ class ResumableBatches(grain.DatasetIterator):
         if not 0 <= state["next_index"] <= len(self._dataset):
             raise UserError(
                 f"the checkpoint stands before batch {state['next_index']}, this run has {len(self._dataset)}; "
-                "raise config.num_epochs, or start in a new workdir"
+                "raise config.train.num_epochs, or start in a new workdir"
             )
         self._stop(self._running)
         self._next_index = state["next_index"]

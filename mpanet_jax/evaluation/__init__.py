@@ -1,0 +1,1 @@
+"""Protocols, figures and the evaluator: from embeddings to metrics.json."""

@@ -70,7 +70,7 @@ def evaluate_embeddings(
     for comparison in pairs:
         scores = _score_reranked(comparison, metric) if rerank else _score(comparison, metric)
         for setting, trials in zip(comparison.settings, scores, strict=True):
-            if not any((trial_scores.matches > 0).any() for trial_scores in trials):
+            if not all((trial_scores.matches > 0).any() for trial_scores in trials):
                 raise UserError(
                     f"{setting.name}: no query of {comparison.query.source} has a match in "
                     f"{comparison.gallery.source}; are both of the same test identities?"

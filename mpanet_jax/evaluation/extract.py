@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
@@ -10,7 +9,7 @@ from mpanet_jax.evaluation.protocols import Embeddings
 
 
 def extract_embeddings(
-    embed: Callable[[UInt8[Array, "b h w 3"]], Float[Array, "b d"]],
+    embed: Callable[[UInt8[np.ndarray, "b h w 3"]], Float[Array, "b d"]],
     batches: Iterable[dict[str, np.ndarray]],
     paths: np.ndarray,
 ) -> Embeddings:
@@ -36,7 +35,7 @@ def extract_embeddings(
 
     for batch in batches:
         # The previous result is fetched only after the next batch has been sent off, so the device never waits.
-        result = embed(jax.device_put(batch["images"]))
+        result = embed(batch["images"])
         if waiting is not None:
             collect(*waiting)
         waiting = (batch, result)

@@ -1,10 +1,13 @@
 """Evaluation of a trained run: restore the model, embed the test split, apply the data set's protocol."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from mpanet_jax import datasets
@@ -16,18 +19,24 @@ from mpanet_jax.evaluation.extract import extract_embeddings
 from mpanet_jax.evaluation.protocols import Embeddings
 from mpanet_jax.experiment import cache_dir, load_config, load_split, make_model
 from mpanet_jax.models.mpanet import MPANet
+from mpanet_jax.parallel import local_devices
 from mpanet_jax.step import embed_step
 
-
-def make_embed(model: MPANet) -> Callable[..., jax.Array]:
-    """(variables, resized bytes) → embeddings, compiled."""
-    return jax.jit(lambda variables, images: embed_step(variables, images, model=model))
+Embed = Callable[[UInt8[np.ndarray, "b h w 3"]], Float[Array, "b d"]]
 
 
-def embed_split(
-    config: ConfigDict, split: Split, embed: Callable[..., jax.Array], variables: dict[str, Any]
-) -> tuple[Embeddings, Embeddings]:
+def make_embed(model: MPANet) -> Callable[[dict[str, Any]], Embed]:
+    """variables {params, batch_stats} → (resized bytes → embeddings), compiled, on all devices of this process."""
+    devices = local_devices()
+    embed = devices.map_rows(lambda variables, images: embed_step(variables, images, model=model))
+    return lambda variables: partial(embed, devices.replicate(variables))
+
+
+def embed_split(config: ConfigDict, split: Split, embed: Embed) -> tuple[Embeddings, Embeddings]:
     """Embeddings of a test split's (visible, infrared) images."""
+    # Every device gets the same number of rows.
+    num_devices = jax.local_device_count()
+    batch_size = -(-config.eval.batch_size // num_devices) * num_devices
     by_modality = []
     for modality in (VISIBLE, INFRARED):
         batches = eval_batches(
@@ -35,10 +44,10 @@ def embed_split(
             (split.modality == modality).nonzero()[0],
             height=config.data.height,
             width=config.data.width,
-            batch_size=config.eval.batch_size,
+            batch_size=batch_size,
             cache_dir=cache_dir(config),
         )
-        by_modality.append(extract_embeddings(lambda images: embed(variables, images), batches, split.paths))
+        by_modality.append(extract_embeddings(embed, batches, split.paths))
     return by_modality[0], by_modality[1]
 
 
@@ -79,6 +88,6 @@ def evaluate_workdir(
     split = load_split(config, "test")
     model = make_model(config, num_ids=variables["params"]["classifier"].shape[-1])
     variables = {name: variables[name] for name in ("params", "batch_stats")}
-    visible, infrared = embed_split(config, split, make_embed(model), variables)
+    visible, infrared = embed_split(config, split, make_embed(model)(variables))
     metrics = evaluate_split(config, visible, infrared, rerank=rerank, metric=metric, cmc=cmc)
     return {name: {**values, "checkpoint": "last", "step": step} for name, values in metrics.items()}

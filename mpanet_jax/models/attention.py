@@ -73,8 +73,17 @@ class ModalityAlleviation(nn.Module):
         return _affine(z, mask + rest, -rest * mean)
 
 
+def _largest(x: Array, axis: int) -> Array:
+    """x.max(axis), by index.
+
+    The gradient of jnp.max looks for the entries of x that equal the maximum; where XLA computes x a second time for
+    that, rounded otherwise, there are none and the gradient is NaN.
+    """
+    return jnp.take_along_axis(x, x.argmax(axis, keepdims=True), axis).squeeze(axis)
+
+
 class CBAM(nn.Module):
-    """Channel then spatial attention (Woo et al., ECCV 2018), without biases and batch norm: the ablation of table 4."""
+    """Channel then spatial attention (Woo et al., ECCV 2018), without biases and batch norm: an ablation of table 4."""
 
     reduction: int = 16
     param_dtype: jnp.dtype = jnp.float32
@@ -82,10 +91,11 @@ class CBAM(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         wide = z.astype(statistics_dtype(z))
+        positions = wide.reshape(wide.shape[0], -1, wide.shape[-1])
         shared = ChannelMask(self.reduction, self.param_dtype, name="mask")
-        channel_mask = jax.nn.sigmoid(shared(wide.mean((1, 2))) + shared(wide.max((1, 2))))
+        channel_mask = jax.nn.sigmoid(shared(positions.mean(1)) + shared(_largest(positions, 1)))
         wide = wide * channel_mask[:, None, None]
-        planes = jnp.stack([wide.mean(-1), wide.max(-1)], axis=-1)
+        planes = jnp.stack([wide.mean(-1), _largest(wide, -1)], axis=-1)
         conv = nn.Conv(
             1,
             (7, 7),

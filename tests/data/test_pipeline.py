@@ -1,5 +1,7 @@
+import errno
 import io
 import itertools
+import os
 import time
 
 import numpy as np
@@ -161,6 +163,18 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
         resized_images(toy_split(), **SIZE, cache_dir=tmp_path / "file/cache")
 
 
+def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    split = counted(toy_split())
+    with pytest.raises(UserError, match=r"config\.data\.cache_dir=.*No space left .*set config\.data\.cache=none"):
+        resized_images(split, **SIZE, cache_dir=tmp_path)
+    assert split.encoded.reads == 0
+    assert not list(tmp_path.glob("*.npy*"))
+
+
 GIB = 2**30
 
 
@@ -182,6 +196,7 @@ def test_auto_takes_the_fastest_mode_that_fits(tmp_path, monkeypatch, device, ra
     messages = []
     monkeypatch.setattr(cache_module.logging, "info", lambda message, *values: messages.append(message % values))
     assert choose_cache("auto", 4 * GIB, tmp_path) == choice
+    assert choose_cache("auto", 4 * GIB, tmp_path, built=True) == ("host" if disk == 7 else choice)
     assert choice in messages[0] and "4.00 GiB" in messages[0] and f"{ram:.2f} GiB" in messages[0]
 
 
@@ -191,18 +206,19 @@ def test_an_unknown_cache_mode_is_named(tmp_path):
 
 
 def test_batches_are_prepared_while_the_device_works():
-    """Ten batches take about as long as the slower of reading and training, not as both together."""
     split = toy_split()
+    reads = []
 
-    class Slow(list):
+    class Recorded(list):
         def __getitem__(self, i):
-            time.sleep(0.002)
+            reads.append(i)
             return super().__getitem__(i)
 
-    object.__setattr__(split, "encoded", Slow(split.encoded))
+    object.__setattr__(split, "encoded", Recorded(split.encoded))
     feed = train_feed(split, **SIZE, **PLAN, cache="none")
     next(feed.batches)
-    time.sleep(0.3)
-    started = time.perf_counter()
-    next(feed.batches)
-    assert time.perf_counter() - started < 0.02  # it takes 0.032 to read
+    deadline = time.monotonic() + 30
+    while len(reads) < 2 * 16:  # the second batch, which nobody has asked for yet
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    feed.batches.close()

@@ -133,5 +133,5 @@ def test_a_checkpoint_beyond_the_last_epoch_is_refused():
     for _ in range(20):
         next(feed.batches)
     shorter = train_feed(toy_split(), **SIZE, **(PLAN | dict(num_epochs=2)), cache="none")
-    with pytest.raises(UserError, match=r"before batch 20, this run has 14; raise config\.num_epochs"):
+    with pytest.raises(UserError, match=r"before batch 20, this run has 14; raise config\.train\.num_epochs"):
         shorter.batches.set_state(feed.batches.get_state())

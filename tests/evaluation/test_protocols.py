@@ -186,6 +186,11 @@ def test_camera_three_never_meets_camera_two(tmp_path):
     assert metrics["sysu/all/single"]["num_query_without_match"] == 1
 
 
+def test_a_setting_without_gallery_is_refused(tmp_path):
+    query, gallery, _, path = sysu_case({(4, 1): 2, (6, 1): 2}, 1, "cosine", 0, tmp_path, random_features=True)
+    refused("sysu/indoor/single: no query", query, gallery, protocol="sysu_mm01", permutation=path)
+
+
 # ---- what is refused ----
 
 

@@ -1,0 +1,252 @@
+"""Per-device code on many devices: `jit` on one, `pmap` or `shard_map` on several, jax.distributed over several hosts.
+
+Outside the mapped functions every array is logically what it would be on one device: the state is replicated and has no
+device axis, a batch is the whole batch (on many hosts: this process's rows of it). So checkpoints do not know how many
+devices wrote them, and only this file knows how the work is spread.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mpanet_jax.errors import UserError
+
+AXIS = "devices"
+MAPPINGS = ("pmap", "shard_map")
+BATCH_SCALES = ("global", "per_device")
+# A process that is lost is noticed after this long; the others are then stopped.
+HEARTBEAT_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Some devices and the way a function is mapped over them.
+
+    Attributes:
+      devices: in the order of the batch: those of process 0, then those of process 1, …
+      mapping: 'pmap' or 'shard_map'; both give the same program, and one device needs neither.
+    """
+
+    devices: tuple[jax.Device, ...]
+    mapping: str = "pmap"
+
+    @property
+    def num_devices(self) -> int:
+        """Of all processes."""
+        return len(self.devices)
+
+    @property
+    def axis_name(self) -> str | None:
+        """The axis that the per-device code reduces over; None on one device."""
+        return AXIS if self.num_devices > 1 else None
+
+    @cached_property
+    def _mesh(self) -> Mesh:
+        # Not jax.make_mesh, which may reorder the devices: the batch's rows follow this order.
+        return Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+    @cached_property
+    def _num_local(self) -> int:
+        return sum(device.process_index == jax.process_index() for device in self.devices)
+
+    @cached_property
+    def _everywhere(self) -> jax.sharding.Sharding:
+        if self.num_devices == 1:
+            return jax.sharding.SingleDeviceSharding(self.devices[0])
+        return NamedSharding(self._mesh, PartitionSpec())
+
+    def replicate(self, tree: Any) -> Any:
+        """A copy of every array (NumPy's or JAX's, the same in all processes) on each device."""
+        if self._num_local == self.num_devices:
+            return jax.device_put(tree, self._everywhere)
+        return jax.tree.map(self._replicate_over_processes, tree)
+
+    def _replicate_over_processes(self, leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = self._replicate_over_processes(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, self._everywhere, lambda _: leaf)
+
+    def map_steps(self, steps: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+        """Compiles per-device iterations `(state, batches, images) → (state, metrics)`; the state is donated.
+
+        Args:
+          steps: per-device code that reduces over `axis_name`, so that all it returns is the same on every device.
+
+        Returns:
+          The same function of a replicated state, NumPy batches [steps, rows, …] (on several hosts this process's rows)
+          and replicated images (or None).
+        """
+        if self.num_devices == 1:
+            return jax.jit(steps, donate_argnums=0)
+        if self.mapping == "pmap":
+            # The state goes in and out as one array on all devices (None), not as one with a device axis.
+            mapped = jax.pmap(
+                steps,
+                axis_name=AXIS,
+                in_axes=(None, 1, None),
+                out_axes=None,
+                devices=self.devices,
+                donate_argnums=0,
+            )
+            return lambda state, batches, images: mapped(
+                state, {name: _split(rows, self._num_local) for name, rows in batches.items()}, images
+            )
+        everywhere, split = PartitionSpec(), PartitionSpec(None, AXIS)
+        # check_vma=False: psum's transpose is psum, as in pmap; the losses are written for that (see losses.py).
+        mapped = jax.jit(
+            jax.shard_map(
+                steps,
+                mesh=self._mesh,
+                in_specs=(everywhere, split, everywhere),
+                out_specs=everywhere,
+                check_vma=False,
+            ),
+            donate_argnums=0,
+        )
+        sharding = NamedSharding(self._mesh, split)
+        return lambda state, batches, images: mapped(
+            state,
+            {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batches.items()},
+            images,
+        )
+
+    def map_rows(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, np.ndarray], jax.Array]:
+        """Compiles `(variables, rows) → rows` where no row depends on another; the number of rows must divide."""
+        if self.num_devices == 1:
+            return jax.jit(function)
+        split = PartitionSpec(AXIS)
+        mapped = jax.jit(
+            jax.shard_map(
+                function, mesh=self._mesh, in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False
+            )
+        )
+        sharding = NamedSharding(self._mesh, split)
+        return lambda variables, rows: mapped(variables, jax.device_put(rows, sharding))
+
+    def to_save(self, tree: Any) -> Any:
+        """Replicated arrays as orbax saves them, once for all processes; no bytes are copied."""
+
+        def over_processes(leaf: jax.Array) -> jax.Array:
+            if not leaf.is_fully_addressable:
+                return leaf
+            # pmap hands out the part of this process only.
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(
+                    over_processes(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
+                )
+            parts = [shard.data for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape, self._everywhere, parts)
+
+        return tree if self._num_local == self.num_devices else jax.tree.map(over_processes, tree)
+
+
+def all_devices(mapping: str = "pmap") -> Parallel:
+    """Every accelerator of every process."""
+    return Parallel(tuple(sorted(jax.devices(), key=lambda d: (d.process_index, d.id))), mapping)
+
+
+def local_devices() -> Parallel:
+    """This process's accelerators."""
+    return Parallel(tuple(jax.local_devices()), "shard_map")
+
+
+def on_first_device(tree: Any) -> Any:
+    """Replicated arrays as arrays on this process's first device; no bytes are copied."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def _split(rows: np.ndarray, num_devices: int) -> np.ndarray:
+    return rows.reshape(rows.shape[0], num_devices, -1, *rows.shape[2:])
+
+
+def global_num_ids(num_ids_per_batch: int, num_devices: int, batch_scale: str) -> int:
+    """P of the batch of all devices.
+
+    Args:
+      num_ids_per_batch: config.data.num_ids_per_batch.
+      num_devices: each takes the same number of whole identities.
+      batch_scale: 'global': P is that of the whole batch; 'per_device': of every device's share.
+
+    Raises:
+      UserError: P does not divide over the devices; the message names the nearest that do.
+    """
+    if batch_scale == "per_device":
+        return num_ids_per_batch * num_devices
+    if num_ids_per_batch % num_devices:
+        above = -(-num_ids_per_batch // num_devices) * num_devices
+        nearest = f"{above - num_devices} or {above}" if above > num_devices else f"{above}"
+        raise UserError(
+            f"config.data.num_ids_per_batch = {num_ids_per_batch} identities do not divide over {num_devices} devices, "
+            f"each of which takes whole identities: use {nearest}, or fewer devices, or "
+            f"--config.batch_scale=per_device for {num_ids_per_batch} on each"
+        )
+    return num_ids_per_batch
+
+
+def start_processes(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the processes of a run over several hosts; to be called before anything else touches JAX.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0; None, as for the others, takes what the cluster's scheduler says
+        (Slurm, Open MPI, Kubernetes, cloud TPU).
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+
+    Raises:
+      UserError: not enough is known, or process 0 cannot be reached.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=120,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--distributed: the processes cannot be joined ({str(error).splitlines()[0]}); give --coordinator_address="
+            "HOST:PORT of process 0, --num_processes and --process_id to every process, or start them by a scheduler "
+            "that JAX knows (Slurm, Open MPI)"
+        ) from error
+
+
+def gather(value: int) -> list[int]:
+    """This number of every process."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.array(value)).tolist()
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what is written once: logs, config.json, metrics.json."""
+    return jax.process_index() == 0
+
+
+def wait_for_all_processes(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def check_same_workdir(latest_step: int | None) -> None:
+    """Refuses to go on where the processes see different checkpoints.
+
+    Raises:
+      UserError: the workdir is not the same folder everywhere.
+    """
+    steps = gather(-1 if latest_step is None else latest_step)
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"--workdir: the processes see different newest checkpoints (steps {steps}); "
+            "name a folder on a disk that all hosts share"
+        )

@@ -1,0 +1,33 @@
+import numpy as np
+
+from mpanet_jax.benchmarks.evaluation import benchmark_top_k, random_embeddings
+from mpanet_jax.benchmarks.evaluation import test_set_counts as counts_of_test_set
+from mpanet_jax.evaluation.evaluate import evaluate_embeddings
+from tests.evaluation import cases
+
+
+def test_built_in_counts_are_sysu_mm01s():
+    query, gallery = random_embeddings(counts_of_test_set(), 2)
+    assert (len(query), len(gallery)) == (3803, 6775)
+    assert len(np.unique(query.pids)) == 96
+    single = {(p, c) for p, c in zip(gallery.pids.tolist(), gallery.camids.tolist(), strict=True)}
+    assert len(single) == 301
+    assert sum(c in (1, 2) for _, c in single) == 112
+
+
+def test_counts_of_a_permutation_file(tmp_path):
+    counts = {(1, 1): 3, (2, 2): 11, (3, 1): 2, (6, 2): 4}
+    path = cases.write_permutation(
+        tmp_path / "rand_perm_cam.mat", cases.sysu_permutation(np.random.default_rng(0), counts, 2)
+    )
+    found = counts_of_test_set(path, [1, 2])
+    assert {key: number for key, number in found.items() if number} == counts
+    query, gallery = random_embeddings(found, 4, noise=0.01)
+    metrics = evaluate_embeddings(query, gallery, protocol="sysu_mm01", permutation=path)
+    assert metrics["sysu/all/single"]["rank1"] == 100
+
+
+def test_top_k_benchmark_leaves_nothing_behind(tmp_path):
+    result = benchmark_top_k(tmp_path, num_gallery=300, num_query=3, dimension=4, k=5)
+    assert result["num_gallery"] == 300
+    assert not list(tmp_path.iterdir())

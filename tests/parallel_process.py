@@ -1,0 +1,126 @@
+"""The same three steps on one device and on several, in a process of its own that has eight CPU devices.
+
+    JAX_ENABLE_X64=1 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.parallel_process RESULT.json
+
+RESULT.json maps a case to the greatest deviation from one device, for every part of the state and for the metrics.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpanet_jax.data.augment import AugmentSettings
+from mpanet_jax.losses import LossSettings
+from mpanet_jax.models.mpanet import MPANet
+from mpanet_jax.optim import create_optimizer, learning_rate_schedule, mean_rate_schedule
+from mpanet_jax.parallel import Parallel, local_devices, on_first_device
+from mpanet_jax.state import create_train_state, init_variables
+from mpanet_jax.step import embed_step, train_steps
+
+P, K, HEIGHT, WIDTH, STEPS, NUM_IMAGES = 8, 4, 48, 24, 3, 60
+PRESETS = {
+    "paper": (LossSettings(), AugmentSettings(), None),
+    "official": (
+        LossSettings(modality_identity=1.0, per_modality_identity=False, student_first=True),
+        AugmentSettings(crop_padding=3),
+        100,
+    ),
+}
+# preset, devices, mapping, all steps in one call, images on the devices
+CASES = [
+    ("paper", 4, "pmap", False, False),
+    ("paper", 4, "shard_map", True, True),
+    ("official", 4, "pmap", True, True),
+    ("official", 4, "shard_map", False, True),
+    ("paper", 8, "pmap", True, True),
+    ("official", 8, "shard_map", True, True),
+]
+
+
+def make_batches(images_on_device):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, size=(NUM_IMAGES, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    index = rng.integers(0, NUM_IMAGES, size=(STEPS, P * K)).astype(np.int32)
+    batches = {
+        "labels": np.stack([np.repeat(rng.permutation(P + 2)[:P], K) for _ in range(STEPS)]).astype(np.int32),
+        "modality": np.tile([0, 0, 1, 1], (STEPS, P)).astype(np.int32),
+        "index": index,
+    }
+    return (batches, images) if images_on_device else (batches | {"images": images[index]}, None)
+
+
+def run(preset, parallel, in_one_call, images_on_device):
+    loss_settings, augment_settings, epochs_at_full = PRESETS[preset]
+    model = MPANet(
+        num_ids=P + 2, stage_sizes=(1, 1, 1, 1), width=16, dtype=jnp.float64, param_dtype=jnp.float64
+    )
+    learning_rate = learning_rate_schedule(3.5e-4, (2,), 0.1, 1)
+    optimizer = create_optimizer(learning_rate, 5e-4)
+    variables = init_variables(model, jax.random.key(0), HEIGHT, WIDTH)
+    # The pattern maps start near 1/2 everywhere; random offsets make the terms of the losses differ.
+    state = create_train_state(variables["params"], variables["batch_stats"], optimizer, jax.random.key(1))
+    steps = partial(
+        train_steps,
+        model=model.clone(axis_name=parallel.axis_name),
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        mean_rate=mean_rate_schedule(0.2, epochs_at_full, 1),
+        loss_settings=loss_settings,
+        augment_settings=augment_settings,
+        images_per_id=K,
+        axis_name=parallel.axis_name,
+    )
+    mapped = parallel.map_steps(steps)
+    batches, images = make_batches(images_on_device)
+    state = parallel.replicate(state)
+    images = None if images is None else parallel.replicate(images)
+    metrics = []
+    for rows in [slice(0, STEPS)] if in_one_call else [slice(i, i + 1) for i in range(STEPS)]:
+        before = state
+        state, taken = mapped(state, {name: value[rows] for name, value in batches.items()}, images)
+        metrics.append(jax.device_get(taken))
+        assert jax.tree.leaves(before.params)[0].is_deleted()  # donated
+    for leaf in jax.tree.leaves(state.params):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(copies) == parallel.num_devices
+        assert all((copy == copies[0]).all() for copy in copies)
+    parts = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "mean_classifiers")}
+    parts["metrics"] = {name: np.concatenate([taken[name] for taken in metrics]) for name in metrics[0]}
+    return {name: jax.device_get(part) for name, part in parts.items()}, state
+
+
+def deviation(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
+
+
+def main(result):
+    devices = tuple(jax.devices())
+    assert len(devices) == 8
+    expected = {preset: run(preset, Parallel(devices[:1]), False, False)[0] for preset in PRESETS}
+    # What a deviation is measured against: how far training went.
+    deviations = {"paper against official": {"params": deviation(*(expected[name]["params"] for name in PRESETS))}}
+    for preset, count, mapping, in_one_call, images_on_device in CASES:
+        found, state = run(preset, Parallel(devices[:count], mapping), in_one_call, images_on_device)
+        deviations[f"{preset} {count} {mapping}"] = {
+            name: deviation(expected[preset][name], found[name]) for name in expected[preset]
+        }
+    variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})
+    images = make_batches(True)[1][:16]
+    model = MPANet(num_ids=P + 2, stage_sizes=(1, 1, 1, 1), width=16, dtype=jnp.float64, param_dtype=jnp.float64)
+    local = local_devices()
+    embed = local.map_rows(lambda variables, images: embed_step(variables, images, model=model))
+    on_eight = embed(local.replicate(variables), images)
+    assert len(on_eight.sharding.device_set) == 8
+    on_one = jax.jit(partial(embed_step, model=model))(variables, images)
+    deviations["embeddings"] = {"embeddings": deviation(jax.device_get(on_one), jax.device_get(on_eight))}
+    result.write_text(json.dumps(deviations, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

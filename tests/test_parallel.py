@@ -1,0 +1,71 @@
+"""Several devices compute what one device computes; several steps in one call what they compute one by one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpanet_jax.errors import UserError
+from mpanet_jax.parallel import global_num_ids
+from mpanet_jax.train import calls
+from tests.parallel_process import CASES
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def deviations(tmp_path_factory):
+    result = tmp_path_factory.mktemp("parallel") / "result.json"
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_ENABLE_X64": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    command = [sys.executable, "-m", "tests.parallel_process", str(result)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return json.loads(result.read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case[:3])))
+def test_many_devices_give_the_result_of_one(deviations, case):
+    found = deviations[" ".join(map(str, case[:3]))]
+    # opt_state holds the sums of the gradients and of their squares.
+    assert set(found) == {"params", "batch_stats", "opt_state", "mean_classifiers", "metrics"}
+    assert max(found.values()) < 1e-9, found
+    assert deviations["paper against official"]["params"] > 1e-4
+
+
+def test_embeddings_of_many_devices_are_those_of_one(deviations):
+    assert deviations["embeddings"]["embeddings"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("p", "devices", "nearest"), [(16, 3, "15 or 18"), (6, 4, "4 or 8"), (3, 4, "use 4,"), (10, 8, "8 or 16")]
+)
+def test_identities_that_do_not_divide_are_named_with_the_nearest_that_do(p, devices, nearest):
+    with pytest.raises(UserError, match=f"config.data.num_ids_per_batch = {p} .* {devices} devices.*{nearest}"):
+        global_num_ids(p, devices, "global")
+    assert global_num_ids(p, devices, "per_device") == p * devices
+
+
+def test_identities_that_divide_are_kept():
+    assert global_num_ids(16, 4, "global") == global_num_ids(16, 1, "global") == 16
+
+
+@pytest.mark.parametrize("first", [0, 15, 30])
+def test_calls_end_at_every_stop_and_have_two_lengths(first):
+    cut = list(calls(first, 47, 4, (15, 0)))
+    assert [before for before, _ in cut] == [first, *[after for _, after in cut[:-1]]]
+    ends = {after for _, after in cut}
+    assert {stop for stop in (15, 30, 45, 47) if stop > first} <= ends
+    assert {after - before for before, after in cut} == {1, 4}
+    # 15 = 3·4 + 3, and so after a resumed stop too.
+    if first == 15:
+        assert cut[:6] == [(15, 19), (19, 23), (23, 27), (27, 28), (28, 29), (29, 30)]
+
+
+def test_one_step_a_call_is_one_step_a_call():
+    assert list(calls(2, 5, 1, (3, 2))) == [(2, 3), (3, 4), (4, 5)]
