@@ -14,8 +14,17 @@ TEST_INSTALLED := $(VENV)/.installed-test
 
 .PHONY: demo test lint format lock clean
 
-demo: $(INSTALLED)
-	$(BIN)/python scripts/demo.py --workdir=$(WORKDIR)
+demo: $(INSTALLED) $(WORKDIR)/raw
+	$(BIN)/python scripts/train.py --config=configs/synthetic.py --workdir=$(WORKDIR) \
+		--config.dataset.source=$(WORKDIR)/raw --config.dataset.data_dir=$(WORKDIR)/data
+	@echo "== the network before its first step =="
+	$(BIN)/python scripts/evaluate.py --workdir=$(WORKDIR) --untrained
+	@echo "== restored from $(WORKDIR)/checkpoints =="
+	$(BIN)/python scripts/evaluate.py --workdir=$(WORKDIR)
+
+# The folder appears only when it is complete, so it is its own stamp; it is drawn once.
+$(WORKDIR)/raw: | $(INSTALLED)
+	$(BIN)/python scripts/make_synthetic.py --layout=sysu_mm01 --out=$@
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

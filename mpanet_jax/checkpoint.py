@@ -3,7 +3,7 @@
 A checkpoint holds three items: `model` (params, batch_stats, mean_classifiers: all that evaluation and export need),
 `training` (opt_state, step, rng) and `data` (the position of the batch iterator). Saving is asynchronous and atomic.
 Nothing in it depends on the devices or processes that wrote it: arrays are saved once, as one device would hold them,
-and the position is one small JSON file (grain's own handler writes, and reads, one for each process).
+and the position is the same in all processes (grain's own handler writes, and asks for, one file for each process).
 """
 
 from pathlib import Path

@@ -2,19 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from mpanet_jax import datasets
+from mpanet_jax import datasets, weights
 from mpanet_jax.data.augment import AugmentSettings
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
 from mpanet_jax.losses import LossSettings
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
 from mpanet_jax.optim import create_optimizer, learning_rate_schedule, mean_rate_schedule
+from mpanet_jax.state import init_variables
 
 CONFIG_FILE = "config.json"
 
@@ -116,6 +118,26 @@ def make_model(config: ConfigDict, num_ids: int, axis_name: str | None = None) -
         param_dtype=jnp.promote_types(dtype, jnp.float32),
         axis_name=axis_name,
     )
+
+
+def initial_variables(config: ConfigDict, num_ids: int) -> dict[str, Any]:
+    """{params, batch_stats} before training: drawn from config.seed, the backbone from config.init_from if it is set.
+
+    Raises:
+      UserError: config.init_from cannot be had, or does not fit the model.
+    """
+    key, _ = random_keys(config)
+    variables = init_variables(make_model(config, num_ids), key, config.data.height, config.data.width)
+    if not config.init_from:
+        return variables
+    params, batch_stats = weights.load_backbone(config.init_from, variables["params"], variables["batch_stats"])
+    return {"params": params, "batch_stats": batch_stats}
+
+
+def random_keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
+    """The keys of initialisation and of the steps."""
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    return init_key, run_key
 
 
 def make_schedules(config: ConfigDict, steps_per_epoch: int) -> tuple[optax.Schedule, optax.Schedule]:

@@ -16,6 +16,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mpanet_jax.errors import UserError
+from mpanet_jax.state import TrainState
+
+Steps = Callable[[TrainState, dict[str, Any], Any], tuple[TrainState, Any]]
 
 AXIS = "devices"
 MAPPINGS = ("pmap", "shard_map")
@@ -74,7 +77,7 @@ class Parallel:
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, self._everywhere, lambda _: leaf)
 
-    def map_steps(self, steps: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    def map_steps(self, steps: Steps) -> Steps:
         """Compiles per-device iterations `(state, batches, images) → (state, metrics)`; the state is donated.
 
         Args:
@@ -87,18 +90,7 @@ class Parallel:
         if self.num_devices == 1:
             return jax.jit(steps, donate_argnums=0)
         if self.mapping == "pmap":
-            # The state goes in and out as one array on all devices (None), not as one with a device axis.
-            mapped = jax.pmap(
-                steps,
-                axis_name=AXIS,
-                in_axes=(None, 1, None),
-                out_axes=None,
-                devices=self.devices,
-                donate_argnums=0,
-            )
-            return lambda state, batches, images: mapped(
-                state, {name: _split(rows, self._num_local) for name, rows in batches.items()}, images
-            )
+            return self._pmap_steps(steps)
         everywhere, split = PartitionSpec(), PartitionSpec(None, AXIS)
         # check_vma=False: psum's transpose is psum, as in pmap; the losses are written for that (see losses.py).
         mapped = jax.jit(
@@ -117,6 +109,30 @@ class Parallel:
             {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batches.items()},
             images,
         )
+
+    def _pmap_steps(self, steps: Steps) -> Steps:
+        # The key never changes; it goes beside the state because pmap fetches keys to the host where there are several
+        # hosts, and would wait for the call before if the key came out of it.
+        def beside_key(state: TrainState, key: jax.Array, batches: Any, images: Any) -> tuple[TrainState, Any]:
+            state, metrics = steps(state.replace(rng=key), batches, images)
+            return state.replace(rng=None), metrics
+
+        # None: the state is one array on all devices, going in and coming out, not one with a device axis.
+        mapped = jax.pmap(
+            beside_key,
+            axis_name=AXIS,
+            in_axes=(None, None, 1, None),
+            out_axes=None,
+            devices=self.devices,
+            donate_argnums=0,
+        )
+
+        def run(state: TrainState, batches: dict[str, np.ndarray], images: Any) -> tuple[TrainState, Any]:
+            split = {name: a.reshape(len(a), self._num_local, -1, *a.shape[2:]) for name, a in batches.items()}
+            next_state, metrics = mapped(state.replace(rng=None), state.rng, split, images)
+            return next_state.replace(rng=state.rng), metrics
+
+        return run
 
     def map_rows(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, np.ndarray], jax.Array]:
         """Compiles `(variables, rows) → rows` where no row depends on another; the number of rows must divide."""
@@ -138,10 +154,6 @@ class Parallel:
             if not leaf.is_fully_addressable:
                 return leaf
             # pmap hands out the part of this process only.
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                return jax.random.wrap_key_data(
-                    over_processes(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
-                )
             parts = [shard.data for shard in leaf.addressable_shards]
             return jax.make_array_from_single_device_arrays(leaf.shape, self._everywhere, parts)
 
@@ -161,10 +173,6 @@ def local_devices() -> Parallel:
 def on_first_device(tree: Any) -> Any:
     """Replicated arrays as arrays on this process's first device; no bytes are copied."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
-
-
-def _split(rows: np.ndarray, num_devices: int) -> np.ndarray:
-    return rows.reshape(rows.shape[0], num_devices, -1, *rows.shape[2:])
 
 
 def global_num_ids(num_ids_per_batch: int, num_devices: int, batch_scale: str) -> int:

@@ -1,7 +1,7 @@
 """The training loop, and nothing else."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from mpanet_jax.evaluation.workdir import embed_split, evaluate_split, make_embe
 from mpanet_jax.experiment import (
     cache_dir,
     check_config,
+    initial_variables,
     load_split,
     make_augment_settings,
     make_loss_settings,
     make_model,
     make_optimizer,
     make_schedules,
+    random_keys,
     save_config,
 )
 from mpanet_jax.metric_log import MetricLog
@@ -38,7 +40,7 @@ from mpanet_jax.parallel import (
     on_first_device,
     wait_for_all_processes,
 )
-from mpanet_jax.state import TrainState, create_train_state, init_variables
+from mpanet_jax.state import TrainState, create_train_state
 from mpanet_jax.step import train_steps
 
 METRICS_FILE = "metrics.json"
@@ -69,16 +71,11 @@ def make_feed(config: ConfigDict, split: Split, parallel: Parallel, num_ids_per_
 
 def initial_state(config: ConfigDict, num_ids: int, steps_per_epoch: int) -> TrainState:
     """The state before step 0, with the backbone of config.init_from where one is named."""
-    init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    model = make_model(config, num_ids)
-    variables = init_variables(model, init_key, config.data.height, config.data.width)
-    params, batch_stats = variables["params"], variables["batch_stats"]
-    if config.init_from:
-        from mpanet_jax import weights
-
-        params, batch_stats = weights.load_backbone(config.init_from, params, batch_stats)
+    variables = initial_variables(config, num_ids)
+    _, run_key = random_keys(config)
     learning_rate, _ = make_schedules(config, steps_per_epoch)
-    return create_train_state(params, batch_stats, make_optimizer(config, learning_rate), run_key)
+    optimizer = make_optimizer(config, learning_rate)
+    return create_train_state(variables["params"], variables["batch_stats"], optimizer, run_key)
 
 
 def make_train_steps(config: ConfigDict, num_ids: int, steps_per_epoch: int, parallel: Parallel) -> Any:
@@ -98,10 +95,17 @@ def make_train_steps(config: ConfigDict, num_ids: int, steps_per_epoch: int, par
     return parallel.map_steps(steps)
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Any]]:
+def train(
+    config: ConfigDict, workdir: Path, *, on_steps: Callable[[int], None] | None = None
+) -> dict[str, dict[str, Any]]:
     """Trains by `config` on all devices, resuming from the newest checkpoint under `workdir`, and evaluates.
 
     Writes config.json, checkpoints/, logs/ and, at the end, metrics.json.
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      on_steps: told the steps done whenever the device has finished some more; what it raises ends the run.
 
     Returns:
       The final metrics by setting (`sysu/all/single`, …).
@@ -137,7 +141,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, Any]]:
             save_config(config, workdir)
         with MetricLog(workdir, total_steps, first_step, active=is_first_process()) as log:
             batch_size = num_ids_per_batch * config.data.images_per_id
-            reader = _MetricReader(log, config.train.log_every_steps, feed.steps_per_epoch, batch_size)
+            every = config.train.log_every_steps
+            reader = _MetricReader(log, every, feed.steps_per_epoch, batch_size, on_steps)
             for before, step in calls(first_step, total_steps, steps_per_call, (checkpoint_every, evaluate_every)):
                 state, metrics = run_steps(state, _stack(feed.batches, step - before), feed.images)
                 # The call before this one is read after this one was sent off: the device always has work.
@@ -184,8 +189,15 @@ def _stack(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, np
 class _MetricReader:
     """Waits for a call's metrics while the next call is under way, and logs every `every`-th step of them."""
 
-    def __init__(self, log: MetricLog, every: int, steps_per_epoch: int, batch_size: int):
-        self._log, self._every = log, every
+    def __init__(
+        self,
+        log: MetricLog,
+        every: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        on_steps: Callable[[int], None] | None = None,
+    ):
+        self._log, self._every, self._on_steps = log, every, on_steps
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._unread = None
         self._timed = None  # the last reading: step and time
@@ -203,6 +215,8 @@ class _MetricReader:
         self._unread = None
         jax.block_until_ready(metrics)
         self._log.advance(after)
+        if self._on_steps is not None:
+            self._on_steps(after)
         logged = [step for step in range(before + 1, after + 1) if step % self._every == 0]
         if logged:
             metrics, rate = jax.device_get(metrics), self._images_per_second(after)

@@ -19,7 +19,7 @@ ALLOWED = {
     "parallel": {"step", "state", "errors"},
     "weights": {"errors", "models", "state", "checkpoint"},
     "checkpoint": {"state", "errors"},
-    "experiment": {"datasets", "data", "losses", "models", "optim", "errors"},
+    "experiment": {"datasets", "data", "losses", "models", "optim", "errors", "state", "weights"},
     "evaluation": {"datasets", "data", "models", "step", "checkpoint", "experiment", "errors", "weights", "parallel"},
 }
 

@@ -17,7 +17,7 @@ from mpanet_jax.datasets.schema import INFRARED, VISIBLE, Split
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.extract import extract_embeddings
 from mpanet_jax.evaluation.protocols import Embeddings
-from mpanet_jax.experiment import cache_dir, load_config, load_split, make_model
+from mpanet_jax.experiment import cache_dir, initial_variables, load_config, load_split, make_model
 from mpanet_jax.models.mpanet import MPANet
 from mpanet_jax.parallel import local_devices
 from mpanet_jax.step import embed_step
@@ -76,18 +76,29 @@ def evaluate_split(
 
 
 def evaluate_workdir(
-    workdir: Path, *, rerank: bool | None = None, metric: str | None = None, cmc: str | None = None
+    workdir: Path,
+    *,
+    untrained: bool = False,
+    rerank: bool | None = None,
+    metric: str | None = None,
+    cmc: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Metrics of the last checkpoint under `workdir` on its data set's test split.
+
+    With `untrained` they are those of the network before its first step: what training is to be held against.
 
     Raises:
       UserError: no config.json, no checkpoint, or no data set; the message names the file and the fix.
     """
     config = load_config(workdir)
-    step, variables = load_model(workdir)
+    if untrained:
+        step, variables = 0, initial_variables(config, num_ids=1)
+    else:
+        step, variables = load_model(workdir)
     split = load_split(config, "test")
     model = make_model(config, num_ids=variables["params"]["classifier"].shape[-1])
     variables = {name: variables[name] for name in ("params", "batch_stats")}
     visible, infrared = embed_split(config, split, make_embed(model)(variables))
     metrics = evaluate_split(config, visible, infrared, rerank=rerank, metric=metric, cmc=cmc)
-    return {name: {**values, "checkpoint": "last", "step": step} for name, values in metrics.items()}
+    checkpoint = "untrained" if untrained else "last"
+    return {name: {**values, "checkpoint": checkpoint, "step": step} for name, values in metrics.items()}

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from mpanet_jax.models.attention import CBAM, ModalityAlleviation, NonLocal, PatternAlignment, torch_uniform
 from mpanet_jax.models.normalization import BatchNorm, statistics_dtype
-from mpanet_jax.models.resnet import Stage, Stem
+from mpanet_jax.models.resnet import Stage
+from mpanet_jax.models.stem import Stem
 
 CHANNEL_MODULES = ("mam", "se", "in", "cbam", "none")
 PATTERN_MODULES = ("pam", "non_local", "none")

@@ -10,7 +10,6 @@ from mpanet_jax.models.normalization import BatchNorm
 
 # torchvision's initialisation of every convolution when no weights are loaded.
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
@@ -45,31 +44,6 @@ class Bottleneck(nn.Module):
         y = norm(relu=True, name="bn2")(y, train=train)
         y = conv(out, (1, 1), padding=0, name="conv3")(y)
         return norm(relu=True, name="bn3")(y, shortcut, train=train)
-
-
-class Stem(nn.Module):
-    """7×7 convolution with stride 2, batch norm, ReLU and the 3×3 max-pool with stride 2: 1/4 of the resolution."""
-
-    width: int
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
-        x = nn.Conv(
-            self.width,
-            (7, 7),
-            (2, 2),
-            padding=3,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=kaiming_fan_out,
-            name="conv1",
-        )(images)
-        norm = BatchNorm(relu=True, axis_name=self.axis_name, param_dtype=self.param_dtype, name="bn1")
-        return nn.max_pool(norm(x, train=train), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
 
 class Stage(nn.Module):

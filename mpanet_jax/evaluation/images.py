@@ -1,0 +1,206 @@
+"""Embeddings of plain image files: find them, decode them in threads, embed them in batches of one shape.
+
+An image that cannot be read costs its own row, not the run: it is reported, masked out, and the rest goes on.
+"""
+
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mpanet_jax.data.cache import available_cpus
+from mpanet_jax.data.decode import decode_and_resize
+from mpanet_jax.errors import UserError
+from mpanet_jax.evaluation.extract import extract_embeddings
+from mpanet_jax.evaluation.protocols import Embeddings
+
+# What counts as an image in a folder; in a list every line does.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+BATCHES_IN_FLIGHT = 3
+UNKNOWN = -1
+
+# The end of a path in the data sets' layouts; RegDB's cameras are numbered as in datasets/regdb.py.
+_CAMERA_LAYOUT = re.compile(r"(?:^|/)((?:test_(?:vis|nir)/)?cam(?P<camera>\d+)/(?P<pid>\d+)/[^/]+)$")
+_REGDB_LAYOUT = re.compile(r"(?:^|/)((?P<camera>Visible|Thermal)/(?P<pid>\d+)/[^/]+)$")
+_REGDB_CAMERAS = {"Visible": 1, "Thermal": 2}
+
+Report = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image to embed.
+
+    Attributes:
+      file: where it lies.
+      path: what the embeddings file calls it: its path as listed, or relative to the folder that was named. Where that
+        leaves out a part of a known layout ('0007/0003.jpg' of the folder cam3), the layout's: 'cam3/0007/0003.jpg'.
+      pid, camid: what a known layout says (SYSU-MM01: cam3/0007/0003.jpg; LLCM: test_vis/cam3/0007/name.jpg; RegDB:
+        Visible/7/name.bmp is camera 1, Thermal/7/name.bmp camera 2); -1, unknown, in any other folder.
+    """
+
+    file: Path
+    path: str
+    pid: int
+    camid: int
+
+
+def list_images(source: str | os.PathLike) -> list[ImageFile]:
+    """The images of a folder or of a list file.
+
+    Args:
+      source: a folder: all files in it and below it whose names end as `SUFFIXES` (in any case) and do not begin with a
+        dot, sorted by path; links are followed. Or a UTF-8 text file with one path a line, absolute or relative to the
+        file's folder, in its order; blank lines are nothing.
+
+    Raises:
+      UserError: no such folder or file, no text, or no images in it.
+    """
+    source = Path(source)
+    if source.is_dir():
+        names = sorted(_walk(source, Path()))
+        folder, expected = source, f"files that end in {', '.join(SUFFIXES)}"
+    else:
+        folder, expected = source.parent, "one path a line"
+        try:
+            names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except FileNotFoundError:
+            raise UserError(f"--images={source}: no such folder or list file") from None
+        except (UnicodeDecodeError, OSError) as error:
+            reason = "not a UTF-8 text file" if isinstance(error, UnicodeDecodeError) else error.strerror
+            raise UserError(f"--images={source}: {reason}; expected a folder or a text file of paths") from error
+    if not names:
+        raise UserError(f"--images={source}: no images found; expected {expected}")
+    return [_image_file(folder, name) for name in names]
+
+
+def _walk(root: Path, below: Path, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    folder = root / below
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"--images: {folder}: {error.strerror}; make the folder readable, or list the images") from error
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(root, below / entry.name, above | {real})
+        elif entry.name.lower().endswith(SUFFIXES):
+            yield (below / entry.name).as_posix()
+
+
+def _image_file(folder: Path, name: str) -> ImageFile:
+    file = folder / name
+    whole = Path(os.path.abspath(file)).as_posix()
+    layout = _CAMERA_LAYOUT.search(whole) or _REGDB_LAYOUT.search(whole)
+    if layout is None:
+        return ImageFile(file, name, UNKNOWN, UNKNOWN)
+    camera = layout["camera"]
+    path = name if name.endswith(layout[1]) else layout[1]
+    return ImageFile(file, path, int(layout["pid"]), _REGDB_CAMERAS.get(camera) or int(camera))
+
+
+def _decode(image: ImageFile, out: UInt8[np.ndarray, "h w 3"]) -> str | None:
+    """Fills `out`; returns None, or why that did not work."""
+    try:
+        encoded = image.file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return getattr(error, "strerror", None) or str(error)
+    if not encoded:
+        return "empty file"
+    try:
+        out[:] = decode_and_resize(encoded, image.path, *out.shape[:2])
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
+        cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+        if isinstance(cause, UnidentifiedImageError):
+            return "not an image"
+        return " ".join(str(cause).split()) or type(cause).__name__
+    return None
+
+
+def image_batches(
+    images: list[ImageFile], *, height: int, width: int, batch_size: int, report: Report
+) -> Iterator[dict[str, np.ndarray]]:
+    """Eval batches (DESIGN: "Eval batch") of image files, in order.
+
+    Threads decode `BATCHES_IN_FLIGHT` batches ahead. Every batch has `batch_size` rows; those after the last image and
+    those of images that cannot be read are zeros, with `mask` False. `report` is told each of the latter in one line,
+    'PATH: reason'; it may raise, to stop.
+    """
+    pool = ThreadPoolExecutor(available_cpus())
+
+    def start(first: int) -> tuple[int, np.ndarray, list[Future]]:
+        pixels = np.zeros((batch_size, height, width, 3), np.uint8)
+        part = images[first : first + batch_size]
+        return first, pixels, [pool.submit(_decode, *pair) for pair in zip(part, pixels, strict=False)]
+
+    firsts = iter(range(0, len(images), batch_size))
+    in_flight = deque(start(first) for first, _ in zip(firsts, range(BATCHES_IN_FLIGHT), strict=False))
+    try:
+        while in_flight:
+            first, pixels, decoded = in_flight.popleft()
+            batch = {name: np.zeros(batch_size, np.int32) for name in ("pids", "camids", "index")}
+            batch |= {"images": pixels, "mask": np.zeros(batch_size, bool)}
+            for row, future in enumerate(decoded):
+                image, fault = images[first + row], future.result()
+                if fault is None:
+                    batch["pids"][row], batch["camids"][row] = image.pid, image.camid
+                    batch["index"][row], batch["mask"][row] = first + row, True
+                else:
+                    pixels[row] = 0
+                    report(f"{image.file}: {fault}")
+            in_flight.extend(start(first) for first, _ in zip(firsts, range(1), strict=False))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def embed_images(
+    embed: Callable[[UInt8[np.ndarray, "b h w 3"]], Float[Array, "b d"]],
+    images: list[ImageFile],
+    *,
+    height: int,
+    width: int,
+    batch_size: int,
+    report: Report,
+) -> Embeddings:
+    """Embeddings of the images that can be read, in their order, with a progress bar on a terminal.
+
+    Args:
+      embed: as `evaluation.workdir.make_embed` gives it.
+      images: of `list_images`.
+      height, width: pixels after the resize.
+      batch_size: rows sent to the devices at once; rounded up to a multiple of their number, and no more than needed.
+      report: told 'PATH: reason' of an image that cannot be read; it may raise, to stop.
+
+    Raises:
+      UserError: none of the images can be read.
+    """
+    num_devices = jax.local_device_count()
+    rows = -(-min(batch_size, len(images)) // num_devices) * num_devices
+    batches = image_batches(images, height=height, width=width, batch_size=rows, report=report)
+    console = Console(stderr=True)
+    columns = (TextColumn("embed"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("embed", total=len(images))
+
+        def counted() -> Iterator[dict[str, np.ndarray]]:
+            for batch in batches:
+                yield batch
+                progress.advance(bar, rows)
+
+        embeddings = extract_embeddings(embed, counted(), np.array([image.path for image in images], np.str_))
+    if not len(embeddings):
+        raise UserError(f"none of the {len(images)} images can be read; nothing is written")
+    return embeddings

@@ -1,0 +1,58 @@
+"""Embeds images: writes features, pids, camids and paths to an .npz that scripts/evaluate.py and NumPy read.
+
+python scripts/extract.py --workdir=runs/sysu --images=photos --out=photos.npz
+python scripts/extract.py --weights=published.pth --images=list.txt --out=list.npz
+
+--images is a folder (with all below it; .jpg .jpeg .png .bmp .tif .tiff .webp .gif .ppm .pgm) or a text file with one
+path a line, relative to that file. pids and camids come from paths as SYSU-MM01 (cam3/0007/0003.jpg), LLCM
+(test_vis/cam3/0007/…) and RegDB (Visible/7/…, Thermal/7/…: cameras 1 and 2) have them, and are -1 elsewhere; put your
+own in before evaluating: np.savez("F.npz", **(dict(np.load("F.npz")) | {"pids": …, "camids": …})).
+
+An image that cannot be read is named and left out, with exit code 1 at the end; --strict stops there and writes nothing.
+
+SYSU-MM01's queries are the test identities in cameras 3 and 6, the gallery those in 1, 2, 4 and 5. In its folder:
+  for id in $(tr , ' ' < exp/test_id.txt); do ls cam[36]/$(printf %04d $id)/*.jpg; done > query.txt
+  for id in $(tr , ' ' < exp/test_id.txt); do ls cam[1245]/$(printf %04d $id)/*.jpg; done > gallery.txt
+then extract.py --images=SYSU-MM01/query.txt --out=query.npz …, the same for the gallery, and
+  python scripts/evaluate.py --features query.npz gallery.npz --protocol sysu_mm01 \
+      --permutation SYSU-MM01/exp/rand_perm_cam.mat
+RegDB, in its folder: cut -d' ' -f1 idx/test_visible_1.txt > visible.txt, and the same for thermal.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+
+from mpanet_jax.errors import UserError, run_script
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A training run: its model, image size, precision and last checkpoint.")
+WEIGHTS = flags.DEFINE_string("weights", None, "Or MPANet weights: whatever scripts/convert_weights.py reads or writes.")
+IMAGES = flags.DEFINE_string("images", None, "A folder, or a text file with one path a line.", required=True)
+OUT = flags.DEFINE_string("out", None, "The .npz to write.", required=True)
+HEIGHT = flags.DEFINE_integer("height", None, "Pixels after the resize; default: the run's, or 384.", lower_bound=16)
+WIDTH = flags.DEFINE_integer("width", None, "Pixels after the resize; default: the run's, or 128.", lower_bound=16)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at once; default: the run's, or 256.", lower_bound=1)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["auto", "float32", "bfloat16"], "Precision; default: the run's, or auto (bfloat16 on accelerators)."
+)
+STRICT = flags.DEFINE_bool("strict", False, "Stop at the first image that cannot be read, and write nothing.")
+
+
+def main(arguments: list[str]) -> int:
+    if arguments:
+        raise UserError(f"{arguments[0]}: not a flag; see --help")
+    if bool(WORKDIR.value) == bool(WEIGHTS.value):
+        raise UserError("expected one of --workdir and --weights")
+    from mpanet_jax.evaluation.images import embed_images, list_images
+    from mpanet_jax.evaluation.network import network_of_weights, network_of_workdir
+    from mpanet_jax.evaluation.protocols import check_output, save_embeddings
+
+    check_output(OUT.value)
+    images = list_images(IMAGES.value)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

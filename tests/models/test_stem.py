@@ -1,0 +1,50 @@
+"""The stem's own convolution and max-pool against PyTorch's, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mpanet_jax.models.stem import max_pool, stem_convolution
+
+
+def to_torch(x):
+    return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).requires_grad_()
+
+
+def from_torch(x):
+    return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("size", [(12, 8), (11, 8), (12, 7), (2, 2)])
+def test_convolution_equals_torch(size):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        images, kernel = jnp.asarray(rng.normal(size=(2, *size, 3))), jnp.asarray(rng.normal(size=(7, 7, 3, 5)))
+        theirs_kernel = torch.tensor(np.asarray(kernel)).permute(3, 2, 0, 1).requires_grad_()
+        expected = torch.nn.functional.conv2d(to_torch(images), theirs_kernel, stride=2, padding=3)
+        actual = stem_convolution(images, kernel, jnp.float64)
+        np.testing.assert_allclose(actual, from_torch(expected), rtol=1e-12, atol=1e-12)
+        weights = rng.normal(size=actual.shape)
+        (expected * torch.tensor(weights).permute(0, 3, 1, 2)).sum().backward()
+        gradient = jax.grad(lambda k: (stem_convolution(images, k, jnp.float64) * weights).sum())(kernel)
+        np.testing.assert_allclose(gradient, theirs_kernel.grad.permute(2, 3, 1, 0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(12, 8), (11, 8), (12, 7), (1, 1), (5, 3)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_max_pool_equals_torch(size, ties):
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(2, *size, 3))
+    if ties:  # few different values: most windows have several maxima, and the first has to take the gradient
+        values = np.round(values)
+    with jax.enable_x64(True):
+        x = jnp.asarray(values)
+        theirs = to_torch(x)
+        expected = torch.nn.functional.max_pool2d(theirs, 3, 2, 1)
+        np.testing.assert_array_equal(max_pool(x), from_torch(expected))
+        weights = rng.normal(size=max_pool(x).shape)
+        (expected * torch.tensor(weights).permute(0, 3, 1, 2)).sum().backward()
+        gradient = jax.grad(lambda v: (max_pool(v) * weights).sum())(x)
+        np.testing.assert_allclose(gradient, from_torch(theirs.grad), rtol=1e-12, atol=1e-14)

@@ -1,0 +1,156 @@
+"""scripts/train.py as two processes with two devices each: the result of one, and what happens when one is killed."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mpanet_jax.checkpoint import load_model
+from mpanet_jax.datasets.synthetic import write_dataset
+
+ROOT = Path(__file__).parent.parent
+STEPS_PER_EPOCH = 3
+ALONE = ("--config.data.cache=device", "--config.train.steps_per_call=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    # Four identities with six infrared images each: three batches of P = 4, K = 4.
+    write_dataset(
+        "sysu_mm01", folder / "raw", num_train_ids=4, num_test_ids=4, images_per_camera=(3, 3), height=(48, 56)
+    )
+    return folder
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(folder, workdir, num_epochs, *more, num_processes=1):
+    """Starts the processes of a run; what they print goes to WORKDIR.<process>.log."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "JAX_ENABLE_X64": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={1 if num_processes == 1 else 2} "
+        "--xla_llvm_disable_expensive_passes=true",
+    }
+    command = [
+        *(sys.executable, str(ROOT / "scripts/train.py"), f"--config={ROOT}/configs/synthetic.py"),
+        *(f"--workdir={folder / workdir}", f"--compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}"),
+        *(f"--config.dataset.source={folder / 'raw'}", f"--config.dataset.data_dir={folder / 'prepared'}"),
+        *("--config.data.height=48", "--config.data.width=24", "--config.dtype=float64"),
+        *("--config.data.num_ids_per_batch=4", "--config.data.images_per_id=4", "--config.optim.learning_rate=1e-4"),
+        *(f"--config.train.num_epochs={num_epochs}", "--config.train.checkpoint_every_epochs=1"),
+        *("--config.train.eval_every_epochs=0", "--config.train.keep_checkpoints=1000"),
+        *("--config.train.log_every_steps=1", "--config.eval.batch_size=15"),
+        *more,
+    ]
+    if num_processes > 1:
+        address = f"--coordinator_address=127.0.0.1:{free_port()}"
+        command += ["--distributed", address, f"--num_processes={num_processes}"]
+    processes = []
+    for number in range(num_processes):
+        which = [f"--process_id={number}"] if num_processes > 1 else []
+        with open(log_file(folder, workdir, number), "w") as log:
+            processes.append(subprocess.Popen(command + which, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    return processes
+
+
+def log_file(folder, workdir, process):
+    return folder / f"{workdir}.{process}.log"
+
+
+def checkpoints(folder, workdir):
+    """The steps of those that are whole."""
+    names = [path.name for path in (folder / workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def model_at(folder, workdir, step):
+    alone = folder / f"{workdir}-{step}"
+    shutil.copytree(folder / workdir / "checkpoints" / str(step), alone / "checkpoints" / str(step))
+    jax.config.update("jax_enable_x64", True)  # not the context manager: orbax reads in threads of its own
+    try:
+        found, model = load_model(alone)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert found == step
+    return jax.tree.map(np.asarray, model)
+
+
+def logged_steps(folder, workdir):
+    return [int(step) for step in re.findall(r"^step (\d+) epoch", log_file(folder, workdir, 0).read_text(), re.M)]
+
+
+def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
+    processes = start(folder, "two", 10_000, num_processes=2)
+    try:
+        deadline = time.monotonic() + 200
+        while not checkpoints(folder, "two"):
+            assert time.monotonic() < deadline, log_file(folder, "two", 0).read_text()
+            assert all(process.poll() is None for process in processes), log_file(folder, "two", 0).read_text()
+            time.sleep(0.1)
+        processes[1].kill()
+        # Meanwhile one device does the same another way: two steps in one call and one in the next.
+        (alone,) = start(folder, "one", 1, *ALONE)
+        processes.append(alone)
+        assert processes[0].wait(timeout=60) != 0
+        assert alone.wait(timeout=200) == 0, log_file(folder, "one", 0).read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert "another task died" in log_file(folder, "two", 0).read_text()
+    assert checkpoints(folder, "two")[0] == STEPS_PER_EPOCH
+    assert checkpoints(folder, "one") == [STEPS_PER_EPOCH]
+
+    one, two = (model_at(folder, workdir, STEPS_PER_EPOCH) for workdir in ("one", "two"))
+    deviations = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, two)
+    assert {leaf.dtype for leaf in jax.tree.leaves(one)} == {np.dtype(np.float64)}
+    assert max(jax.tree.leaves(deviations)) < 1e-9, deviations
+
+    # Started again, two processes go on from the last checkpoint; and then one alone from theirs.
+    last = checkpoints(folder, "two")[-1]
+    for num_processes in (2, 1):
+        more = ALONE if num_processes == 1 else ()
+        processes = start(folder, "two", last // STEPS_PER_EPOCH + 1, *more, num_processes=num_processes)
+        try:
+            codes = [process.wait(timeout=200) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert codes == [0] * num_processes, log_file(folder, "two", 0).read_text()
+        assert logged_steps(folder, "two") == [last + 1, last + 2, last + 3]
+        last += STEPS_PER_EPOCH
+        assert checkpoints(folder, "two")[-1] == last
+        assert json.loads((folder / "two/metrics.json").read_text())["sysu/all/single"]["step"] == last
+    # Process 0 speaks for all.
+    assert "sysu/all/single" in log_file(folder, "two", 0).read_text()
+    assert "sysu/all/single" not in log_file(folder, "two", 1).read_text()
+    assert len(list((folder / "two/logs").iterdir())) == 3  # one for each start
+
+
+def test_a_distributed_start_without_a_cluster_says_what_is_missing(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/train.py"), f"--config={ROOT}/configs/synthetic.py", "--distributed"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "--coordinator_address" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
