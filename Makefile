@@ -18,7 +18,7 @@ demo: $(INSTALLED) $(WORKDIR)/raw
 	$(BIN)/python scripts/train.py --config=configs/synthetic.py --workdir=$(WORKDIR) \
 		--config.dataset.source=$(WORKDIR)/raw --config.dataset.data_dir=$(WORKDIR)/data
 	@echo "== the network before its first step =="
-	$(BIN)/python scripts/evaluate.py --workdir=$(WORKDIR) --untrained
+	$(BIN)/python scripts/evaluate.py --workdir=$(WORKDIR) --checkpoint=untrained
 	@echo "== restored from $(WORKDIR)/checkpoints =="
 	$(BIN)/python scripts/evaluate.py --workdir=$(WORKDIR)
 

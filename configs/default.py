@@ -75,6 +75,7 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.batch_size = 256
+    config.eval.best = ""  # 'rank1', 'mAP', …: also keep the checkpoint that is best on the *test set*; '': don't
     config.eval.rerank = False  # k-reciprocal re-ranking; not part of any published MPANet figure
     return config
 

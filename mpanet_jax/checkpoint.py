@@ -19,6 +19,8 @@ from mpanet_jax.state import TrainState
 
 MODEL_FIELDS = ("params", "batch_stats", "mean_classifiers")
 TRAINING_FIELDS = ("opt_state", "step", "rng")
+# Which checkpoint a report is about → the folder it lies in.
+FOLDERS = {"last": "checkpoints", "best": "checkpoints_best"}
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -34,11 +36,12 @@ class Checkpoints:
     Attributes:
       workdir: the run's folder.
       keep: how many of the latest checkpoints stay.
+      which: 'last', or 'best' for those that `KeepBest` chooses.
     """
 
-    def __init__(self, workdir: Path, keep: int, folder: str = "checkpoints"):
+    def __init__(self, workdir: Path, keep: int, which: str = "last"):
         self._checkpointer = ocp.training.Checkpointer(
-            (workdir / folder).resolve(),
+            (workdir / FOLDERS[which]).resolve(),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
@@ -59,6 +62,10 @@ class Checkpoints:
         """Starts saving; returns once the device's arrays are copied, so that the next step may donate them."""
         items = {**_items(state), "data": batches.get_state()}
         self._checkpointer.save_checkpointables_async(step, items, force=True)
+
+    def wait(self) -> None:
+        """Returns once everything saved so far is on disk."""
+        self._checkpointer.wait()
 
     def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """The newest checkpoint as a state like `state` (shapes, types, placement); moves `batches` to its position.
@@ -84,14 +91,17 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200]
 
 
-def load_model(workdir: Path, folder: str = "checkpoints") -> tuple[int, dict[str, Any]]:
-    """The newest checkpoint's step and its model {params, batch_stats, mean_classifiers}, on the first device.
+def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]:
+    """The last (or best) checkpoint's step and model {params, batch_stats, mean_classifiers}, on the first device.
 
     Raises:
-      UserError: the workdir has no checkpoint.
+      UserError: the workdir has no such checkpoint.
     """
-    directory = (Path(workdir) / folder).resolve()
-    missing = UserError(f"{directory}: no checkpoint here; train first: python scripts/train.py --workdir={workdir} …")
+    directory = (Path(workdir) / FOLDERS[which]).resolve()
+    option = " --config.eval.best=rank1" if which == "best" else ""
+    missing = UserError(
+        f"{directory}: no checkpoint here; train first: python scripts/train.py --workdir={workdir}{option} …"
+    )
     if not directory.is_dir():
         raise missing
     with ocp.training.Checkpointer(directory) as checkpointer:

@@ -34,13 +34,14 @@ def check_config(config: ConfigDict) -> None:
         "dtype": ("auto", "float32", "bfloat16", "float64"),
         "dataset.name": ("sysu_mm01", "regdb", "llcm"),
         "data.cache": ("auto", "device", "host", "none"),
+        "eval.best": ("", "rank1", "rank5", "rank10", "rank20", "mAP", "mINP"),
         "model.channel_module": CHANNEL_MODULES,
         "model.pattern_module": PATTERN_MODULES,
     }
     for field, allowed in choices.items():
         value = _field(config, field)
         if value not in allowed:
-            raise UserError(f"config.{field} = '{value}': expected one of {', '.join(allowed)}")
+            raise UserError(f"config.{field} = '{value}': expected one of {', '.join(map(repr, allowed))}")
     if config.data.images_per_id < 2 or config.data.images_per_id % 2:
         raise UserError(
             f"config.data.images_per_id = {config.data.images_per_id}: K is half visible, half infrared; "

@@ -1,5 +1,6 @@
 """The training loop, and nothing else."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -44,6 +45,7 @@ from mpanet_jax.state import TrainState, create_train_state
 from mpanet_jax.step import train_steps
 
 METRICS_FILE = "metrics.json"
+BEST_METRICS_FILE = "metrics_best.json"
 
 
 def make_feed(config: ConfigDict, split: Split, parallel: Parallel, num_ids_per_batch: int) -> TrainFeed:
@@ -100,7 +102,8 @@ def train(
 ) -> dict[str, dict[str, Any]]:
     """Trains by `config` on all devices, resuming from the newest checkpoint under `workdir`, and evaluates.
 
-    Writes config.json, checkpoints/, logs/ and, at the end, metrics.json.
+    Writes config.json, checkpoints/, logs/ and, at the end, metrics.json; with config.eval.best also checkpoints_best/
+    and metrics_best.json.
 
     Args:
       config: the run.
@@ -152,15 +155,40 @@ def train(
                 if evaluate_every and step % evaluate_every == 0 and step != total_steps:
                     results = evaluate(state)
                     _log_evaluation(log, step, results)
+                    keep_best(workdir, config.eval.best, step, results, parallel.to_save(state), feed.batches)
                     reader.restart_timer(step)
             reader.finish()
             results = evaluate(state)
             _log_evaluation(log, total_steps, results)
-    results = {name: {**values, "checkpoint": "last", "step": total_steps} for name, values in results.items()}
+            keep_best(workdir, config.eval.best, total_steps, results, parallel.to_save(state), feed.batches)
+    results = _of_checkpoint(results, "last", total_steps)
     if is_first_process():
         write_metrics(workdir / METRICS_FILE, results)
     wait_for_all_processes("trained")
     return results
+
+
+def keep_best(workdir: Path, figure: str, step: int, results: Any, state: TrainState, batches: Any) -> None:
+    """Saves `state` as the best checkpoint if its `figure` ('rank1', 'mAP', …; '': never) beats the best before.
+
+    The figure is that of the protocol's first setting. The record is metrics_best.json, which a resumed run reads.
+    """
+    if not figure:
+        return
+    record = workdir / BEST_METRICS_FILE
+    setting = next(iter(results))
+    if record.exists() and json.loads(record.read_text())[setting][figure] >= results[setting][figure]:
+        return
+    with Checkpoints(workdir, keep=1, which="best") as checkpoints:
+        checkpoints.save(step, state, batches)
+        checkpoints.wait()
+    # Written after the checkpoint: a run killed in between saves it once more.
+    if is_first_process():
+        write_metrics(record, _of_checkpoint(results, "best", step))
+
+
+def _of_checkpoint(results: dict[str, dict[str, Any]], which: str, step: int) -> dict[str, dict[str, Any]]:
+    return {name: {**values, "checkpoint": which, "step": step} for name, values in results.items()}
 
 
 def calls(first_step: int, total_steps: int, steps_per_call: int, stops: tuple[int, ...]) -> Iterator[tuple[int, int]]:

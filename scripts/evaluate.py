@@ -23,7 +23,9 @@ PROTOCOL = flags.DEFINE_enum("protocol", None, list(DEFAULTS), "What --features 
 PERMUTATION = flags.DEFINE_string("permutation", None, "SYSU-MM01's rand_perm_cam.mat, for --protocol sysu_mm01.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run: restores its checkpoint, extracts and evaluates.")
 WORKDIRS = flags.DEFINE_string("workdirs", None, "A pattern of RegDB runs, one for each trial, to average.")
-UNTRAINED = flags.DEFINE_bool("untrained", False, "With --workdir: the network before its first step; writes nothing.")
+CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint", "last", ["last", "best", "untrained"], "Of --workdir; untrained: the network before its first step."
+)
 RERANK = flags.DEFINE_bool("rerank", None, "k-reciprocal re-ranking; off by default, as in the papers' tables.")
 METRIC = flags.DEFINE_enum("metric", None, METRICS, "By default the protocol's.")
 CMC = flags.DEFINE_enum(
@@ -50,8 +52,9 @@ def main(files: list[str]) -> None:
         from mpanet_jax.evaluation.workdir import evaluate_workdir  # imports JAX, which embeddings do not need
 
         if WORKDIR.value:
-            metrics = evaluate_workdir(Path(WORKDIR.value), untrained=UNTRAINED.value, **options)
-            out = out or (None if UNTRAINED.value else Path(WORKDIR.value) / "metrics.json")
+            metrics = evaluate_workdir(Path(WORKDIR.value), checkpoint=CHECKPOINT.value, **options)
+            files = {"last": "metrics.json", "best": "metrics_best.json", "untrained": "metrics_untrained.json"}
+            out = out or Path(WORKDIR.value) / files[CHECKPOINT.value]
         else:
             metrics = evaluate_workdirs(WORKDIRS.value, lambda workdir: evaluate_workdir(workdir, **options))
     print(format_table(metrics))

@@ -8,14 +8,13 @@ path a line, relative to that file. pids and camids come from paths as SYSU-MM01
 (test_vis/cam3/0007/…) and RegDB (Visible/7/…, Thermal/7/…: cameras 1 and 2) have them, and are -1 elsewhere; put your
 own in before evaluating: np.savez("F.npz", **(dict(np.load("F.npz")) | {"pids": …, "camids": …})).
 
-An image that cannot be read is named and left out, with exit code 1 at the end; --strict stops there and writes nothing.
+An image that cannot be read is named and left out, with exit code 1 at the end; --strict stops and writes nothing.
 
 SYSU-MM01's queries are the test identities in cameras 3 and 6, the gallery those in 1, 2, 4 and 5. In its folder:
   for id in $(tr , ' ' < exp/test_id.txt); do ls cam[36]/$(printf %04d $id)/*.jpg; done > query.txt
   for id in $(tr , ' ' < exp/test_id.txt); do ls cam[1245]/$(printf %04d $id)/*.jpg; done > gallery.txt
 then extract.py --images=SYSU-MM01/query.txt --out=query.npz …, the same for the gallery, and
-  python scripts/evaluate.py --features query.npz gallery.npz --protocol sysu_mm01 \
-      --permutation SYSU-MM01/exp/rand_perm_cam.mat
+  evaluate.py --features query.npz gallery.npz --protocol sysu_mm01 --permutation SYSU-MM01/exp/rand_perm_cam.mat
 RegDB, in its folder: cut -d' ' -f1 idx/test_visible_1.txt > visible.txt, and the same for thermal.
 """
 
@@ -28,7 +27,9 @@ from absl import flags
 from mpanet_jax.errors import UserError, run_script
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run: its model, image size, precision and last checkpoint.")
-WEIGHTS = flags.DEFINE_string("weights", None, "Or MPANet weights: whatever scripts/convert_weights.py reads or writes.")
+WEIGHTS = flags.DEFINE_string(
+    "weights", None, "Or MPANet weights: whatever scripts/convert_weights.py reads or writes."
+)
 IMAGES = flags.DEFINE_string("images", None, "A folder, or a text file with one path a line.", required=True)
 OUT = flags.DEFINE_string("out", None, "The .npz to write.", required=True)
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels after the resize; default: the run's, or 384.", lower_bound=16)
@@ -45,13 +46,38 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{arguments[0]}: not a flag; see --help")
     if bool(WORKDIR.value) == bool(WEIGHTS.value):
         raise UserError("expected one of --workdir and --weights")
-    from mpanet_jax.evaluation.images import embed_images, list_images
+    if Path(OUT.value).suffix != ".npz" or Path(OUT.value).is_dir():
+        raise UserError(f"--out={OUT.value}: expected the name of a file that ends in .npz")
+    from mpanet_jax.evaluation.images import embed_images, list_images  # imports JAX, which --help does not need
     from mpanet_jax.evaluation.network import network_of_weights, network_of_workdir
-    from mpanet_jax.evaluation.protocols import check_output, save_embeddings
+    from mpanet_jax.evaluation.protocols import check_embeddings, save_embeddings
 
-    check_output(OUT.value)
+    def report(fault: str) -> None:
+        if STRICT.value:
+            raise UserError(f"{fault}; nothing is written (--strict)")
+        print(f"skipped {fault}", file=sys.stderr)
+
     images = list_images(IMAGES.value)
-    return 0
+    network = (network_of_workdir if WORKDIR.value else network_of_weights)(WORKDIR.value or WEIGHTS.value, DTYPE.value)
+    begin = time.perf_counter()
+    embeddings = embed_images(
+        network.embed,
+        images,
+        height=HEIGHT.value or network.height,
+        width=WIDTH.value or network.width,
+        batch_size=BATCH_SIZE.value or network.batch_size,
+        report=report,
+    )
+    seconds = time.perf_counter() - begin
+    try:
+        save_embeddings(OUT.value, check_embeddings(embeddings))
+    except OSError as error:
+        raise UserError(f"--out={OUT.value}: cannot be written ({error.strerror})") from error
+    number, length = embeddings.features.shape
+    print(f"{OUT.value}: {number:,} images as vectors of {length:,}; {number / seconds:,.0f} images/s with compilation")
+    if number < len(images):
+        print(f"{len(images) - number} of {len(images)} images skipped", file=sys.stderr)
+    return int(number < len(images))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,32 @@ def test_resumed_training_is_bit_identical(config, tmp_path, monkeypatch):
     assert kept == [3, 4]
 
 
+def test_best_checkpoint_is_the_one_with_the_greatest_figure(config, tmp_path, monkeypatch):
+    # The evaluations after epochs 1, 2 and 3 are given; the second is best.
+    config.train.num_epochs, config.train.eval_every_epochs, config.eval.best = 3, 1, "mAP"
+    figures = iter([10.0, 30.0, 20.0])
+    steps = []
+
+    def evaluate(*_, **__):
+        steps.append(None)
+        return {"sysu/all/single": {"rank1": 0.0, "mAP": next(figures), "mINP": 0.0}}
+
+    monkeypatch.setattr("mpanet_jax.train.evaluate_split", evaluate)
+    last = train(config, tmp_path / "run")
+    best = json.loads((tmp_path / "run/metrics_best.json").read_text())["sysu/all/single"]
+    last_step, last_model = final_state(tmp_path / "run")
+    best_step, best_model = load_model(tmp_path / "run", "best")
+    assert (best["checkpoint"], best["mAP"], best["step"]) == ("best", 30.0, best_step)
+    assert best_step == last_step * 2 // 3 and last["sysu/all/single"]["checkpoint"] == "last"
+    assert not trees_equal(last_model, jax.tree.map(np.asarray, best_model))
+
+
+def test_no_best_checkpoint_unless_asked(config, tmp_path):
+    train(config, tmp_path / "run")
+    with pytest.raises(UserError, match="checkpoints_best"):
+        load_model(tmp_path / "run", "best")
+
+
 def test_finished_run_is_evaluated_again_without_training(config, tmp_path):
     first = train(config, tmp_path / "run")
     before = final_state(tmp_path / "run")

@@ -8,12 +8,44 @@ from collections.abc import Callable, Iterator
 import cv2
 import numpy as np
 import simplejpeg
+from ml_collections import ConfigDict
 from PIL import Image
 
+from mpanet_jax import datasets
 from mpanet_jax.data.cache import available_cpus, resized_images
 from mpanet_jax.data.decode import decode_and_resize, resize_bilinear
 from mpanet_jax.data.pipeline import train_feed
 from mpanet_jax.datasets.schema import Split
+from mpanet_jax.datasets.synthetic import write_dataset
+from mpanet_jax.experiment import load_split
+
+
+def benchmark_dataset(config: ConfigDict, *, num_images: int = 1000, num_batches: int = 12) -> dict[str, float | str]:
+    """`benchmark_data` on the training split of config.dataset; where it names none, on a small drawn one.
+
+    Raises:
+      UserError: config.dataset.source cannot be prepared.
+    """
+    dataset = config.dataset
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = not (dataset.source or datasets.is_prepared(dataset.name, dataset.data_dir, trial=dataset.trial))
+        config = ConfigDict(config.to_dict())
+        if drawn:
+            config.dataset.update(source=f"{folder}/raw", data_dir=f"{folder}/prepared")
+            # Enough for some batches; the images' size is that of the small synthetic set.
+            write_dataset(dataset.name, config.dataset.source, num_train_ids=40, num_test_ids=2)
+        split = load_split(config, "train")
+        results = benchmark_data(
+            split,
+            height=config.data.height,
+            width=config.data.width,
+            num_ids_per_batch=config.data.num_ids_per_batch,
+            images_per_id=config.data.images_per_id,
+            num_images=num_images,
+            num_batches=num_batches,
+            seed=config.seed,
+        )
+    return {"data_set": f"{dataset.name}, drawn" if drawn else split.name, **results}
 
 
 def benchmark_data(

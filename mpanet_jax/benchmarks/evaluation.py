@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 
+from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.metrics import threads
 from mpanet_jax.evaluation.protocols import Embeddings, load_permutation
@@ -97,6 +99,46 @@ def benchmark_evaluation(
         "threads": threads(),
         "rank1": metrics["sysu/all/single"]["rank1"],
     }
+
+
+def benchmark_all(
+    dimensions: list[str] | list[int],
+    permutation: str | os.PathLike | None = None,
+    *,
+    rerank: bool = False,
+    repeats: int = 3,
+) -> dict:
+    """`benchmark_evaluation` for each of the `dimensions`, then `benchmark_rerank`: {'256_seconds': …}, one table.
+
+    Raises:
+      UserError: a dimension that is no number, or a permutation file without SYSU-MM01's test identities beside it.
+    """
+    if not all(str(d).isdigit() and int(d) for d in dimensions):
+        raise UserError(f"--dimensions={','.join(map(str, dimensions))}: expected whole numbers, like 256,14336")
+    test_ids = None if permutation is None else _test_ids(Path(permutation).parent)
+    parts = {
+        str(dimension): benchmark_evaluation(
+            int(dimension), permutation=permutation, test_ids=test_ids, repeats=repeats
+        )
+        for dimension in dimensions
+    }
+    if rerank:
+        parts["rerank"] = benchmark_rerank(repeats=repeats)
+    return {f"{part}_{name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def _test_ids(folder: Path) -> list[int]:
+    """SYSU-MM01's test identities, from the list that lies beside its permutation file."""
+    for name in ("test_id.txt", "test_id.mat"):
+        try:
+            if name.endswith(".txt"):
+                return [int(pid) for pid in (folder / name).read_text().split(",")]
+            return scipy.io.loadmat(folder / name)["id"].ravel().tolist()
+        except FileNotFoundError:
+            continue
+        except (KeyError, ValueError, OSError) as error:
+            raise UserError(f"{folder / name}: not SYSU-MM01's list of test identities ({error})") from error
+    raise UserError(f"--permutation: expected test_id.txt (or .mat) beside the file, in {folder}, as in SYSU-MM01/exp")
 
 
 def benchmark_rerank(num_query: int = 2060, num_gallery: int = 2060, dimension: int = 256, *, repeats: int = 3) -> dict:

@@ -29,8 +29,8 @@ _BLUR_2 = [0.013, 0.012, 0.008, 0.005, 0.000, -0.002, 0.001, 0.000, 0.004, 0.010
 def decode_rgb(encoded: bytes, path: str) -> np.ndarray:
     """uint8[h, w, 3]: the RGB pixels of a JPEG, PNG or any other file that Pillow reads.
 
-    Grey, palette, CMYK and transparent images are converted to RGB as Pillow's `convert("RGB")` does. Raises
-    `UserError` naming `path` if the bytes are no image, or are cut off.
+    Grey, palette, CMYK and transparent images are converted to RGB as Pillow's `convert("RGB")` does; of 16 bits the
+    upper 8 are taken. Raises `UserError` naming `path` if the bytes are no image, or are cut off.
     """
     if encoded[:2] == b"\xff\xd8":
         try:
@@ -38,7 +38,13 @@ def decode_rgb(encoded: bytes, path: str) -> np.ndarray:
         except ValueError:
             pass  # CMYK, or damaged: Pillow converts the one and says what is wrong with the other
     try:
-        return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+        image = Image.open(io.BytesIO(encoded))
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            # Pillow's own conversion cuts off at 255, which leaves such an image white.
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        if image.mode in ("I", "F"):
+            raise ValueError("pixels of 32 bits have no agreed range: save it with 8 or 16")
+        return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow's text for bytes that it doesn't know names a Python object, not what is wrong.
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error

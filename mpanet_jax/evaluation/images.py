@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -92,7 +93,9 @@ def _walk(root: Path, below: Path, above: frozenset[str] = frozenset()) -> Itera
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"--images: {folder}: {error.strerror}; make the folder readable, or list the images") from error
+        raise UserError(
+            f"--images: {folder}: {error.strerror}; make the folder readable, or list the images"
+        ) from error
     for entry in entries:
         if entry.is_dir():
             yield from _walk(root, below / entry.name, above | {real})
@@ -146,7 +149,7 @@ def image_batches(
         return first, pixels, [pool.submit(_decode, *pair) for pair in zip(part, pixels, strict=False)]
 
     firsts = iter(range(0, len(images), batch_size))
-    in_flight = deque(start(first) for first, _ in zip(firsts, range(BATCHES_IN_FLIGHT), strict=False))
+    in_flight = deque(map(start, islice(firsts, BATCHES_IN_FLIGHT)))
     try:
         while in_flight:
             first, pixels, decoded = in_flight.popleft()
@@ -160,7 +163,7 @@ def image_batches(
                 else:
                     pixels[row] = 0
                     report(f"{image.file}: {fault}")
-            in_flight.extend(start(first) for first, _ in zip(firsts, range(1), strict=False))
+            in_flight.extend(map(start, islice(firsts, 1)))
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
@@ -191,16 +194,13 @@ def embed_images(
     rows = -(-min(batch_size, len(images)) // num_devices) * num_devices
     batches = image_batches(images, height=height, width=width, batch_size=rows, report=report)
     console = Console(stderr=True)
-    columns = (TextColumn("embed"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("embed", total=len(images))
-
-        def counted() -> Iterator[dict[str, np.ndarray]]:
-            for batch in batches:
-                yield batch
-                progress.advance(bar, rows)
-
-        embeddings = extract_embeddings(embed, counted(), np.array([image.path for image in images], np.str_))
+    columns = (TextColumn("embed, batches of {task.fields[rows]}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("embed", total=-(-len(images) // rows), rows=rows)
+        paths = np.array([image.path for image in images], np.str_)
+        embeddings = extract_embeddings(embed, bar.track(batches, task_id=task), paths)
     if not len(embeddings):
         raise UserError(f"none of the {len(images)} images can be read; nothing is written")
     return embeddings

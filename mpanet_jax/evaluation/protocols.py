@@ -182,6 +182,13 @@ def comparisons(
             f"{query.source} has {query.features.shape[1]}-dimensional features, {gallery.source} "
             f"{gallery.features.shape[1]}-dimensional ones; extract both with the same model"
         )
+    for embeddings in (query, gallery):
+        unknown = np.flatnonzero(embeddings.pids < 0)
+        if len(unknown):
+            raise UserError(
+                f"{embeddings.source}: {len(unknown)} of {len(embeddings)} pids are negative (unknown), the first of "
+                f"{embeddings.paths[unknown[0]]}; store every image's identity"
+            )
     if protocol == "sysu_mm01" and permutation is None:
         raise UserError(
             "--permutation: protocol sysu_mm01 needs the data set's exp/rand_perm_cam.mat; name that file, "

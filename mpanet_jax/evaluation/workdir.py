@@ -78,27 +78,30 @@ def evaluate_split(
 def evaluate_workdir(
     workdir: Path,
     *,
-    untrained: bool = False,
+    checkpoint: str = "last",
     rerank: bool | None = None,
     metric: str | None = None,
     cmc: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Metrics of the last checkpoint under `workdir` on its data set's test split.
+    """Metrics of a run on its data set's test split.
 
-    With `untrained` they are those of the network before its first step: what training is to be held against.
+    Args:
+      workdir: the run's folder.
+      checkpoint: 'last', 'best' (kept with config.eval.best; chosen by the test set), or 'untrained' for the network
+        before its first step, which training is to be held against.
+      rerank, metric, cmc: as `evaluate_embeddings`; None leaves them to the protocol and the config.
 
     Raises:
       UserError: no config.json, no checkpoint, or no data set; the message names the file and the fix.
     """
     config = load_config(workdir)
-    if untrained:
+    if checkpoint == "untrained":
         step, variables = 0, initial_variables(config, num_ids=1)
     else:
-        step, variables = load_model(workdir)
+        step, variables = load_model(workdir, checkpoint)
     split = load_split(config, "test")
     model = make_model(config, num_ids=variables["params"]["classifier"].shape[-1])
     variables = {name: variables[name] for name in ("params", "batch_stats")}
     visible, infrared = embed_split(config, split, make_embed(model)(variables))
     metrics = evaluate_split(config, visible, infrared, rerank=rerank, metric=metric, cmc=cmc)
-    checkpoint = "untrained" if untrained else "last"
     return {name: {**values, "checkpoint": checkpoint, "step": step} for name, values in metrics.items()}

@@ -36,7 +36,7 @@ class Outputs(NamedTuple):
 
 
 def linear(embedding: Float[Array, "b d"], kernel: Float[Array, "d n"], dtype: jnp.dtype) -> Float[Array, "b n"]:
-    """A bias-free linear classifier: the product in `dtype`, its sums and its result in float32 (float64 for float64)."""
+    """A bias-free linear classifier: the product in `dtype`, sums and result in float32 (float64 for float64)."""
     return jnp.dot(embedding.astype(dtype), kernel.astype(dtype), preferred_element_type=statistics_dtype(embedding))
 
 

@@ -18,9 +18,9 @@ def statistics_dtype(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def sum_over_devices(value: Array, axis_name: str | None) -> Array:
-    """The sum of `value` over the devices of `axis_name`; `value` itself on one device (axis_name None)."""
-    return value if axis_name is None else lax.psum(value, axis_name)
+def sum_over_devices(values: tuple[Array, ...], axis_name: str | None) -> tuple[Array, ...]:
+    """The sums of `values` over the devices of `axis_name`, in one message; `values` on one device (axis_name None)."""
+    return values if axis_name is None else lax.psum(values, axis_name)
 
 
 def _sums_apart(first: Array, second: Array) -> tuple[Array, Array]:
@@ -49,10 +49,10 @@ def _count(x: Array, axis_name: str | None) -> int:
 
 def _forward(x, residual, scale, bias, eps, relu, axis_name):
     wide = x.astype(statistics_dtype(x))
-    total, total_squared = _channel_sums(wide, wide * wide)
+    total, total_squared = sum_over_devices(_channel_sums(wide, wide * wide), axis_name)
     count = _count(x, axis_name)
-    mean = sum_over_devices(total, axis_name) / count
-    variance = jnp.maximum(sum_over_devices(total_squared, axis_name) / count - mean * mean, 0)
+    mean = total / count
+    variance = jnp.maximum(total_squared / count - mean * mean, 0)
     inverse_deviation = lax.rsqrt(variance + eps)
     y = (wide - mean) * (inverse_deviation * scale) + bias
     if residual is not None:
@@ -61,7 +61,7 @@ def _forward(x, residual, scale, bias, eps, relu, axis_name):
         y = jnp.maximum(y, 0)
     y = y.astype(x.dtype)
     if residual is not None:
-        # Without the barrier XLA computes a block's output again from all earlier blocks of its stage wherever it is read.
+        # Without the barrier XLA computes a block's output again, from all earlier blocks, wherever it is read.
         y = lax.optimization_barrier(y)
     return y, mean, variance, inverse_deviation
 
@@ -118,9 +118,8 @@ def _batch_norm_backward(eps, relu, axis_name, saved, cotangents):
     normalised = centred * inverse_deviation
     d_bias, d_scale = _channel_sums(gradient, gradient * normalised)
     count = _count(x, axis_name)
-    mean_gradient = sum_over_devices(d_bias, axis_name) / count
-    mean_product = sum_over_devices(d_scale, axis_name) / count
-    dx = (gradient - mean_gradient - normalised * mean_product) * (inverse_deviation * scale)
+    total_gradient, total_product = sum_over_devices((d_bias, d_scale), axis_name)
+    dx = (gradient - total_gradient / count - normalised * (total_product / count)) * (inverse_deviation * scale)
     return dx.astype(x.dtype), d_residual, d_scale, d_bias
 
 

@@ -116,7 +116,7 @@ def test_erase_boxes_keep_to_area_and_aspect():
     # Rounding to whole pixels moves both ends by a few percent of the smallest boxes.
     assert 0.019 < share.min() < 0.025 and 0.30 < share.max() < 0.336
     assert 0.28 < aspect.min() < 0.33 and 3.1 < aspect.max() < 3.5
-    # Aspect is log-uniform, but wide boxes of large area do not fit and are drawn again, so tall ones are more frequent.
+    # Aspect is log-uniform, but large wide boxes do not fit and are drawn again, so tall ones are more frequent.
     assert 0.5 < (aspect > 1).mean() < 0.8
     # Where the image is square nothing is refused for its shape: half of the boxes are tall, the mean share is 17.5 %.
     _, _, box_height, box_width = (

@@ -1,0 +1,191 @@
+"""What the measurements share: timing, the machine's ceilings, the work of a network, and the report."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpanet_jax.benchmarks.evaluation import peak_memory_gib
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+# Reads and writes of every convolution's output in a training step, at the least: PERFORMANCE's floor of memory.
+ACTIVATION_MOVES = 8
+
+
+def set_compilation_cache(folder: str | None) -> None:
+    """Keeps compiled programs in `folder`; None compiles everything anew. To be called before anything is compiled."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if folder else None)
+
+
+class CompileLog:
+    """What JAX has compiled since: an object made at the start of a program that wants to know.
+
+    Attributes:
+      times: when each compilation ended, by `time.perf_counter`.
+      from_cache: programs that came out of the compilation cache instead.
+    """
+
+    def __init__(self):
+        self.times: list[float] = []
+        self.from_cache = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def _on_duration(self, event: str, _: float, **__: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.times.append(time.perf_counter())
+
+    def _on_event(self, event: str, **_: Any) -> None:
+        self.from_cache += event == "/jax/compilation_cache/cache_hits"
+
+
+def seconds_per_call(call: Callable[[], Any], num_calls: int, *, warm_up: int = 2) -> np.ndarray:
+    """Seconds between the results of consecutive calls, as a loop that never lets the device wait sees them.
+
+    Call n+1 is sent off before call n's result is waited for. The first `warm_up` intervals are left out.
+    """
+    finished, waiting = [], call()
+    for _ in range(warm_up + num_calls):
+        following = call()
+        jax.block_until_ready(waiting)
+        finished.append(time.perf_counter())
+        waiting = following
+    jax.block_until_ready(waiting)
+    finished.append(time.perf_counter())
+    return np.diff(finished)[warm_up:]
+
+
+def rates(seconds: np.ndarray, images: int) -> dict[str, float]:
+    """Median, p10 and p90 in milliseconds of `seconds`, each for `images` images, and images/s by the median."""
+    p10, median, p90 = np.percentile(seconds, (10, 50, 90))
+    return {
+        "images_per_second": float(images / median),
+        "median_ms": float(median * 1e3),
+        "p10_ms": float(p10 * 1e3),
+        "p90_ms": float(p90 * 1e3),
+    }
+
+
+def peak_device_memory_gib() -> float:
+    """Peak of the fullest accelerator since the process began, in GiB; on CPU the process's peak resident memory."""
+    stats = [device.memory_stats() for device in jax.local_devices() if device.platform != "cpu"]
+    if not stats or None in stats:
+        return peak_memory_gib()
+    return max(s["peak_bytes_in_use"] for s in stats) / 2**30
+
+
+def ceilings(dtype: jnp.dtype) -> dict[str, float]:
+    """What one device reaches, on random data: a large copy in GB/s, a large matmul of `dtype` in TFLOP/s.
+
+    The copy counts bytes read and bytes written. Matmuls of float32 are what JAX makes of them by default (TF32 on
+    NVIDIA's). To be called after the peak memory is read.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    num_bytes, size = (2**24, 512) if on_cpu else (2**30, 8192)
+    generator = np.random.default_rng(0)
+    data = jax.device_put(generator.integers(0, 2**32, num_bytes // 4, np.uint32))
+    a, b = (jnp.asarray(generator.standard_normal((size, size), np.float32), dtype) for _ in range(2))
+    copy, matmul = jax.jit(jnp.copy), jax.jit(jnp.matmul)
+    copy_seconds = np.median(seconds_per_call(lambda: _repeat(lambda: copy(data), 10), 10)) / 10
+    matmul_seconds = np.median(seconds_per_call(lambda: _repeat(lambda: matmul(a, b), 10), 10)) / 10
+    return {
+        "copy_ceiling_gb_per_second": float(2 * num_bytes / copy_seconds / 1e9),
+        "matmul_ceiling_tflops": float(2 * size**3 / matmul_seconds / 1e12),
+    }
+
+
+def _repeat(call: Callable[[], jax.Array], times: int) -> jax.Array:
+    """The last of so many results; one call alone would measure the time of sending it off too."""
+    for _ in range(times - 1):
+        call()
+    return call()
+
+
+def convolution_work(function: Callable, *arguments: Any) -> tuple[float, float]:
+    """(floating-point operations, output values) of all convolutions and matrix products that `function` does."""
+    operations = outputs = 0.0
+    for equation in _equations(jax.make_jaxpr(function)(*arguments).jaxpr):
+        if equation.primitive.name not in ("conv_general_dilated", "dot_general"):
+            continue
+        left, right = (variable.aval for variable in equation.invars[:2])
+        size = equation.outvars[0].aval.size
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            terms = np.prod([left.shape[axis] for axis in contracted])
+        else:
+            terms = right.size / right.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+        operations += 2 * size * terms
+        outputs += size
+    return float(operations), float(outputs)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else (value,):
+                inner = getattr(inner, "jaxpr", inner)  # a closed one
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+def environment() -> dict[str, Any]:
+    """The device and the versions that a figure holds for."""
+    device = jax.devices()[0]
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "runtime": " ".join(device.client.platform_version.split()),
+            "cpus": os.cpu_count(),
+        },
+        "versions": versions,
+        "compilation_cache": jax.config.jax_compilation_cache_dir,
+    }
+
+
+def seconds_since_process_start() -> float | None:
+    """How long ago this process was started; None where the system does not say (it is Linux that does)."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except OSError:
+        return None
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """A table of the results, under a line with the device."""
+    name, device, results = report["name"], report["device"], report["results"]
+    width = max(map(len, results))
+    lines = [f"{name} on {device['count']} x {device['kind']}, jax {report['versions']['jax']}"]
+    return "\n".join(lines + [f"  {key:{width}}  {_format(value)}" for key, value in results.items()])
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return ", ".join(map(_format, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Writes the report as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(report, indent=2) + "\n")
+    unfinished.rename(path)

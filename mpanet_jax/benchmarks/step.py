@@ -1,0 +1,133 @@
+"""How fast the whole training step is: augmentation, losses, backward pass, Adam, mean classifiers."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mpanet_jax.benchmarks import measure
+from mpanet_jax.experiment import check_config, compute_dtype, make_model
+from mpanet_jax.parallel import all_devices, global_num_ids
+from mpanet_jax.state import init_variables
+from mpanet_jax.train import initial_state, make_train_steps
+
+NUM_IDS = 395  # identities and steps an epoch of SYSU-MM01's training set
+STEPS_PER_EPOCH = 183
+
+
+def random_images(config: ConfigDict, num_images: int) -> np.ndarray:
+    """uint8[N, height, width, 3]; random, since zeros make an accelerator faster than it is."""
+    shape = (num_images, config.data.height, config.data.width, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def benchmark_step(
+    config: ConfigDict, *, num_steps: int = 240, num_images: int = 2048, profile: str | None = None
+) -> dict[str, Any]:
+    """Measure the training step on a random image set in device memory, as `train` runs it, in steady state.
+
+    config.train.steps_per_call steps are one program, so a call is the smallest thing that can be timed; its time is
+    shared out evenly. The network is random (config.init_from is not read); nothing is logged or saved.
+
+    Args:
+      config: the run whose step is measured.
+      num_steps: timed steps, after two calls of warm-up; raised to a whole number of calls.
+      num_images: images in device memory.
+      profile: a folder that a `jax.profiler` trace of three further calls is written to.
+
+    Returns:
+      images_per_second, median_ms, p10_ms, p90_ms: of a step.
+      compile_seconds: tracing, lowering and compiling the program (see programs_from_cache).
+      programs_from_cache: compiled programs that a compilation cache held; 0: all of it was compiled.
+      peak_gib, image_set_gib: device memory (on CPU: of the process), and the image set's share of it.
+      step_tflop, tflops: a step's convolutions and matrix products, 3 × those of the forward pass, and their rate.
+      copy_ceiling_gb_per_second, matmul_ceiling_tflops: measured here, by `measure.ceilings`, over all devices.
+      arithmetic_floor_ms, memory_floor_ms: the step's work at the ceilings; memory: all convolution outputs moved eight
+        times. share_of_…: floor / median.
+    """
+    config = ConfigDict(config.to_dict())
+    config.init_from = ""
+    check_config(config)
+    compiled = measure.CompileLog()
+    parallel = all_devices(config.parallel)
+    num_ids_per_batch = global_num_ids(config.data.num_ids_per_batch, parallel.num_devices, config.batch_scale)
+    steps_per_call, images_per_id = config.train.steps_per_call, config.data.images_per_id
+    batch_size = num_ids_per_batch * images_per_id
+
+    images = parallel.replicate(random_images(config, num_images))
+    state = parallel.replicate(initial_state(config, NUM_IDS, STEPS_PER_EPOCH))
+    run_steps = make_train_steps(config, NUM_IDS, STEPS_PER_EPOCH, parallel)
+    batches = _random_batches(steps_per_call, num_ids_per_batch, images_per_id, num_images)
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = run_steps(state, batches, images)
+        return metrics
+
+    from_cache, started = compiled.from_cache, time.perf_counter()
+    losses = jax.block_until_ready(call())["loss"]
+    first_call = time.perf_counter() - started
+    from_cache = compiled.from_cache - from_cache
+    seconds = measure.seconds_per_call(call, -(-num_steps // steps_per_call)) / steps_per_call
+    if profile:
+        with jax.profiler.trace(profile):
+            measure.seconds_per_call(call, 1, warm_up=1)
+    results = {
+        **measure.rates(seconds, batch_size),
+        "timed_steps": len(seconds) * steps_per_call,
+        "steps_per_call": steps_per_call,
+        "batch_size": batch_size,
+        "dtype": compute_dtype(config.dtype).name,
+        "compile_seconds": float(first_call - np.median(seconds) * steps_per_call),
+        "programs_from_cache": from_cache,
+        "peak_gib": measure.peak_device_memory_gib(),
+        "image_set_gib": images.nbytes / 2**30,
+        "first_loss": float(losses[0]),
+    }
+    return results | _shares(config, batch_size, parallel.num_devices, results["median_ms"])
+
+
+def _random_batches(steps: int, num_ids: int, images_per_id: int, num_images: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(1)
+    labels = np.stack([generator.permutation(NUM_IDS)[:num_ids] for _ in range(steps)]).astype(np.int32)
+    modality = np.arange(num_ids * images_per_id, dtype=np.int32) % images_per_id >= images_per_id // 2
+    return {
+        "labels": labels.repeat(images_per_id, axis=1),
+        "modality": np.tile(modality.astype(np.int32), (steps, 1)),
+        "index": generator.integers(0, num_images, (steps, num_ids * images_per_id), np.int32),
+    }
+
+
+def _shares(config: ConfigDict, batch_size: int, num_devices: int, median_ms: float) -> dict[str, float]:
+    dtype = compute_dtype(config.dtype)
+    forward, outputs = forward_work(config)
+    ceilings = {name: value * num_devices for name, value in measure.ceilings(dtype).items()}
+    step_tflop = 3 * forward * batch_size / 1e12
+    moved_gb = measure.ACTIVATION_MOVES * outputs * batch_size * dtype.itemsize / 1e9
+    arithmetic_ms = step_tflop / ceilings["matmul_ceiling_tflops"] * 1e3
+    memory_ms = moved_gb / ceilings["copy_ceiling_gb_per_second"] * 1e3
+    return {
+        "step_tflop": step_tflop,
+        "tflops": step_tflop / median_ms * 1e3,
+        **ceilings,
+        "arithmetic_floor_ms": arithmetic_ms,
+        "memory_floor_ms": memory_ms,
+        "share_of_arithmetic": arithmetic_ms / median_ms,
+        "share_of_memory": memory_ms / median_ms,
+    }
+
+
+def forward_work(config: ConfigDict) -> tuple[float, float]:
+    """(floating-point operations, output values) of the forward pass's convolutions and matrix products, an image."""
+    model = make_model(config, NUM_IDS)
+    variables = jax.eval_shape(
+        lambda key: init_variables(model, key, config.data.height, config.data.width), jax.random.key(0)
+    )
+    image = jax.ShapeDtypeStruct((2, config.data.height, config.data.width, 3), jnp.float32)
+    work = measure.convolution_work(
+        lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, image
+    )
+    return work[0] / 2, work[1] / 2

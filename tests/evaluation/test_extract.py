@@ -1,0 +1,349 @@
+"""From image files to an embeddings file: against PyTorch and Pillow, through the evaluator, and with bad images."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+
+from configs import synthetic as synthetic_config  # noqa: E402
+from mpanet_jax import weights  # noqa: E402
+from mpanet_jax.datasets.synthetic import write_dataset  # noqa: E402
+from mpanet_jax.errors import UserError  # noqa: E402
+from mpanet_jax.evaluation.evaluate import evaluate_embeddings  # noqa: E402
+from mpanet_jax.evaluation.images import embed_images, image_batches, list_images  # noqa: E402
+from mpanet_jax.evaluation.network import network_of_weights, network_of_workdir  # noqa: E402
+from mpanet_jax.evaluation.protocols import load_embeddings, save_embeddings  # noqa: E402
+from mpanet_jax.evaluation.workdir import evaluate_workdir  # noqa: E402
+from mpanet_jax.experiment import save_config  # noqa: E402
+from mpanet_jax.models.mpanet import MPANet as FlaxMPANet  # noqa: E402
+from mpanet_jax.state import init_variables  # noqa: E402
+from tests.reference.compare import numpy_state_dict  # noqa: E402
+from tests.reference.model import MPANet, randomise  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = {"stage_sizes": (1, 1, 1, 1), "width": 16}
+GENERATOR = np.random.default_rng(0)
+
+
+def run_extract(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / "extract.py", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def picture(height=32, width=16):
+    return Image.fromarray(GENERATOR.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def grey16(path, values):
+    Image.fromarray(values.astype(np.uint16)).save(path)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return randomise(MPANet(5, **SIZE), 0).eval()
+
+
+@pytest.fixture(scope="module")
+def folder_of_weights(network, tmp_path_factory):
+    """The PyTorch network as scripts/convert_weights.py leaves it."""
+    folder = tmp_path_factory.mktemp("weights")
+    weights.write_state_dict(folder / "published.safetensors", numpy_state_dict(network))
+    weights.convert(folder / "published.safetensors", folder / "converted", **SIZE)
+    return folder / "converted"
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Every kind of image, of two sizes, in folders with odd names; and things that are no images."""
+    folder = tmp_path_factory.mktemp("kinds") / "my photos"
+    (folder / "Größe 人").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    picture(64, 32).save(folder / "Größe 人/b [bold] 1.PNG")
+    picture(20, 12).save(folder / "a.bmp")
+    picture(64, 32).convert("L").save(folder / "grey.png")
+    picture(64, 32).convert("P").save(folder / "palette.gif")
+    picture(64, 32).convert("RGBA").save(folder / "transparent.webp", lossless=True)
+    picture(64, 32).convert("CMYK").save(folder / "print.jpg", quality=95)
+    picture(64, 32).save(folder / ".hidden/no.png")
+    picture(64, 32).save(folder / "._a.png")
+    (folder / "notes.txt").write_text("no image")
+    os.symlink(folder, folder / "Größe 人/loop")
+    return folder
+
+
+KINDS = ["Größe 人/b [bold] 1.PNG", "a.bmp", "grey.png", "palette.gif", "print.jpg", "transparent.webp"]
+
+
+def test_a_folder_is_embedded_as_pytorch_and_pillow_do(kinds, network, folder_of_weights, tmp_path):
+    out = tmp_path / "new folder" / "f.npz"
+    result = run_extract(
+        *("--weights", folder_of_weights, "--images", kinds, "--out", out, "--dtype", "float32"),
+        *("--height", 64, "--width", 32, "--batch_size", 4),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "6 images as vectors of 3,584" in result.stdout
+    embeddings = load_embeddings(out)
+    assert embeddings.paths.tolist() == sorted(KINDS)
+    assert embeddings.pids.tolist() == embeddings.camids.tolist() == [-1] * 6
+    pixels = [
+        np.asarray(Image.open(kinds / name).convert("RGB").resize((32, 64), Image.Resampling.BILINEAR))
+        for name in sorted(KINDS)
+    ]
+    normalised = (np.stack(pixels) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.no_grad():
+        expected = network(torch.tensor(normalised.transpose(0, 3, 1, 2), dtype=torch.float32)).embedding.numpy()
+    error = np.linalg.norm(embeddings.features - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    exact = np.array([name not in ("a.bmp", "print.jpg") for name in sorted(KINDS)])
+    assert error[exact].max() < 1e-5
+    assert error.max() < 0.05  # resizing and CMYK differ from Pillow's by rounding; another image's embedding is at 1
+    assert os.listdir(out.parent) == ["f.npz"]
+
+
+def test_sixteen_bits_keep_their_upper_eight(tmp_path):
+    values = np.arange(512).reshape(32, 16) * 128
+    for name in ("a.png", "b.tiff"):
+        grey16(tmp_path / name, values)
+    (tmp_path / "c.pgm").write_bytes(b"P5 16 32 65535\n" + values.astype(">u2").tobytes())
+    images = list_images(tmp_path)
+    (batch,) = image_batches(images, height=32, width=16, batch_size=3, report=pytest.fail)
+    for pixels in batch["images"]:
+        np.testing.assert_array_equal(pixels, np.repeat((values // 256)[..., None], 3, 2))
+
+
+def damage(folder):
+    """Three good images among seven that are not; returns {name: a word of the reason}."""
+    for name in ("1.png", "5.png", "9.png"):
+        picture(64, 32).save(folder / name)
+    picture(64, 32).save(folder / "2.jpg")
+    (folder / "2.jpg").write_bytes((folder / "2.jpg").read_bytes()[:900])
+    (folder / "3.jpg").write_bytes(b"")
+    (folder / "4.jpg").write_text("this is no image")
+    (folder / "6.png").write_bytes((folder / "1.png").read_bytes()[:300])
+    Image.fromarray(np.ones((32, 16), np.float32)).save(folder / "7.tiff")
+    (folder / "8.jpg").write_bytes(b"\xff\xd8 and nothing else")
+    (folder / "0.bmp").symlink_to("nowhere")
+    return {"0": "No such file", "2": "", "3": "empty file", "4": "not an image", "6": "", "7": "32 bits", "8": ""}
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(folder_of_weights, tmp_path):
+    folder, out = tmp_path / "images", tmp_path / "f.npz"
+    folder.mkdir()
+    reasons = damage(folder)
+    arguments = ("--weights", folder_of_weights, "--images", folder, "--out", out, "--height", 64, "--width", 32)
+    result = run_extract(*arguments, "--batch_size", 4)
+    assert result.returncode == 1
+    *skipped, last = result.stderr.strip().splitlines()
+    assert last == "7 of 10 images skipped"
+    assert len(skipped) == 7
+    for line, (name, reason) in zip(skipped, reasons.items(), strict=True):
+        assert line.startswith(f"skipped {folder}/{name}.")
+        assert reason in line
+        assert len(line.partition(": ")[2]) > 5
+        assert "prepare" not in line  # the advice for prepared data sets
+    embeddings = load_embeddings(out)
+    assert embeddings.paths.tolist() == ["1.png", "5.png", "9.png"]
+    # The neighbours of a bad image are what they are alone.
+    network = network_of_weights(folder_of_weights)
+    for row, name in enumerate(embeddings.paths):
+        (tmp_path / "one.txt").write_text(f"images/{name}\n")
+        alone = embed_images(
+            network.embed, list_images(tmp_path / "one.txt"), height=64, width=32, batch_size=4, report=pytest.fail
+        )
+        np.testing.assert_allclose(embeddings.features[row], alone.features[0], rtol=1e-4, atol=1e-5)
+
+    strict = tmp_path / "strict.npz"
+    arguments = [strict if argument == out else argument for argument in arguments]
+    result = run_extract(*arguments, "--strict")
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert f"{folder}/0.bmp" in result.stderr
+    assert not list(tmp_path.glob("*strict*"))
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    faults = []
+    with pytest.raises(UserError, match="none of the 1 images"):
+        embed_images(
+            lambda images: np.zeros((len(images), 2), np.float32),
+            list_images(tmp_path),
+            height=32,
+            width=16,
+            batch_size=4,
+            report=faults.append,
+        )
+    assert faults == [f"{tmp_path}/a.jpg: empty file"]
+
+
+def test_many_batches_have_one_shape_and_keep_the_order(tmp_path):
+    for number in range(23):
+        Image.new("RGB", (16, 32), (number, 0, 0)).save(tmp_path / f"{number:02d}.png")
+    images = list_images(tmp_path)
+    batches = list(image_batches(images, height=32, width=16, batch_size=4, report=pytest.fail))
+    assert [batch["images"].shape for batch in batches] == [(4, 32, 16, 3)] * 6
+    assert batches[-1]["mask"].tolist() == [True, True, True, False]
+    seen = []
+
+    def embed(images):
+        seen.append(images.shape)
+        return images[:, 0, 0, :2].astype(np.float32)
+
+    embeddings = embed_images(embed, images, height=32, width=16, batch_size=4, report=pytest.fail)
+    num_devices = jax.local_device_count()
+    assert set(seen) == {(-(-4 // num_devices) * num_devices, 32, 16, 3)}
+    assert embeddings.features[:, 0].tolist() == list(range(23))
+
+
+@pytest.mark.parametrize(
+    ("root", "file", "expected"),
+    [
+        (".", "sysu/cam3/0007/0012.jpg", ("sysu/cam3/0007/0012.jpg", 7, 3)),
+        ("sysu/cam3", "sysu/cam3/0007/0012.jpg", ("cam3/0007/0012.jpg", 7, 3)),
+        ("llcm", "llcm/test_nir/cam9/0031/x_1.jpg", ("test_nir/cam9/0031/x_1.jpg", 31, 9)),
+        ("llcm/test_vis", "llcm/test_vis/cam9/0031/x_1.jpg", ("test_vis/cam9/0031/x_1.jpg", 31, 9)),
+        ("regdb", "regdb/Visible/285/v 1.bmp", ("Visible/285/v 1.bmp", 285, 1)),
+        ("regdb/Thermal/4", "regdb/Thermal/4/t.bmp", ("Thermal/4/t.bmp", 4, 2)),
+        (".", "camping3/7/1.jpg", ("camping3/7/1.jpg", -1, -1)),
+        (".", "cam3/seven/1.jpg", ("cam3/seven/1.jpg", -1, -1)),
+        (".", "cam3/7/more/1.jpg", ("cam3/7/more/1.jpg", -1, -1)),
+    ],
+)
+def test_identity_and_camera_come_from_a_known_layout(tmp_path, root, file, expected):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    (image,) = list_images(tmp_path / root)
+    assert (image.path, image.pid, image.camid) == expected
+    assert image.file == tmp_path / root / (tmp_path / file).relative_to(tmp_path / root)
+
+
+def test_a_list_keeps_its_order_and_takes_absolute_paths(tmp_path):
+    (tmp_path / "list.txt").write_text(f"\ufeffb 1.jpg\r\n\r\n{tmp_path}/x/a.xyz\n  sub/ü.png  \n", encoding="utf-8")
+    images = list_images(tmp_path / "list.txt")
+    assert [image.path for image in images] == ["b 1.jpg", f"{tmp_path}/x/a.xyz", "sub/ü.png"]
+    assert [image.file for image in images] == [tmp_path / "b 1.jpg", tmp_path / "x/a.xyz", tmp_path / "sub/ü.png"]
+
+
+def test_sources_without_images_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.txt").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    for source, message in (
+        ("empty", "no images found; expected files that end in .jpg"),
+        ("empty/notes.txt", "no images found; expected one path a line"),
+        ("binary.txt", "not a UTF-8 text file"),
+        ("nowhere", "no such folder or list file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list_images(tmp_path / source)
+
+
+@pytest.fixture(scope="module")
+def sysu(tmp_path_factory):
+    raw = tmp_path_factory.mktemp("sysu") / "raw"
+    write_dataset("sysu_mm01", raw, num_train_ids=6, num_test_ids=4, images_per_camera=(2, 4), height=(48, 56))
+    return raw
+
+
+@pytest.fixture(scope="module")
+def workdir(sysu, folder_of_weights, tmp_path_factory):
+    """A run's folder: the config and a checkpoint."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    shutil.copytree(folder_of_weights, workdir)
+    config = synthetic_config.get_config()
+    config.dataset.source, config.dataset.data_dir = str(sysu), str(workdir.parent / "prepared")
+    config.data.height, config.data.width = 32, 16
+    config.model.width, config.model.stage_sizes = SIZE["width"], SIZE["stage_sizes"]
+    config.eval.batch_size = 16
+    config.dtype = "float32"
+    save_config(config, workdir)
+    return workdir
+
+
+def test_sysu_by_the_documented_commands_evaluates_as_the_workdir_does(sysu, workdir, tmp_path):
+    help_text = (ROOT / "scripts/extract.py").read_text()
+    commands = re.findall(r"^  (for id in .*)$", help_text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        subprocess.run(["bash", "-c", command], cwd=sysu, stderr=subprocess.DEVNULL)
+    network = network_of_workdir(workdir)
+    assert (network.height, network.width, network.batch_size) == (32, 16, 16)
+    for name in ("query", "gallery"):
+        images = list_images(sysu / f"{name}.txt")
+        embeddings = embed_images(network.embed, images, height=32, width=16, batch_size=16, report=pytest.fail)
+        save_embeddings(tmp_path / f"{name}.npz", embeddings)
+    query, gallery = (load_embeddings(tmp_path / f"{name}.npz") for name in ("query", "gallery"))
+    assert set(query.camids) == {3, 6}
+    assert set(gallery.camids) == {1, 2, 4, 5}
+    metrics = evaluate_embeddings(query, gallery, protocol="sysu_mm01", permutation=sysu / "exp/rand_perm_cam.mat")
+    expected = evaluate_workdir(workdir)
+    assert set(metrics) == set(expected)
+    for name, values in metrics.items():
+        for figure in ("rank1", "rank5", "mAP", "mINP", "num_query", "num_gallery"):
+            assert values[figure] == pytest.approx(expected[name][figure], rel=1e-6)
+
+
+def test_unknown_identities_are_not_evaluated(kinds, folder_of_weights):
+    network = network_of_weights(folder_of_weights)
+    embeddings = embed_images(network.embed, list_images(kinds), height=32, width=16, batch_size=4, report=pytest.fail)
+    for protocol in ("sysu_mm01_random", "regdb", "llcm"):
+        with pytest.raises(UserError, match="6 of 6 pids are negative"):
+            evaluate_embeddings(embeddings, embeddings, protocol=protocol)
+
+
+def test_the_config_says_what_arrays_do_not(workdir):
+    # SE and MAM have the same arrays; only the run's config tells them apart.
+    with pytest.raises(UserError, match="--workdir="):
+        network_of_weights(workdir)
+
+
+def test_bfloat16_is_near_float32(workdir):
+    images = GENERATOR.integers(0, 256, (4 * jax.local_device_count(), 128, 64, 3), dtype=np.uint8)
+    precise, coarse = (np.asarray(network_of_workdir(workdir, dtype).embed(images)) for dtype in (None, "bfloat16"))
+    cosine = (precise * coarse).sum(1) / np.linalg.norm(precise, axis=1) / np.linalg.norm(coarse, axis=1)
+    assert not np.array_equal(precise, coarse)
+    assert cosine.min() > 0.99
+
+
+def test_a_bare_resnet_is_refused(tmp_path):
+    model = FlaxMPANet(num_ids=1)
+    variables = jax.eval_shape(lambda key: init_variables(model, key, 32, 32), jax.random.key(0))
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
+    resnet = {
+        collection: {name: tree for name, tree in variables[collection].items() if name.startswith("st")}
+        for collection in ("params", "batch_stats")
+    }
+    weights.write_state_dict(tmp_path / "resnet50.safetensors", weights.from_flax(resnet))
+    with pytest.raises(UserError, match=r"resnet50.safetensors: these weights are a bare ResNet's"):
+        network_of_weights(tmp_path / "resnet50.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "f.npz"], "expected one of --workdir and --weights"),
+        (["--out", "f.npz", "--workdir", "a", "--weights", "b"], "expected one of --workdir and --weights"),
+        (["--out", "f.txt", "--weights", "b"], "ends in .npz"),
+        (["--out", "f.npz", "--weights", "none.safetensors"], "none.safetensors: no such weights file"),
+        (["--out", "f.npz", "--workdir", "nowhere"], "config.json: not found"),
+    ],
+)
+def test_bad_flags_end_with_one_line_and_code_2(kinds, tmp_path, arguments, message):
+    arguments = [tmp_path / a if a.startswith("f.") else a for a in arguments]
+    result = run_extract("--images", kinds, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not os.listdir(tmp_path)
