@@ -129,15 +129,15 @@ def benchmark_all(
 
 def _test_ids(folder: Path) -> list[int]:
     """SYSU-MM01's test identities, from the list that lies beside its permutation file."""
-    for name in ("test_id.txt", "test_id.mat"):
-        try:
-            if name.endswith(".txt"):
-                return [int(pid) for pid in (folder / name).read_text().split(",")]
-            return scipy.io.loadmat(folder / name)["id"].ravel().tolist()
-        except FileNotFoundError:
+    for path in (folder / "test_id.txt", folder / "test_id.mat"):
+        if not path.exists():
             continue
+        try:
+            if path.suffix == ".txt":
+                return [int(pid) for pid in path.read_text().split(",")]
+            return scipy.io.loadmat(path)["id"].ravel().tolist()
         except (KeyError, ValueError, OSError) as error:
-            raise UserError(f"{folder / name}: not SYSU-MM01's list of test identities ({error})") from error
+            raise UserError(f"{path}: not SYSU-MM01's list of test identities ({error})") from error
     raise UserError(f"--permutation: expected test_id.txt (or .mat) beside the file, in {folder}, as in SYSU-MM01/exp")
 
 
