@@ -1,5 +1,6 @@
 """The one exception that means "your input is wrong, here is the fix", and how scripts end on it."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -22,13 +23,19 @@ def _fail(message: object) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        positional = flags.FLAGS(argv)
+        if getattr(flags.FLAGS, "config", None) is not None:
+            # ml_collections keeps a config file's failure to load to itself until a field is read.
+            getattr(flags.FLAGS.config, "seed", None)
+        return positional
     except (AttributeError, KeyError) as error:  # what ml_collections raises for a field that the config lacks
         name = re.findall(r"\w+", str(error).replace("\\n", " "))[0]
         _fail(f"unknown config field '{name}'; configs/default.py lists every field")
     except (flags.Error, TypeError, ValueError, OSError) as error:
         # A config file that refuses its option arrives as the text of a traceback; its last line is the message.
         text = str(error)
+        if "Failed loading config file" in text:  # ends in "No such file or directory: 'NAME'"
+            _fail(f"--config: {text.splitlines()[-1].partition('] ')[2]}; expected configs/NAME.py")
         _fail(text.splitlines()[-1].partition(": ")[2] if "Traceback" in text else text)
 
 
@@ -36,7 +43,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     """Parse absl's flags, run `main(positional arguments)` and exit.
 
     The exit code is 0 or what `main` returns; 2, with one line on stderr, for a flag or config field that cannot be
-    parsed and for a `UserError`.
+    parsed, for a `UserError`, and for a file or folder that the system refuses (missing, no permission, disk full).
     """
 
     def guarded(argv: list[str]) -> int:
@@ -45,5 +52,9 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
             return main(argv[1:]) or 0
         except UserError as error:
             _fail(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _fail(f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}); name another place")
 
     app.run(guarded, flags_parser=_parse_flags)

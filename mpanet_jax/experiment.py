@@ -42,6 +42,13 @@ def check_config(config: ConfigDict) -> None:
         value = _field(config, field)
         if value not in allowed:
             raise UserError(f"config.{field} = '{value}': expected one of {', '.join(map(repr, allowed))}")
+    official = (not config.loss.per_modality_identity, config.loss.student_first, config.mean.epochs_at_full)
+    if config.preset == "official" and not any(official):
+        # The field is a record of what apply_preset did; setting it alone would leave the paper's recipe.
+        raise UserError(
+            "config.preset = 'official': the other fields are still the paper's; the preset is chosen behind the "
+            "config file's name: --config=configs/NAME.py:official"
+        )
     if config.data.images_per_id < 2 or config.data.images_per_id % 2:
         raise UserError(
             f"config.data.images_per_id = {config.data.images_per_id}: K is half visible, half infrared; "
@@ -54,6 +61,18 @@ def check_config(config: ConfigDict) -> None:
     for field in positive.split():
         if _field(config, field) < 1:
             raise UserError(f"config.{field} = {_field(config, field)}: expected at least 1")
+    not_negative = (
+        "data.num_workers",
+        "augment.crop_padding",
+        "train.eval_every_epochs",
+        "train.checkpoint_every_epochs",
+    )
+    for field in not_negative:
+        if _field(config, field) < 0:
+            raise UserError(f"config.{field} = {_field(config, field)}: expected at least 0")
+    for field, length in (("model.stage_sizes", 4), ("augment.erase_area", 2), ("augment.erase_aspect", 2)):
+        if len(_field(config, field)) != length:
+            raise UserError(f"config.{field} = {_field(config, field)}: expected {length} numbers")
     if config.model.width % config.model.reduction and config.model.channel_module in ("mam", "se", "cbam"):
         raise UserError(
             f"config.model.reduction = {config.model.reduction}: it has to divide config.model.width = "
@@ -100,7 +119,7 @@ def compute_dtype(name: str) -> jnp.dtype:
 def load_split(config: ConfigDict, split: str) -> Split:
     """The config's data set, prepared on demand from config.dataset.source; `split` is 'train' or 'test'."""
     dataset = config.dataset
-    datasets.prepare(dataset.name, dataset.source, dataset.data_dir, trial=dataset.trial)
+    datasets.prepare(dataset.name, dataset.source, dataset.data_dir, trial=dataset.trial, track=datasets.progress_bar)
     return datasets.load_split(dataset.name, dataset.data_dir, split, trial=dataset.trial)
 
 

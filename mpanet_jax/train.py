@@ -1,6 +1,7 @@
 """The training loop, and nothing else."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mpanet_jax.checkpoint import Checkpoints
-from mpanet_jax.data.cache import CACHE_MODES, choose_cache
+from mpanet_jax.data.cache import CACHE_MODES, choose_cache, open_cache
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.evaluation.evaluate import write_metrics
@@ -51,9 +52,12 @@ BEST_METRICS_FILE = "metrics_best.json"
 def make_feed(config: ConfigDict, split: Split, parallel: Parallel, num_ids_per_batch: int) -> TrainFeed:
     """The batches of the whole run, of which this process gets its share; `num_ids_per_batch` is P of them all."""
     num_bytes = len(split) * config.data.height * config.data.width * 3
-    cache = choose_cache(config.data.cache, num_bytes, cache_dir(config))
+    built = open_cache(split, config.data.height, config.data.width, cache_dir(config)) is not None
+    chosen = choose_cache(config.data.cache, num_bytes, cache_dir(config), built=built)
     # All processes run the same program, so the one with least room decides.
-    cache = CACHE_MODES[max(gather(CACHE_MODES.index(cache)))]
+    cache = CACHE_MODES[max(gather(CACHE_MODES.index(chosen)))]
+    if cache != chosen and is_first_process():
+        print(f"images: cache={cache}, for another process has less room", file=sys.stderr)
     return train_feed(
         split,
         height=config.data.height,
@@ -71,9 +75,8 @@ def make_feed(config: ConfigDict, split: Split, parallel: Parallel, num_ids_per_
     )
 
 
-def initial_state(config: ConfigDict, num_ids: int, steps_per_epoch: int) -> TrainState:
-    """The state before step 0, with the backbone of config.init_from where one is named."""
-    variables = initial_variables(config, num_ids)
+def initial_state(config: ConfigDict, variables: dict[str, Any], steps_per_epoch: int) -> TrainState:
+    """The state before step 0, from `initial_variables`."""
     _, run_key = random_keys(config)
     learning_rate, _ = make_schedules(config, steps_per_epoch)
     optimizer = make_optimizer(config, learning_rate)
@@ -120,8 +123,10 @@ def train(
     parallel = all_devices(config.parallel)
     num_ids_per_batch = global_num_ids(config.data.num_ids_per_batch, parallel.num_devices, config.batch_scale)
     train_split, test_split = load_split(config, "train"), load_split(config, "test")
+    # Before the feed: weights that cannot be had should not cost the time of building a cache first.
+    variables = initial_variables(config, train_split.num_ids)
     feed = make_feed(config, train_split, parallel, num_ids_per_batch)
-    state = parallel.replicate(initial_state(config, train_split.num_ids, feed.steps_per_epoch))
+    state = parallel.replicate(initial_state(config, variables, feed.steps_per_epoch))
     run_steps = make_train_steps(config, train_split.num_ids, feed.steps_per_epoch, parallel)
     make_embedder = make_embed(make_model(config, train_split.num_ids))
 

@@ -275,7 +275,7 @@ def _reason(state_dict: StateDict, expected: Iterable[str], problems: Sequence[s
     if found != wanted:
         return f": another architecture (stages of {found} blocks, expected {wanted})"
     if all(CLASSIFIER.match(problem) for problem in problems):
-        return " in its classifiers, another number of identities or missing (--drop_classifiers leaves them out)"
+        return " in its classifiers, another number of identities or missing (--drop-classifiers leaves them out)"
     return ""
 
 

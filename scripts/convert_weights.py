@@ -1,4 +1,4 @@
-"""Converts weights: python scripts/convert_weights.py FROM TO [--drop_classifiers]
+"""Converts weights: python scripts/convert_weights.py FROM TO [--drop-classifiers]
 
 FROM: torchvision's or timm's ResNet-50, or a checkpoint of the published MPANet program (.pth, .safetensors), or
   hf:owner/repository, or the --workdir of a training run.

@@ -24,7 +24,10 @@ PERMUTATION = flags.DEFINE_string("permutation", None, "SYSU-MM01's rand_perm_ca
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run: restores its checkpoint, extracts and evaluates.")
 WORKDIRS = flags.DEFINE_string("workdirs", None, "A pattern of RegDB runs, one for each trial, to average.")
 CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "last", ["last", "best", "untrained"], "Of --workdir; untrained: the network before its first step."
+    "checkpoint",
+    "last",
+    ["last", "best", "untrained"],
+    "Of --workdir(s); untrained: the network before its first step.",
 )
 RERANK = flags.DEFINE_bool("rerank", None, "k-reciprocal re-ranking; off by default, as in the papers' tables.")
 METRIC = flags.DEFINE_enum("metric", None, METRICS, "By default the protocol's.")
@@ -39,6 +42,8 @@ def main(files: list[str]) -> None:
     if len(given) != 1:
         raise UserError(f"expected one of --features, --workdir and --workdirs, got {', '.join(given) or 'none'}")
     options = {"rerank": RERANK.value, "metric": METRIC.value, "cmc": CMC.value}
+    if FEATURES.value and CHECKPOINT.value != "last":
+        raise UserError(f"--checkpoint={CHECKPOINT.value} goes with --workdir or --workdirs; --features are embedded")
     if FEATURES.value and (len(files) != 1 or PROTOCOL.value is None):
         raise UserError("--features: expected --features QUERY.npz GALLERY.npz --protocol " + "|".join(DEFAULTS))
     if not FEATURES.value and (files or PROTOCOL.value or PERMUTATION.value):
@@ -51,8 +56,9 @@ def main(files: list[str]) -> None:
     else:
         from mpanet_jax.evaluation.workdir import evaluate_workdir  # imports JAX, which embeddings do not need
 
+        options["checkpoint"] = CHECKPOINT.value
         if WORKDIR.value:
-            metrics = evaluate_workdir(Path(WORKDIR.value), checkpoint=CHECKPOINT.value, **options)
+            metrics = evaluate_workdir(Path(WORKDIR.value), **options)
             files = {"last": "metrics.json", "best": "metrics_best.json", "untrained": "metrics_untrained.json"}
             out = out or Path(WORKDIR.value) / files[CHECKPOINT.value]
         else:

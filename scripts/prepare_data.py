@@ -11,10 +11,8 @@ one a line, and end in exit code 2; counts that differ from the published ones a
 import sys
 
 from absl import flags
-from rich.console import Console
-from rich.progress import track
 
-from mpanet_jax.datasets import is_prepared, prepare, prepared_dir
+from mpanet_jax.datasets import is_prepared, prepare, prepared_dir, progress_bar
 from mpanet_jax.datasets.verify import format_counts, verify
 from mpanet_jax.errors import UserError, run_script
 
@@ -25,15 +23,16 @@ _TRIAL = flags.DEFINE_string("trial", "1", "RegDB's split, 1 to 10, or 'all'.")
 _CHECK = flags.DEFINE_bool("check", False, "Check only, build nothing.")
 
 
-def main(argv):
-    del argv
+def main(arguments):
+    if arguments:
+        raise UserError(f"{arguments[0]}: not a flag; see --help")
     name, source, data_dir = _DATASET.value, _SOURCE.value, _DATA_DIR.value
     trials = [t for t in _trials() if _CHECK.value or not is_prepared(name, data_dir, trial=t)]
     for trial in sorted(set(_trials()) - set(trials)):
         print(f"already prepared: {prepared_dir(name, data_dir, trial=trial)} (delete it to build it again)")
     if not trials:
         return 0
-    found = verify(name, source, trials=trials, track=_progress_bar)
+    found = verify(name, source, trials=trials, track=progress_bar)
     for trial, images in found.images.items():
         print(f"\n{name}" + (f", trial {trial}" if name == "regdb" else "") + f"\n{format_counts(images)}")
     print()
@@ -46,7 +45,7 @@ def main(argv):
         return 2
     print(f"{source}: no faults")
     for trial in [] if _CHECK.value else trials:
-        print("prepared:", prepare(name, source, data_dir, trial=trial, verify=False, track=_progress_bar))
+        print("prepared:", prepare(name, source, data_dir, trial=trial, verify=False, track=progress_bar))
     return 0
 
 
@@ -58,10 +57,6 @@ def _trials() -> list[int]:
     if not (_TRIAL.value.isdigit() and 1 <= int(_TRIAL.value) <= 10):
         raise UserError(f"--trial {_TRIAL.value}: expected 1 to 10 or 'all'")
     return [int(_TRIAL.value)]
-
-
-def _progress_bar(items, description, total):
-    return track(items, description, total, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from mpanet_jax.errors import run_script
+from mpanet_jax.errors import UserError, run_script
 
 config_flag = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py, or configs/NAME.py:preset", lock_config=True
@@ -28,7 +28,9 @@ process_flag = flags.DEFINE_integer("process_id", None, "which of them this is, 
 flags.mark_flag_as_required("config")
 
 
-def main(_: list[str]) -> None:
+def main(arguments: list[str]) -> None:
+    if arguments:
+        raise UserError(f"{arguments[0]}: not a flag; see --help")
     import jax
 
     from mpanet_jax.evaluation.evaluate import format_table

@@ -160,6 +160,26 @@ def test_official_preset_changes_what_method_lists():
     assert regdb_config.get_config("split=3").data.height == 384
 
 
+@pytest.mark.parametrize(
+    "section, field, value",
+    [
+        ("model", "stage_sizes", (1, 1)),
+        ("augment", "erase_area", (0.5,)),
+        ("augment", "crop_padding", -3),
+        ("train", "num_epochs", 0),
+        ("train", "eval_every_epochs", -1),
+        ("model", "reduction", 7),
+        ("eval", "best", "rank2"),
+    ],
+)
+def test_values_that_make_no_run_are_refused(section, field, value):
+    config = sysu_config.get_config()
+    experiment.check_config(config)
+    config[section][field] = value
+    with pytest.raises(UserError, match=rf"^config\.{section}\.{field} = .*(expected|has to divide)"):
+        experiment.check_config(config)
+
+
 def run_script(name, *arguments, cwd):
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / name), *arguments],
@@ -179,6 +199,9 @@ BAD_TRAINING = {
     "K is odd": (["--config.data.images_per_id=5"], "config.data.images_per_id"),
     "value of the wrong type": (["--config.data.height=tall"], "config.data.height"),
     "no such module": (["--config.model.channel_module=mamm"], "config.model.channel_module"),
+    "preset by its field": (["--config.preset=official"], "--config=configs/NAME.py:official"),
+    "no such trial": (["--config.dataset.name=regdb", "--config.dataset.trial=11"], "config.dataset.trial"),
+    "not a flag": (["extra"], "extra: not a flag"),
     "weights that are not there": (["--config.init_from=/no/such/file.safetensors"], "/no/such/file.safetensors"),
 }
 
@@ -204,6 +227,31 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, named, raw, tmp_path):
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("error: ") and named in message, result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_config_file_that_is_not_there(tmp_path):
+    result = run_script("train.py", "--config=configs/none.py", "--workdir=run", cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: --config: No such file") and "configs/none.py" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_workdir_that_cannot_be_made(config, tmp_path):
+    (tmp_path / "file").touch()
+    result = run_script(
+        "train.py",
+        f"--config={ROOT}/configs/synthetic.py",
+        f"--config.dataset.data_dir={config.dataset.data_dir}",
+        f"--config.dataset.source={config.dataset.source}",
+        "--config.data.height=32",
+        "--config.data.width=16",
+        "--config.data.num_ids_per_batch=3",
+        f"--workdir={tmp_path}/file",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path}/file")
+    assert "images: cache=" in result.stderr  # the choice and its sizes are printed
 
 
 def test_missing_permutation_file_is_named(raw, tmp_path):

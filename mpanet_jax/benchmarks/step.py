@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mpanet_jax.benchmarks import measure
-from mpanet_jax.experiment import check_config, compute_dtype, make_model
+from mpanet_jax.experiment import check_config, compute_dtype, initial_variables, make_model
 from mpanet_jax.parallel import all_devices, global_num_ids
 from mpanet_jax.state import init_variables
 from mpanet_jax.train import initial_state, make_train_steps
@@ -58,7 +58,8 @@ def benchmark_step(
     batch_size = num_ids_per_batch * images_per_id
 
     images = parallel.replicate(random_images(config, num_images))
-    state = parallel.replicate(initial_state(config, NUM_IDS, STEPS_PER_EPOCH))
+    variables = initial_variables(config, NUM_IDS)
+    state = parallel.replicate(initial_state(config, variables, STEPS_PER_EPOCH))
     run_steps = make_train_steps(config, NUM_IDS, STEPS_PER_EPOCH, parallel)
     batches = _random_batches(steps_per_call, num_ids_per_batch, images_per_id, num_images)
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,11 +30,10 @@ def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None
 
     'device' where `num_bytes` fit in half the accelerator's free memory, else 'host' where they fit in half the free
     RAM and, unless they are `built` already, in half the free space of `cache_dir` (if there is one), else 'none'.
-    Without an accelerator 'device' would be a second copy in the same RAM, so the choice starts at 'host'. Logs the
-    choice and the sizes. Raises `UserError` for an unknown value.
+    Without an accelerator 'device' would be a second copy in the same RAM, so the choice starts at 'host'. Prints the
+    choice and the sizes to stderr (the first process does). Raises `UserError` for an unknown value.
     """
     if cache in CACHE_MODES:
-        logging.info("images: cache=%s, %s resized", cache, _gib(num_bytes))
         return cache
     if cache != "auto":
         raise UserError(f"config.data.cache='{cache}' is unknown; expected one of {('auto', *CACHE_MODES)}")
@@ -47,10 +47,12 @@ def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None
         choice = "host"
     else:
         choice = "none"
-    free = ", ".join(f"{place} {_gib(size)}" for place, size in sizes.items())
-    logging.info(
-        "images: cache=%s chosen for %s resized (free: %s; half of it may be used)", choice, _gib(num_bytes), free
-    )
+    free = ", ".join(f"{place} {_size(size)}" for place, size in sizes.items())
+    if jax.process_index() == 0:
+        print(
+            f"images: cache={choice} chosen for {_size(num_bytes)} resized (free: {free}; half of it may be used)",
+            file=sys.stderr,
+        )
     return choice
 
 
@@ -84,7 +86,7 @@ def resized_images(
     The file is built under a temporary name and renamed when it is whole, so a killed build leaves nothing that could
     be taken for a cache; the next one removes its remains. A lock makes other processes wait for one build. With
     `cache_dir` None the images are in RAM only. Raises `UserError` naming an image that can't be decoded, or
-    config.data.cache_dir if nothing can be written there.
+    config.dataset.data_dir, in which `cache_dir` lies, if nothing can be written there.
     """
     if (images := open_cache(split, height, width, cache_dir)) is not None:
         return images
@@ -110,7 +112,7 @@ def resized_images(
                     os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"config.data.cache_dir={cache_dir}: can't write the image cache of {_gib(np.prod(shape))} ({error}); "
+            f"config.dataset.data_dir: can't write the image cache ({_size(np.prod(shape))}) to {cache_dir} ({error}); "
             "name a folder with room for it, or set config.data.cache=none"
         ) from error
     return open_cache(split, height, width, cache_dir)
@@ -181,5 +183,5 @@ def _free_disk(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

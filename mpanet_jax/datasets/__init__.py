@@ -3,6 +3,7 @@
 `prepare` builds a data set from its raw folder, `load_split` opens a prepared split.
 """
 
+from mpanet_jax.datasets.builder import progress_bar
 from mpanet_jax.datasets.prepared import is_prepared, load_split, make_builder, permutation_file, prepare, prepared_dir
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord, Split
 
@@ -17,4 +18,5 @@ __all__ = [
     "permutation_file",
     "prepare",
     "prepared_dir",
+    "progress_bar",
 ]

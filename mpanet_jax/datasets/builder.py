@@ -15,6 +15,8 @@ from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from rich.console import Console
+from rich.progress import track
 
 from mpanet_jax.datasets.raw import raise_fault, read_encoded
 from mpanet_jax.datasets.schema import ImageRecord
@@ -30,6 +32,11 @@ def no_progress(items: Iterable, description: str, total: int) -> Iterable:
     """The `Track` that shows nothing."""
     del description, total
     return items
+
+
+def progress_bar(items: Iterable, description: str, total: int) -> Iterable:
+    """The `Track` that draws a bar on stderr."""
+    return track(items, description, total, console=Console(stderr=True))
 
 
 class RawDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):

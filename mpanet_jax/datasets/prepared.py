@@ -150,7 +150,7 @@ def _check_name(name: str, trial: int) -> None:
     if name not in BUILDERS:
         raise UserError(f"config.dataset.name '{name}': expected one of {', '.join(BUILDERS)}")
     if name == "regdb" and trial not in regdb.TRIALS:
-        raise UserError(f"trial {trial}: RegDB has the trials 1 to 10")
+        raise UserError(f"config.dataset.trial = {trial}: RegDB has the trials 1 to 10")
 
 
 def _command(name: str) -> str:

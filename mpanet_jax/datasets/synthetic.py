@@ -32,7 +32,7 @@ LLCM_CAMERAS = {VISIBLE: (1, 2, 3, 4, 5, 6, 7, 8, 9), INFRARED: (1, 2, 4, 5, 6, 
 # (layout, scale) -> identities for training (SYSU-MM01: train + val) and testing, images an identity and camera,
 # image height in pixels (drawn between the two; RegDB's images are all 64x128).
 _SIZES = {
-    ("sysu_mm01", "small"): dict(train=156, test=32, images=(1, 4), height=(120, 152)),
+    ("sysu_mm01", "small"): dict(train=204, test=32, images=(1, 3), height=(120, 152)),
     ("sysu_mm01", "full"): dict(train=395, test=96, images=(4, 30), height=(180, 400)),
     ("regdb", "small"): dict(train=63, test=63, images=(10, 10), height=(128, 128)),
     ("regdb", "full"): dict(train=206, test=206, images=(10, 10), height=(128, 128)),

@@ -554,7 +554,7 @@ def draw_image(
     zoom = 2 if height <= 200 else 1  # small images are drawn at twice their size, for smooth edges
     big = (width * zoom, height * zoom)
 
-    scale = big[1] * rng.uniform(0.83, 0.97) * person.height
+    scale = big[1] * rng.uniform(0.88, 0.97) * person.height
     top = (big[1] - scale) * rng.uniform(0.15, 0.85)
     centre = big[0] * (0.5 + rng.normal(0, 0.045))
     figure = _draw_figure(person, _draw_pose(rng), big, centre, top, scale)

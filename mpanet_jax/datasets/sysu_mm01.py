@@ -4,8 +4,8 @@ On disk: `cam{1..6}/{id:04d}/{n:04d}.jpg`, `exp/{train,val,test}_id.txt` (one co
 `exp/rand_perm_cam.mat`, the random gallery of the ten test trials.
 """
 
-from collections import Counter
-from pathlib import Path
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import scipy.io
@@ -59,7 +59,8 @@ def list_images(source: Path, split: str, *, trial: int = 1, report: Report = ra
 def check_source(source: Path, images: dict[str, list[ImageRecord]], report: Report) -> None:
     """Report what the file lists cannot show: `exp/rand_perm_cam.mat` missing or for other images than the test set's.
 
-    Row t of a camera's and identity's cell must be a permutation of 1..n, n the number of images there.
+    Row t of a camera's and identity's cell must be a permutation of 1..n, n the number of images there, which are named
+    by these numbers.
     """
     source = Path(source)
     path = source / PERMUTATION
@@ -72,13 +73,19 @@ def check_source(source: Path, images: dict[str, list[ImageRecord]], report: Rep
         # scipy raises many types for a file that is not MATLAB's, and other contents fail in indexing.
         report(f"{path}: not a MATLAB 5 file with 6x1 cells 'rand_perm_cam' ({type(error).__name__}); copy it again")
         return
-    present = Counter((image.camid, image.pid) for image in images["test"])
+    stems = defaultdict(list)
+    for image in images["test"]:
+        stems[image.camid, image.pid].append(PurePosixPath(image.path).stem)
     test_pids = sorted({image.pid for image in images["test"]})
     for camid in CAMERA_MODALITY:
         if not (source / f"cam{camid}").is_dir():
             continue  # reported once, as the missing folder that it is
         for pid in test_pids:
-            folder, num_images = f"cam{camid}/{pid:04d}", present[camid, pid]
+            folder, names = f"cam{camid}/{pid:04d}", stems[camid, pid]
+            num_images = len(names)
+            misnamed = [
+                name for name in names if not (name.isascii() and name.isdigit() and 0 < int(name) <= num_images)
+            ]
             rows = permutations.get((camid, pid), np.empty((NUM_TRIALS, 0)))
             if rows.shape[1] != num_images:
                 report(
@@ -87,6 +94,11 @@ def check_source(source: Path, images: dict[str, list[ImageRecord]], report: Rep
                 )
             elif num_images and rows.shape[0] != NUM_TRIALS:
                 report(f"{path}: {rows.shape[0]} trials for {folder}, expected {NUM_TRIALS}; copy the file again")
+            elif misnamed or len(set(map(int, names))) != num_images:
+                report(
+                    f"{source / folder}: its images must be named by the numbers 1 to {num_images}, as {path.name} "
+                    f"refers to them, each once; found '{(misnamed or names)[0]}': restore the names"
+                )
             elif not (np.sort(rows, axis=1) == np.arange(1, num_images + 1)).all():
                 report(f"{path}: a row for {folder} is not a permutation of 1..{num_images}; copy the file again")
 

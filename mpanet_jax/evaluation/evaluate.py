@@ -188,8 +188,9 @@ def describe(values: Mapping) -> str:
     """One line that says how figures were measured."""
     trials = "1 trial" if values["trials"] == 1 else f"mean ± standard deviation of {values['trials']} trials"
     split = f" · trial {values['trial']}" if "trial" in values else ""
+    checkpoint = f" · {values['checkpoint']} checkpoint" if "checkpoint" in values else ""
     return (
-        f"protocol {values['protocol']}{split} · metric {values['metric']} · CMC by {values['cmc']} · "
+        f"protocol {values['protocol']}{split}{checkpoint} · metric {values['metric']} · CMC by {values['cmc']} · "
         f"re-ranking {'ON (k-reciprocal)' if values['rerank'] else 'off'} · {trials} · percent"
     )
 

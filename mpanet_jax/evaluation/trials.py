@@ -28,7 +28,7 @@ def average_trials(trials: Sequence[Mapping[str, Mapping]], names: Sequence[str]
     names = list(names or [f"metrics {i + 1}" for i in range(len(trials))])
     if not trials:
         raise UserError("--workdirs: no trained models to average; expected one working directory for each trial")
-    how = ("rerank", "protocol", "metric", "cmc")
+    how = ("rerank", "protocol", "metric", "cmc", "checkpoint")  # the last of them only where models are evaluated
     for name, metrics in zip(names, trials, strict=True):
         if set(metrics) != set(trials[0]):
             raise UserError(f"{name}: has settings {sorted(metrics)}, but {names[0]} has {sorted(trials[0])}")
@@ -38,10 +38,10 @@ def average_trials(trials: Sequence[Mapping[str, Mapping]], names: Sequence[str]
                     f"{name}: {setting} names no trial; evaluate a model that was trained on one trial's split"
                 )
             for key in how:
-                if values[key] != trials[0][setting][key]:
+                if values.get(key) != trials[0][setting].get(key):
                     raise UserError(
-                        f"{name}: {setting} was measured with {key} {values[key]}, {names[0]} with "
-                        f"{trials[0][setting][key]}; evaluate all models in the same way"
+                        f"{name}: {setting} was measured with {key} {values.get(key)}, {names[0]} with "
+                        f"{trials[0][setting].get(key)}; evaluate all models in the same way"
                     )
     averaged = {}
     for setting in trials[0]:
@@ -56,7 +56,7 @@ def average_trials(trials: Sequence[Mapping[str, Mapping]], names: Sequence[str]
         averaged[setting] = {
             **{name: float(np.mean(values[name])) for name in FIGURES},
             "std": {name: float(np.std(values[name])) for name in FIGURES},
-            **{key: trials[0][setting][key] for key in how},
+            **{key: trials[0][setting][key] for key in how if key in trials[0][setting]},
             "trials": len(trials),
             "trial_numbers": sorted(numbers),
             **{

@@ -159,7 +159,7 @@ def test_a_cut_off_cache_is_built_again(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"config\.data\.cache_dir=.*file/cache: can't write"):
+    with pytest.raises(UserError, match=r"config\.dataset\.data_dir: can't write .*file/cache"):
         resized_images(toy_split(), **SIZE, cache_dir=tmp_path / "file/cache")
 
 
@@ -169,7 +169,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     split = counted(toy_split())
-    with pytest.raises(UserError, match=r"config\.data\.cache_dir=.*No space left .*set config\.data\.cache=none"):
+    with pytest.raises(UserError, match=r"config\.dataset\.data_dir.*No space left .*set config\.data\.cache=none"):
         resized_images(split, **SIZE, cache_dir=tmp_path)
     assert split.encoded.reads == 0
     assert not list(tmp_path.glob("*.npy*"))
@@ -189,15 +189,14 @@ GIB = 2**30
         (0, 64, 7, "none"),
     ],
 )
-def test_auto_takes_the_fastest_mode_that_fits(tmp_path, monkeypatch, device, ram, disk, choice):
+def test_auto_takes_the_fastest_mode_that_fits_and_says_so(tmp_path, monkeypatch, capsys, device, ram, disk, choice):
     monkeypatch.setattr(cache_module, "_free_device_memory", lambda: int(device * GIB))
     monkeypatch.setattr(cache_module, "_free_ram", lambda: int(ram * GIB))
     monkeypatch.setattr(cache_module, "_free_disk", lambda path: int(disk * GIB))
-    messages = []
-    monkeypatch.setattr(cache_module.logging, "info", lambda message, *values: messages.append(message % values))
     assert choose_cache("auto", 4 * GIB, tmp_path) == choice
+    printed = capsys.readouterr().err
+    assert f"cache={choice} chosen for 4.00 GiB" in printed and f"RAM {ram:.2f} GiB" in printed
     assert choose_cache("auto", 4 * GIB, tmp_path, built=True) == ("host" if disk == 7 else choice)
-    assert choice in messages[0] and "4.00 GiB" in messages[0] and f"{ram:.2f} GiB" in messages[0]
 
 
 def test_an_unknown_cache_mode_is_named(tmp_path):

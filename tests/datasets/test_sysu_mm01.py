@@ -129,6 +129,19 @@ def test_permutation_against_the_files_present(tmp_path, rows, fault):
         assert len(faults) == 1 and str(path) in faults[0] and fault in faults[0]
 
 
+@pytest.mark.parametrize("name", ["0003.jpg", "0002 copy.jpg", "2.JPG", "02.jpg"])
+def test_permutation_refers_to_images_by_number(tmp_path, name):
+    files = ["cam1/0005/0001.jpg", f"cam1/0005/{name}", "cam3/0005/0001.jpg"]
+    source = make_layout(tmp_path / "raw", files, LISTS)
+    permutation_mat(source / "exp" / "rand_perm_cam.mat", {(1, 5): GOOD, (3, 5): GOOD[:, :1] // 2})
+    faults = []
+    sysu_mm01.check_source(source, {"test": sysu_mm01.list_images(source, "test")}, faults.append)
+    if name in ("2.JPG", "02.jpg"):
+        assert faults == []
+    else:
+        assert len(faults) == 1 and f"{source}/cam1/0005: " in faults[0] and name[:-4] in faults[0]
+
+
 def test_test_set_without_permutation_file(copy_of, tmp_path):
     source = copy_of("sysu_mm01")
     (source / "exp" / "rand_perm_cam.mat").unlink()

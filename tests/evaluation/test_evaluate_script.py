@@ -72,6 +72,7 @@ def test_features_of_another_framework(files):
         (["--features", "query.npz", "none.npz", "--protocol", "sysu_mm01_random"], "none.npz: no such file"),
         (["--features", "query.npz", "gallery.npz", "--protocol", "market"], "protocol"),
         (["--workdir", "runs", "--protocol", "regdb"], "a run's config says its own"),
+        (["--features", "query.npz", "gallery.npz", "--checkpoint", "best"], "goes with --workdir"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_code_2(files, arguments, message):
@@ -96,12 +97,13 @@ def test_table_says_when_reranking_is_on_and_metrics_are_written_whole(tmp_path)
         "cmc": "image",
         "trials": 1,
         "trial": 3,
+        "checkpoint": "best",
         "num_query": 2060,
         "num_query_without_match": 60,
         "num_gallery": 2061,
     }
     table = format_table({"regdb/visible_to_infrared": values})
-    for text in ("re-ranking ON", "trial 3", "CMC by image", "70.58 ± 1.25", "2000", "2061"):
+    for text in ("re-ranking ON", "trial 3", "best checkpoint", "CMC by image", "70.58 ± 1.25", "2000", "2061"):
         assert text in table
     path = tmp_path / "metrics.json"
     path.write_text("old")

@@ -29,8 +29,9 @@ def metrics(trial, rank1, **changes):
 
 
 def test_mean_and_standard_deviation_by_hand():
-    averaged = average_trials([metrics(1, 80.0), metrics(4, 90.0), metrics(2, 82.0)])
+    averaged = average_trials([metrics(t, r, checkpoint="last") for t, r in ((1, 80.0), (4, 90.0), (2, 82.0))])
     values = averaged["regdb/infrared_to_visible"]
+    assert values["checkpoint"] == "last"
     assert values["rank1"] == pytest.approx(84)
     assert values["std"]["rank1"] == pytest.approx(((16 + 36 + 4) / 3) ** 0.5)
     assert values["std"]["mAP"] == 0
@@ -45,6 +46,7 @@ def test_mean_and_standard_deviation_by_hand():
         ([metrics(1, 80.0), metrics(None, 81.0)], "names no trial"),
         ([metrics(1, 80.0), metrics(2, 81.0, rerank=True)], "rerank"),
         ([metrics(1, 80.0), metrics(2, 81.0, metric="cosine")], "metric cosine"),
+        ([metrics(1, 80.0, checkpoint="last"), metrics(2, 81.0, checkpoint="best")], "checkpoint best"),
         ([metrics(1, 80.0), {"sysu/all/single": {}}], "settings"),
     ],
 )
