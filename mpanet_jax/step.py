@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from mpanet_jax import losses
@@ -30,7 +31,7 @@ def loss_terms(
     *,
     settings: LossSettings,
     images_per_id: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     axis_name: str | None = None,
 ) -> dict[str, Float[Array, ""]]:
     """This device's share of every loss term whose weight is not 0, under the names of `LossSettings`."""
@@ -154,7 +155,7 @@ def train_step(
 
 def train_steps(
     state: TrainState, batches: Batch, image_cache: UInt8[Array, "n h w 3"] | None = None, **settings: Any
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, dict[str, Float[Array, " steps"]]]:
     """Several training steps as one program, which leaves no gaps between them on the device.
 
     Args:

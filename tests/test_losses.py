@@ -8,8 +8,8 @@ import pytest
 from mpanet_jax import losses
 
 P, K, NUM_IDS, DIM = 3, 4, 5, 7
-LABELS = np.repeat([4, 0, 2], K).astype(np.int32)
-MODALITY = np.tile([0, 0, 1, 1], P).astype(np.int32)
+LABELS = jnp.repeat(jnp.array([4, 0, 2], jnp.int32), K)
+MODALITY = jnp.tile(jnp.array([0, 0, 1, 1], jnp.int32), P)
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def float64():
 
 
 def draw(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 def softmax(row):
@@ -31,7 +31,7 @@ def test_identity_loss_is_the_sum_of_two_means():
     logits = draw(P * K, NUM_IDS)
     by_modality = {0: [], 1: []}
     for row, label, modality in zip(logits, LABELS, MODALITY, strict=True):
-        by_modality[modality].append(-np.log(softmax(row)[label]))
+        by_modality[int(modality)].append(-np.log(softmax(row)[label]))
     expected = np.mean(by_modality[0]) + np.mean(by_modality[1])
     np.testing.assert_allclose(losses.identity_loss(logits, LABELS, MODALITY), expected, rtol=1e-12)
     one_mean = np.mean(by_modality[0] + by_modality[1])
@@ -44,7 +44,7 @@ def test_identity_loss_of_equal_logits_is_twice_log_n():
 
 def test_identity_loss_weighs_modalities_equally_when_their_counts_differ():
     logits = draw(4, NUM_IDS)
-    labels, modality = np.array([0, 1, 2, 3]), np.array([0, 0, 0, 1])
+    labels, modality = jnp.array([0, 1, 2, 3]), jnp.array([0, 0, 0, 1])
     values = [-np.log(softmax(row)[label]) for row, label in zip(logits, labels, strict=True)]
     np.testing.assert_allclose(
         losses.identity_loss(logits, labels, modality), np.mean(values[:3]) + values[3], rtol=1e-12
@@ -56,7 +56,7 @@ def test_modality_identity_loss_reads_each_images_own_classifier():
     by_modality = {0: [], 1: []}
     for b in range(P * K):
         own = visible if MODALITY[b] == 0 else infrared
-        by_modality[MODALITY[b]].append(-np.log(softmax(own[b])[LABELS[b]]))
+        by_modality[int(MODALITY[b])].append(-np.log(softmax(own[b])[LABELS[b]]))
     expected = np.mean(by_modality[0]) + np.mean(by_modality[1])
     np.testing.assert_allclose(losses.modality_identity_loss(visible, infrared, LABELS, MODALITY), expected, rtol=1e-12)
 
@@ -81,7 +81,7 @@ def test_separation_loss_without_pairs_is_zero():
 def test_center_cluster_loss_by_loops(margin):
     features = draw(P * K, DIM)
     centers = {label: features[label == LABELS].mean(0) for label in set(LABELS.tolist())}
-    pull = np.mean([np.linalg.norm(features[b] - centers[LABELS[b]]) for b in range(P * K)])
+    pull = np.mean([np.linalg.norm(features[b] - centers[int(LABELS[b])]) for b in range(P * K)])
     push, order = 0.0, sorted(centers)
     for k in range(P - 1):
         for j in range(k + 1, P):
@@ -113,7 +113,7 @@ def test_mutual_mean_loss_by_loops(student_first):
         own = softmax((visible if MODALITY[b] == 0 else infrared)[b])
         teacher = softmax((mean_infrared if MODALITY[b] == 0 else mean_visible)[b])
         first, second = (own, teacher) if student_first else (teacher, own)
-        by_modality[MODALITY[b]].append(sum(p * np.log(p / q) for p, q in zip(first, second, strict=True)))
+        by_modality[int(MODALITY[b])].append(sum(p * np.log(p / q) for p, q in zip(first, second, strict=True)))
     expected = np.mean(by_modality[0]) + np.mean(by_modality[1])
     if student_first:
         expected = np.mean(by_modality[0] + by_modality[1])
@@ -130,11 +130,18 @@ def test_no_gradient_through_the_mean_classifiers(student_first):
     def loss(own, mean):
         return losses.mutual_mean_loss(own, own, mean, mean, MODALITY, student_first=student_first)
 
-    own_gradient, mean_gradient = jax.grad(loss, argnums=(0, 1))(jnp.array(logits), jnp.array(logits[::-1].copy()))
+    own_gradient, mean_gradient = jax.grad(loss, argnums=(0, 1))(logits, logits[::-1])
     assert np.abs(own_gradient).max() > 0
     assert not mean_gradient.any()
 
 
 def test_total_loss_weighs_each_term_by_its_name():
-    terms = {"identity": 1.0, "center_cluster": 10.0, "separation": 100.0, "modality_identity": 1e3, "mutual_mean": 1e4}
+    values = {
+        "identity": 1.0,
+        "center_cluster": 10.0,
+        "separation": 100.0,
+        "modality_identity": 1e3,
+        "mutual_mean": 1e4,
+    }
+    terms = {name: jnp.asarray(value) for name, value in values.items()}
     assert losses.total_loss(terms, losses.LossSettings()) == 1 + 10 + 50 + 500 + 25_000

@@ -136,7 +136,7 @@ def test_losses_that_are_off_are_not_computed():
 def test_embedding_does_not_depend_on_the_rest_of_the_batch():
     model = make_model()
     variables = init_variables(model, jax.random.key(0), HEIGHT, WIDTH)
-    images = make_batch()["images"]
+    images = jnp.asarray(make_batch()["images"])
     together = embed_step(variables, images, model=model)
     alone = embed_step(variables, images[3:4], model=model)
     np.testing.assert_allclose(together[3:4], alone, rtol=1e-4, atol=1e-5)

@@ -138,7 +138,7 @@ def test_classifiers_of_other_identities_are_left_out_on_request_only(published)
     model, complete = weights.embedding_network(variables)
     images = jnp.ones((1, 32, 32, 3))
     expected = network().eval()(torch.ones(1, 3, 32, 32)).embedding
-    embedding = model.apply(complete, images, train=False).embedding
+    embedding = model.apply(jax.tree.map(jnp.asarray, complete), images, train=False).embedding
     np.testing.assert_allclose(embedding, expected.detach(), rtol=1e-3, atol=1e-4)
 
 

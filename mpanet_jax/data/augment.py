@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -35,7 +36,7 @@ class AugmentSettings(NamedTuple):
     erase_aspect: tuple[float, float] = (0.3, 3.3)
 
 
-def normalize(images: UInt8[Array, "*b h w 3"], dtype: jnp.dtype) -> Float[Array, "*b h w 3"]:
+def normalize(images: UInt8[Array, "*b h w 3"], dtype: DTypeLike) -> Float[Array, "*b h w 3"]:
     """Bytes to the network's input: (x/255 − mean)/std with ImageNet's statistics, in `dtype`."""
     wide = jnp.promote_types(dtype, jnp.float32)
     scale = 1 / (255 * jnp.asarray(IMAGENET_STD, wide))
@@ -69,7 +70,7 @@ def erase_box(
 
 
 def augment_image(
-    key: PRNGKeyArray, image: UInt8[Array, "h w 3"], settings: AugmentSettings, dtype: jnp.dtype
+    key: PRNGKeyArray, image: UInt8[Array, "h w 3"], settings: AugmentSettings, dtype: DTypeLike
 ) -> Float[Array, "h w 3"]:
     """Flips, crops, normalises and erases one image; all draws come from `key`."""
     height, width, _ = image.shape
@@ -94,7 +95,7 @@ def augment(
     images: UInt8[Array, "b h w 3"],
     settings: AugmentSettings,
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     first_index: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b h w 3"]:
     """Augments a batch; image b draws from `fold_in(key, first_index + b)`.

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mpanet_jax.models.normalization import BatchNorm, statistics_dtype
@@ -21,7 +22,7 @@ class ChannelMask(nn.Module):
     """The two bias-free layers of eq. 2, W₂ δ(W₁ ·), shared by MAM, SE and CBAM; no sigmoid yet."""
 
     reduction: int
-    param_dtype: jnp.dtype
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, pooled: Float[Array, "b c"]) -> Float[Array, "b c"]:
@@ -60,7 +61,7 @@ class ModalityAlleviation(nn.Module):
 
     kind: str = "mam"
     reduction: int = 16
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -87,7 +88,7 @@ class CBAM(nn.Module):
     """Channel then spatial attention (Woo et al., ECCV 2018), without biases and batch norm: an ablation of table 4."""
 
     reduction: int = 16
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -119,7 +120,7 @@ class PatternAlignment(nn.Module):
     """
 
     num_patterns: int = 6
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -142,7 +143,7 @@ class NonLocal(nn.Module):
     """Embedded-Gaussian non-local block (Wang et al., CVPR 2018): z = F + BN(W y), y = softmax(θᵀφ)·g."""
 
     axis_name: str | None = None
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, feature_map: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mpanet_jax.models.attention import CBAM, ModalityAlleviation, NonLocal, PatternAlignment, torch_uniform
@@ -35,7 +36,7 @@ class Outputs(NamedTuple):
     infrared_logits: Float[Array, "b n"]
 
 
-def linear(embedding: Float[Array, "b d"], kernel: Float[Array, "d n"], dtype: jnp.dtype) -> Float[Array, "b n"]:
+def linear(embedding: Float[Array, "b d"], kernel: Float[Array, "d n"], dtype: DTypeLike) -> Float[Array, "b n"]:
     """A bias-free linear classifier: the product in `dtype`, sums and result in float32 (float64 for float64)."""
     return jnp.dot(embedding.astype(dtype), kernel.astype(dtype), preferred_element_type=statistics_dtype(embedding))
 
@@ -63,8 +64,8 @@ class MPANet(nn.Module):
     pattern_module: str = "pam"
     num_patterns: int = 6
     reduction: int = 16
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
 
     @nn.compact

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -142,7 +143,7 @@ class BatchNorm(nn.Module):
     momentum: float = 0.1
     eps: float = 1e-5
     axis_name: str | None = None
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact

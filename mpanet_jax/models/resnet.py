@@ -3,7 +3,7 @@
 from functools import partial
 
 import flax.linen as nn
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mpanet_jax.models.normalization import BatchNorm
@@ -22,8 +22,8 @@ class Bottleneck(nn.Module):
 
     width: int
     stride: int
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact
@@ -52,8 +52,8 @@ class Stage(nn.Module):
     num_blocks: int
     width: int
     stride: int
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact

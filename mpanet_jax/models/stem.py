@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mpanet_jax.models.normalization import BatchNorm, statistics_dtype
@@ -18,7 +19,7 @@ TAPS = [(row, column) for row in range(3) for column in range(3)]
 
 
 def stem_convolution(
-    images: Float[Array, "b h w 3"], kernel: Float[Array, "7 7 3 c"], dtype: jnp.dtype
+    images: Float[Array, "b h w 3"], kernel: Float[Array, "7 7 3 c"], dtype: DTypeLike
 ) -> Float[Array, "b h2 w2 c"]:
     """The 7×7 convolution with stride 2 and padding 3, in `dtype`.
 
@@ -95,8 +96,8 @@ class StemConvolution(nn.Module):
     """The parameter of `stem_convolution`, stored as the 7×7 kernel that ResNet-50 files hold."""
 
     width: int
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
@@ -108,8 +109,8 @@ class Stem(nn.Module):
     """From images to a quarter of their resolution and `width` channels."""
 
     width: int
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact

@@ -21,7 +21,7 @@ DRAWS = 4000
 
 
 def draw_image(seed=0):
-    return np.random.default_rng(seed).integers(0, 256, size=(HEIGHT, WIDTH, 3), dtype=np.uint8)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 256, size=(HEIGHT, WIDTH, 3), dtype=np.uint8))
 
 
 def same(results, expected):
@@ -35,7 +35,7 @@ def augment_many(image, settings, draws=DRAWS):
 
 
 def test_normalize_by_hand():
-    pixel = np.array([[[0, 255, 51]]], np.uint8)
+    pixel = jnp.array([[[0, 255, 51]]], jnp.uint8)
     expected = [(v - m) / s for v, m, s in zip((0.0, 1.0, 0.2), IMAGENET_MEAN, IMAGENET_STD, strict=True)]
     np.testing.assert_allclose(normalize(pixel, jnp.float32)[0, 0], expected, rtol=1e-6)
 
@@ -59,7 +59,7 @@ def test_crop_offsets_are_uniform_and_the_padding_is_127():
     pad = 2
     image = draw_image()
     results = augment_many(image, NOTHING._replace(crop_padding=pad))
-    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), constant_values=127)
+    padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)), constant_values=127)
     counts = {}
     for top in range(2 * pad + 1):
         for left in range(2 * pad + 1):
@@ -76,7 +76,7 @@ def test_flip_comes_before_the_crop():
     # In a mirrored image the padding's side tells the order: cropping first would mirror the padding too.
     settings = NOTHING._replace(flip_probability=1.0, crop_padding=3)
     image = draw_image()
-    padded = np.pad(image[:, ::-1], ((3, 3), (3, 3), (0, 0)), constant_values=127)
+    padded = jnp.pad(image[:, ::-1], ((3, 3), (3, 3), (0, 0)), constant_values=127)
     for result in augment_many(image, settings, 20):
         matches = [
             same(result, normalize(padded[t : t + HEIGHT, u : u + WIDTH], jnp.float32))
@@ -141,7 +141,7 @@ def test_places_of_the_box_are_uniform():
 
 @pytest.mark.parametrize("share", [2, 3, 4])
 def test_draws_depend_on_the_place_in_the_global_batch_only(share):
-    images = np.stack([draw_image(seed) for seed in range(12)])
+    images = jnp.stack([draw_image(seed) for seed in range(12)])
     settings = AugmentSettings(crop_padding=2)
     key = jax.random.key(3)
     whole = augment(key, images, settings, dtype=jnp.float32)

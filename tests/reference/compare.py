@@ -130,10 +130,10 @@ def forward_errors(dtype: str, *, train: bool, **options: Any) -> dict[str, floa
             expected = network(x)
         errors = output_errors(outputs, expected)
         labels, modality = _labels_and_modality(batch)
-        mean_classifiers = jax.tree.map(jnp.asarray, variables["mean_classifiers"])
+        mean_classifiers, arrays = jax.tree.map(jnp.asarray, (variables["mean_classifiers"], batch))
         for preset, settings in PRESETS.items() if train else ():
             terms = loss_terms(
-                outputs, mean_classifiers, batch, settings=settings, images_per_id=IMAGES_PER_ID, dtype=model.dtype
+                outputs, mean_classifiers, arrays, settings=settings, images_per_id=IMAGES_PER_ID, dtype=model.dtype
             )
             terms["loss"] = total_loss(terms, settings)
             for name, value in losses(network, expected, labels, modality, preset=preset).items():
