@@ -36,7 +36,7 @@ class Checkpoints:
     Attributes:
       workdir: the run's folder.
       keep: how many of the latest checkpoints stay.
-      which: 'last', or 'best' for those that `KeepBest` chooses.
+      which: 'last', or 'best' for those that `train.keep_best` chooses.
     """
 
     def __init__(self, workdir: Path, keep: int, which: str = "last"):

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mpanet_jax import datasets, weights
 from mpanet_jax.data.augment import AugmentSettings
+from mpanet_jax.data.cache import CACHE_MODES
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
 from mpanet_jax.losses import LossSettings
@@ -32,8 +33,8 @@ def check_config(config: ConfigDict) -> None:
         "parallel": ("pmap", "shard_map"),
         "batch_scale": ("global", "per_device"),
         "dtype": ("auto", "float32", "bfloat16", "float64"),
-        "dataset.name": ("sysu_mm01", "regdb", "llcm"),
-        "data.cache": ("auto", "device", "host", "none"),
+        "dataset.name": tuple(datasets.BUILDERS),
+        "data.cache": ("auto", *CACHE_MODES),
         "eval.best": ("", "rank1", "rank5", "rank10", "rank20", "mAP", "mINP"),
         "model.channel_module": CHANNEL_MODULES,
         "model.pattern_module": PATTERN_MODULES,

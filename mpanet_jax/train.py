@@ -17,7 +17,7 @@ from mpanet_jax.data.cache import CACHE_MODES, choose_cache, open_cache
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.evaluation.evaluate import write_metrics
-from mpanet_jax.evaluation.workdir import embed_split, evaluate_split, make_embed
+from mpanet_jax.evaluation.workdir import METRICS_FILES, embed_split, evaluate_split, make_embed
 from mpanet_jax.experiment import (
     cache_dir,
     check_config,
@@ -44,9 +44,6 @@ from mpanet_jax.parallel import (
 )
 from mpanet_jax.state import TrainState, create_train_state
 from mpanet_jax.step import train_steps
-
-METRICS_FILE = "metrics.json"
-BEST_METRICS_FILE = "metrics_best.json"
 
 
 def make_feed(config: ConfigDict, split: Split, parallel: Parallel, num_ids_per_batch: int) -> TrainFeed:
@@ -168,7 +165,7 @@ def train(
             keep_best(workdir, config.eval.best, total_steps, results, parallel.to_save(state), feed.batches)
     results = _of_checkpoint(results, "last", total_steps)
     if is_first_process():
-        write_metrics(workdir / METRICS_FILE, results)
+        write_metrics(workdir / METRICS_FILES["last"], results)
     wait_for_all_processes("trained")
     return results
 
@@ -180,7 +177,7 @@ def keep_best(workdir: Path, figure: str, step: int, results: Any, state: TrainS
     """
     if not figure:
         return
-    record = workdir / BEST_METRICS_FILE
+    record = workdir / METRICS_FILES["best"]
     setting = next(iter(results))
     if record.exists() and json.loads(record.read_text())[setting][figure] >= results[setting][figure]:
         return

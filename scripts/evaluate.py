@@ -54,13 +54,15 @@ def main(files: list[str]) -> None:
         options.update(protocol=PROTOCOL.value, permutation=PERMUTATION.value, rerank=bool(RERANK.value))
         metrics = evaluate_embeddings(query, gallery, **options)
     else:
-        from mpanet_jax.evaluation.workdir import evaluate_workdir  # imports JAX, which embeddings do not need
+        from mpanet_jax.evaluation.workdir import (  # imports JAX, which embeddings do not need
+            METRICS_FILES,
+            evaluate_workdir,
+        )
 
         options["checkpoint"] = CHECKPOINT.value
         if WORKDIR.value:
             metrics = evaluate_workdir(Path(WORKDIR.value), **options)
-            files = {"last": "metrics.json", "best": "metrics_best.json", "untrained": "metrics_untrained.json"}
-            out = out or Path(WORKDIR.value) / files[CHECKPOINT.value]
+            out = out or Path(WORKDIR.value) / METRICS_FILES[CHECKPOINT.value]
         else:
             metrics = evaluate_workdirs(WORKDIRS.value, lambda workdir: evaluate_workdir(workdir, **options))
     print(format_table(metrics))

@@ -12,11 +12,11 @@ import sys
 
 from absl import flags
 
-from mpanet_jax.datasets import is_prepared, prepare, prepared_dir, progress_bar
+from mpanet_jax.datasets import BUILDERS, is_prepared, prepare, prepared_dir, progress_bar
 from mpanet_jax.datasets.verify import format_counts, verify
 from mpanet_jax.errors import UserError, run_script
 
-_DATASET = flags.DEFINE_enum("dataset", None, ["sysu_mm01", "regdb", "llcm"], "Which data set.", required=True)
+_DATASET = flags.DEFINE_enum("dataset", None, list(BUILDERS), "Which data set.", required=True)
 _SOURCE = flags.DEFINE_string("source", None, "The folder that holds the raw data set.", required=True)
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets go (tfds's data_dir).")
 _TRIAL = flags.DEFINE_string("trial", "1", "RegDB's split, 1 to 10, or 'all'.")

@@ -4,10 +4,19 @@
 """
 
 from mpanet_jax.datasets.builder import progress_bar
-from mpanet_jax.datasets.prepared import is_prepared, load_split, make_builder, permutation_file, prepare, prepared_dir
+from mpanet_jax.datasets.prepared import (
+    BUILDERS,
+    is_prepared,
+    load_split,
+    make_builder,
+    permutation_file,
+    prepare,
+    prepared_dir,
+)
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord, Split
 
 __all__ = [
+    "BUILDERS",
     "INFRARED",
     "VISIBLE",
     "ImageRecord",

@@ -22,6 +22,9 @@ from mpanet_jax.models.mpanet import MPANet
 from mpanet_jax.parallel import local_devices
 from mpanet_jax.step import embed_step
 
+# Where the metrics of each `checkpoint` of `evaluate_workdir` are written, below the workdir.
+METRICS_FILES = {"last": "metrics.json", "best": "metrics_best.json", "untrained": "metrics_untrained.json"}
+
 Embed = Callable[[UInt8[np.ndarray, "b h w 3"]], Float[Array, "b d"]]
 
 
