@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.data.num_ids_per_batch = 16  # P
     config.data.images_per_id = 8  # K, half visible, half infrared
     config.data.cache = "auto"  # resized images in 'device' memory, 'host' memory map, 'none', or what fits: 'auto'
-    config.data.num_workers = 0  # processes that decode when nothing is cached; 0: threads of this one
+    config.data.num_workers = -1  # processes that decode when nothing is cached; 0: threads of this one; -1: chosen
 
     config.augment = ConfigDict()
     config.augment.flip_probability = 0.5

@@ -62,8 +62,12 @@ def check_config(config: ConfigDict) -> None:
     for field in positive.split():
         if _field(config, field) < 1:
             raise UserError(f"config.{field} = {_field(config, field)}: expected at least 1")
+    if config.data.num_workers < -1:
+        raise UserError(
+            f"config.data.num_workers = {config.data.num_workers}: expected a number of processes, 0 for threads, or "
+            "-1 to choose"
+        )
     not_negative = (
-        "data.num_workers",
         "augment.crop_padding",
         "train.eval_every_epochs",
         "train.checkpoint_every_epochs",

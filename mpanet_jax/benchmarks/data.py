@@ -14,7 +14,7 @@ from PIL import Image
 from mpanet_jax import datasets
 from mpanet_jax.data.cache import available_cpus, resized_images
 from mpanet_jax.data.decode import decode_and_resize, resize_bilinear
-from mpanet_jax.data.pipeline import train_feed
+from mpanet_jax.data.pipeline import choose_num_workers, train_feed
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.experiment import load_split
@@ -73,8 +73,8 @@ def benchmark_data(
 
     Figures "per core" count the seconds that a CPU has worked for this process, not those on the clock, so that other
     work on the machine doesn't enter. Every figure but the cache's building is the best of `repeats` rounds, over the
-    same `num_images` images, or over `num_batches` batches after those that were ready before. A whole cache of the
-    split is built, so the temporary folder needs N·height·width·3 bytes.
+    same `num_images` images, or over `num_batches` batches or more after those that were ready before. A whole cache of
+    the split is built, so the temporary folder needs N·height·width·3 bytes.
 
     Returns:
       cores: CPUs that this process may use.
@@ -85,8 +85,10 @@ def benchmark_data(
       decode_pillow, decode_simplejpeg, decode_opencv: images/s per core of decoding alone (the last two: JPEG only).
       resize_pillow, resize_project: images/s per core of resizing alone.
       difference_mean, difference_worst: the images' mean absolute difference from Pillow's, of 255: mean and worst.
-      streaming, streaming_per_core: images/s with cache 'none', by the clock on all cores, and per core.
+      streaming, streaming_per_core: images/s with cache 'none' and threads, by the clock, and per core.
       streaming_over_pillow: streaming_per_core / pillow_loop.
+      workers, streaming_workers: where config.data.num_workers = -1 chooses processes: how many, and images/s by the
+        clock with them.
       cache_build: images/s of building the host cache, by the clock on all cores.
       host_cache, host_cache_batches: images/s and batches/s out of the finished cache, by the clock.
     """
@@ -117,16 +119,20 @@ def benchmark_data(
     plan = dict(num_ids_per_batch=num_ids_per_batch, images_per_id=images_per_id, seed=seed, num_epochs=10_000)
     batch = num_ids_per_batch * images_per_id
     feed = train_feed(split, **size, **plan, cache="none")
-    by_clock, by_cpu = _batches_per_second(feed.batches, num_batches, repeats)
+    by_clock, by_cpu = _batches_per_second(feed.batches, num_batches, repeats, skip=available_cpus() + 2)
     results |= {"streaming": by_clock * batch, "streaming_per_core": by_cpu * batch}
     results["streaming_over_pillow"] = results["streaming_per_core"] / results["pillow_loop"]
+    if workers := choose_num_workers(-1, batch * height * width * 3):
+        feed = train_feed(split, **size, **plan, cache="none", num_workers=workers)
+        by_clock, _ = _batches_per_second(feed.batches, num_batches, repeats, skip=3 * workers)
+        results |= {"workers": workers, "streaming_workers": by_clock * batch}
 
     with tempfile.TemporaryDirectory() as cache_dir:
         started = time.perf_counter()
         resized_images(split, **size, cache_dir=cache_dir)
         results["cache_build"] = len(split) / (time.perf_counter() - started)
         feed = train_feed(split, **size, **plan, cache="host", cache_dir=cache_dir)
-        by_clock, _ = _batches_per_second(feed.batches, num_batches, repeats)
+        by_clock, _ = _batches_per_second(feed.batches, num_batches, repeats, skip=available_cpus() + 2)
     results |= {"host_cache": by_clock * batch, "host_cache_batches": by_clock}
     return results
 
@@ -142,10 +148,14 @@ def _best_rates(loops: dict[str, tuple[Callable, list]], repeats: int) -> dict[s
     return {name: len(inputs) / seconds[name] for name, (_, inputs) in loops.items()}
 
 
-def _batches_per_second(batches: Iterator, count: int, repeats: int) -> tuple[float, float]:
-    """The best rate at which `count` batches come, in seconds on the clock and in seconds of CPU work."""
-    for _ in range(available_cpus() + 2):
+def _batches_per_second(batches: Iterator, count: int, repeats: int, skip: int) -> tuple[float, float]:
+    """The best rate at which batches come after `skip` that were ready: by the clock, and by this process's CPU.
+
+    `count` batches a round or more: what works in parallel delivers in bursts, and a round has to hold several.
+    """
+    for _ in range(skip):
         next(batches)
+    count = max(count, 4 * skip)
     rates = []
     for _ in range(repeats):
         clock, cpu = time.perf_counter(), time.process_time()

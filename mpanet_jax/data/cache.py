@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mpanet_jax.data.decode import decode_and_resize
+from mpanet_jax.data.decode import MAX_THREADS, decode_and_resize
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
 
@@ -123,11 +123,11 @@ def _fill(images: np.ndarray, split: Split, num_threads: int | None) -> None:
     height, width = images.shape[1:3]
 
     def one(i: int) -> None:
-        images[i] = decode_and_resize(split.encoded[i], split.paths[i], height, width)
+        decode_and_resize(split.encoded[i], split.paths[i], height, width, out=images[i])
 
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    pool = ThreadPoolExecutor(num_threads or available_cpus())
+    pool = ThreadPoolExecutor(num_threads or min(available_cpus(), MAX_THREADS))
     try:
         with Progress(*columns, transient=True) as progress:
             for _ in progress.track(pool.map(one, range(len(split))), len(split), description=f"resize {split.name}"):

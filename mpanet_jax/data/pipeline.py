@@ -9,6 +9,9 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
+import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,12 +24,15 @@ import numpy as np
 from absl import flags
 
 from mpanet_jax.data.cache import available_cpus, choose_cache, open_cache, resized_images
-from mpanet_jax.data.decode import decode_and_resize
+from mpanet_jax.data.decode import MAX_THREADS, decode_and_resize
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+# Processes that `num_workers` = -1 starts at most; copying their batches keeps the feeding process busy by then.
+MAX_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,14 @@ def train_feed(
       cache: 'device' (all resized images in accelerator memory, a batch is indices), 'host' (memory-mapped from
         `cache_dir`), 'none' (decoded and resized as they are needed) or 'auto' (see `choose_cache`).
       cache_dir: where the resized images are kept between runs; None keeps them in RAM only.
-      num_workers: processes that decode with `cache` = 'none'; 0 decodes in threads of this process, which is
-        enough for a few cores.
+      num_workers: processes that decode with `cache` = 'none'; 0 decodes in threads of this process; -1 chooses
+        (see `choose_num_workers`).
       process_index, process_count: each of several hosts gets P / process_count consecutive identity slots.
       put_images: how `cache` = 'device' places the images, so that they can be replicated over several devices.
 
     Raises `UserError` for an impossible plan (`BatchPlan`), an unknown `cache`, a P that process_count does not
-    divide, an image that can't be decoded, and a `cache_dir` that can't be written.
+    divide, too little shared memory for `num_workers`, an image that can't be decoded, and a `cache_dir` that can't be
+    written.
     """
     plan = BatchPlan(split.pids, split.modality, num_ids_per_batch, images_per_id, seed)
     if num_ids_per_batch % process_count:
@@ -98,15 +105,41 @@ def train_feed(
 
     dataset = grain.MapDataset.source(source)
     images = None
+    num_threads, chosen_workers = 1, 0
     if cache == "device":
         images = put_images(resized_images(split, height, width, cache_dir))
     elif cache == "host":
         dataset = dataset.map(_Gather(resized_images(split, height, width, cache_dir)))
     else:
         dataset = dataset.map(_Decode(split.encoded, split.paths, height, width))
-    num_threads, num_workers = (available_cpus(), num_workers) if cache == "none" else (1, 0)
-    batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
+        num_threads = min(available_cpus(), MAX_THREADS)
+        chosen_workers = choose_num_workers(num_workers, size * height * width * 3)
+    batches = ResumableBatches(dataset, plan.signature, num_threads, chosen_workers)
     return TrainFeed(batches, plan.steps_per_epoch, images, cache)
+
+
+def choose_num_workers(num_workers: int, batch_bytes: int) -> int:
+    """How many processes decode: `num_workers`, or for -1 what suits this machine.
+
+    Below 8 CPUs threads (0) are as fast, and start at once. From there on they wait for each other, and half the CPUs
+    get a process each, at most MAX_WORKERS; the rest is for the feeding process and the system. Workers hand over
+    their batches of `batch_bytes` in shared memory, of which containers often have only 64 MiB: where it is short, -1
+    stays with threads and says so on stderr, and a number of processes that was asked for raises `UserError`.
+    """
+    chosen = num_workers
+    if num_workers < 0:
+        chosen = min(available_cpus() // 2, MAX_WORKERS) if available_cpus() >= 8 else 0
+    # Of each worker four batches at most: in its hand, in its queue, and the same again where grain receives them.
+    needed, free = chosen * 4 * batch_bytes, _free_shared_memory()
+    if needed <= free:
+        return chosen
+    short = f"{chosen} processes that decode need {needed >> 20} MiB of shared memory, {free >> 20} are free"
+    if num_workers < 0:
+        print(f"images: decoded in threads, for {short} in /dev/shm (docker run --shm-size)", file=sys.stderr)
+        return 0
+    raise UserError(
+        f"config.data.num_workers = {num_workers}: {short} in /dev/shm; enlarge it (docker run --shm-size), or use 0"
+    )
 
 
 def eval_batches(
@@ -130,7 +163,7 @@ def eval_batches(
     dataset = (
         grain.MapDataset.source(_EvalSource(split, np.asarray(indices), batch_size)).map(load).map(_Pad(batch_size))
     )
-    batches = iter(dataset.to_iter_dataset(_read_options(available_cpus())))
+    batches = iter(dataset.to_iter_dataset(_read_options(min(available_cpus(), MAX_THREADS))))
     try:
         yield from batches
     finally:
@@ -161,7 +194,8 @@ class ResumableBatches(grain.DatasetIterator):
         self.start_prefetch()
         batch = next(self._running[0])
         self._next_index += 1
-        # A worker's arrays lie in shared memory that grain takes back; the caller gets arrays of its own.
+        # A worker's arrays lie in shared memory. The caller gets arrays of its own: what is alive when the program ends
+        # (a traceback holds a batch) would be reported as leaked.
         return {name: np.array(a) for name, a in batch.items()} if self._num_workers else batch
 
     def start_prefetch(self) -> None:
@@ -172,7 +206,7 @@ class ResumableBatches(grain.DatasetIterator):
                 if not flags.FLAGS.is_parsed():  # in a notebook or a test; grain's workers read absl flags
                     flags.FLAGS.mark_as_parsed()
                 rest = rest.to_iter_dataset(_read_options(1)).mp_prefetch(
-                    grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2), _end_with_parent
+                    grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=1), _start_worker
                 )
             else:
                 rest = rest.to_iter_dataset(_read_options(self._num_threads))
@@ -273,7 +307,7 @@ class _Decode(grain.transforms.Map):
     def map(self, batch: Batch) -> Batch:
         images = np.empty((len(batch["index"]), self.height, self.width, 3), np.uint8)
         for image, i in zip(images, batch["index"], strict=True):
-            image[:] = decode_and_resize(self.encoded[int(i)], self.paths[i], self.height, self.width)
+            decode_and_resize(self.encoded[int(i)], self.paths[i], self.height, self.width, out=image)
         return batch | {"images": images}
 
 
@@ -293,12 +327,21 @@ def _read_options(num_threads: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
 
 
-def _end_with_parent(worker_index: int, worker_count: int) -> None:
-    """Runs in each worker process: end it when the process that feeds on it is gone, even if that was killed."""
+def _start_worker(worker_index: int, worker_count: int) -> None:
+    """Runs first in each worker process."""
     del worker_index, worker_count
+    # Nothing here computes with JAX. Should something ever do, it must not claim the accelerator's memory.
+    jax.config.update("jax_platforms", "cpu")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent's end is this one's
 
-    def watch() -> None:
+    def end_with_parent() -> None:
+        """Even if that was killed."""
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _free_shared_memory() -> int:
+    """Bytes; where there is no /dev/shm, shared memory has no limit of its own."""
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else sys.maxsize

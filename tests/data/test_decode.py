@@ -67,6 +67,18 @@ def test_resizing_stays_within_one_of_255_of_pillow(size):
     assert abs((resized.astype(int) - expected).mean()) < 0.2
 
 
+@pytest.mark.parametrize("size", [(60, 30), (40, 20), (150, 20), (24, 70), (61, 30), (400, 100)])
+def test_a_batchs_row_is_written_in_place(size):
+    image = photograph(*size)
+    batch = np.full((3, 60, 30, 3), 77, np.uint8)
+    assert np.shares_memory(resize_bilinear(image, 60, 30, out=batch[1]), batch[1])
+    np.testing.assert_array_equal(batch[1], resize_bilinear(image, 60, 30))
+    assert (batch[[0, 2]] == 77).all()
+    encoded = encode(Image.fromarray(image), "PNG")
+    decode_and_resize(encoded, "x", 60, 30, out=batch[2])
+    np.testing.assert_array_equal(batch[2], batch[1])
+
+
 def test_the_right_size_is_left_as_it_is():
     image = photograph(48, 16)
     np.testing.assert_array_equal(resize_bilinear(image, 48, 16), image)

@@ -1,21 +1,27 @@
 import errno
 import io
 import itertools
+import multiprocessing
 import os
+import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import default as default_config
 from mpanet_jax.data import cache as cache_module
+from mpanet_jax.data import pipeline as pipeline_module
 from mpanet_jax.data.cache import cache_path, choose_cache, open_cache, resized_images
-from mpanet_jax.data.pipeline import eval_batches, train_feed
+from mpanet_jax.data.pipeline import choose_num_workers, eval_batches, train_feed
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.errors import UserError
+from mpanet_jax.experiment import check_config
 from tests.data.toy import PLAN, SIZE, batch_hash, toy_split
 
-MODES = [("none", 0), ("none", 1), ("none", 2), ("host", 0), ("device", 0), ("auto", 0)]
+MODES = [("none", 0), ("none", 1), ("none", 3), ("none", -1), ("host", 0), ("host", -1), ("device", 0), ("auto", 0)]
 
 
 def pillow_resized(encoded):
@@ -108,6 +114,64 @@ def test_a_damaged_image_is_named_and_leaves_nothing(tmp_path, cache, num_worker
         feed = train_feed(split, **SIZE, **PLAN, cache=cache, cache_dir=tmp_path, num_workers=num_workers)
         list(feed.batches)
     assert not list(tmp_path.glob("*.npy*"))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "chosen"), [(1, 0), (2, 0), (4, 0), (7, 0), (8, 4), (15, 7), (16, 8), (32, 16), (128, 16)]
+)
+def test_many_cpus_decode_in_processes(monkeypatch, capsys, cpus, chosen):
+    monkeypatch.setattr(pipeline_module, "available_cpus", lambda: cpus)
+    monkeypatch.setattr(pipeline_module, "_free_shared_memory", lambda: chosen * 40 * 2**20)
+    assert choose_num_workers(-1, 10 * 2**20) == chosen
+    for asked in range(chosen + 1):
+        assert choose_num_workers(asked, 10 * 2**20) == asked
+    assert not capsys.readouterr().err
+
+
+def test_short_shared_memory_is_found_before_a_worker_dies_of_it(monkeypatch, capsys):
+    monkeypatch.setattr(pipeline_module, "available_cpus", lambda: 16)
+    monkeypatch.setattr(pipeline_module, "_free_shared_memory", lambda: 64 * 2**20)
+    assert choose_num_workers(-1, 18 * 2**20) == 0
+    assert "decoded in threads, for 8 processes that decode need 576 MiB" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"config\.data\.num_workers = 2: .* need 144 MiB of .*, 64 are free"):
+        choose_num_workers(2, 18 * 2**20)
+    assert choose_num_workers(0, 2**40) == 0 and choose_num_workers(1, 16 * 2**20) == 1
+
+
+@pytest.mark.parametrize(("num_workers", "valid"), [(-1, True), (0, True), (12, True), (-2, False)])
+def test_the_config_says_how_many_workers(num_workers, valid):
+    config = default_config.get_config()
+    config.data.num_workers = num_workers
+    if valid:
+        check_config(config)
+    else:
+        with pytest.raises(UserError, match=r"^config\.data\.num_workers = -2: expected .* -1 to choose"):
+            check_config(config)
+
+
+class ReadInWorkers(list):
+    """Encoded images that refuse to be read where they could claim an accelerator."""
+
+    def __getitem__(self, i):
+        assert multiprocessing.parent_process() is not None
+        assert not jax._src.xla_bridge.backends_are_initialized()
+        assert jax.config.jax_platforms == "cpu"
+        return super().__getitem__(i)
+
+
+def test_workers_leave_the_accelerator_alone_and_end_with_the_parent_only():
+    split = toy_split()
+    object.__setattr__(split, "encoded", ReadInWorkers(split.encoded))
+    before = set(multiprocessing.active_children())
+    feed = train_feed(split, **SIZE, **PLAN, cache="none", num_workers=2)
+    next(feed.batches)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:  # as Ctrl-C does
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(feed.batches)) == 20
+    feed.batches.close()
+    assert not any(worker.is_alive() for worker in workers)
 
 
 class CountedReads(list):
