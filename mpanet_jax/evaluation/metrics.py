@@ -131,7 +131,12 @@ def _product_function(gallery: np.ndarray) -> Callable[[np.ndarray], np.ndarray]
 def _accelerator_product() -> Callable:
     import jax
 
-    return jax.jit(lambda query, gallery: jax.numpy.matmul(query, gallery.T, precision=jax.lax.Precision.HIGHEST))
+    # XLA would try out ways to compute the product for longer than the product takes.
+    options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
+    return jax.jit(
+        lambda query, gallery: jax.numpy.matmul(query, gallery.T, precision=jax.lax.Precision.HIGHEST),
+        compiler_options=options,
+    )
 
 
 def rank_gallery(distance: Float32[np.ndarray, "q n"]) -> Int[np.ndarray, "q n"]:
