@@ -11,7 +11,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mpanet_jax.models.normalization import BatchNorm, statistics_dtype
+from mpanet_jax.models.batch_norm import statistics_dtype, two_sums
+from mpanet_jax.models.normalization import BatchNorm
 
 # PyTorch's default for nn.Conv2d and nn.Linear: uniform in ±1/√fan_in.
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -38,14 +39,31 @@ def _instance_statistics(z: Float[Array, "b h w c"]) -> tuple[Float[Array, "b c"
     wide = z.astype(statistics_dtype(z))
     mean = wide.mean((1, 2))
     # In two passes: maps that are nearly constant over an image are common, and E[x²] − E[x]² loses their variance.
-    variance = jnp.square(wide - mean[:, None, None]).mean((1, 2))
+    # The variance does not change with the mean that is subtracted, so no gradient has to be computed there.
+    variance = jnp.square(wide - lax.stop_gradient(mean)[:, None, None]).mean((1, 2))
     return mean, lax.rsqrt(variance + INSTANCE_NORM_EPS)
 
 
+@jax.custom_vjp
 def _affine(
     z: Float[Array, "b h w c"], factor: Float[Array, "b c"], offset: Float[Array, "b c"]
 ) -> Float[Array, "b h w c"]:
+    """factor·z + offset, with one factor and offset per image and channel; differentiated in one pass for both."""
     return (z * factor[:, None, None] + offset[:, None, None]).astype(z.dtype)
+
+
+def _affine_forward(z, factor, offset):
+    return _affine(z, factor, offset), (z, factor)
+
+
+def _affine_backward(saved, dy):
+    z, factor = saved
+    wide = dy.astype(factor.dtype)
+    d_factor, d_offset = two_sums(wide * z, wide, (1, 2))
+    return (wide * factor[:, None, None]).astype(z.dtype), d_factor, d_offset
+
+
+_affine.defvjp(_affine_forward, _affine_backward)
 
 
 class ModalityAlleviation(nn.Module):
@@ -162,4 +180,4 @@ class NonLocal(nn.Module):
         norm = BatchNorm(
             axis_name=self.axis_name, param_dtype=self.param_dtype, scale_init=nn.initializers.zeros, name="bn"
         )
-        return norm(project(channels, "w", attended), flat, train=train).reshape(feature_map.shape)
+        return (flat + norm(project(channels, "w", attended), train=train)).reshape(feature_map.shape)

@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mpanet_jax.models.attention import CBAM, ModalityAlleviation, NonLocal, PatternAlignment, torch_uniform
-from mpanet_jax.models.normalization import BatchNorm, statistics_dtype
+from mpanet_jax.models.batch_norm import statistics_dtype
+from mpanet_jax.models.normalization import BatchNorm
 from mpanet_jax.models.resnet import Stage
 from mpanet_jax.models.stem import Stem
 

@@ -12,6 +12,17 @@ from mpanet_jax.models.normalization import BatchNorm
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+class PointwiseKernel(nn.Module):
+    """The parameter of a 1×1 convolution that `BatchNorm` does together with the normalisation."""
+
+    width: int
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "c o"]:
+        return self.param("kernel", kaiming_fan_out, (1, 1, x.shape[-1], self.width), self.param_dtype)[0, 0]
+
+
 class Bottleneck(nn.Module):
     """1×1 → 3×3 → 1×1 with a shortcut; projects the shortcut where the shape changes.
 
@@ -36,14 +47,15 @@ class Bottleneck(nn.Module):
         strides = (self.stride, self.stride)
         shortcut = x
         if self.stride != 1 or x.shape[-1] != out:
-            shortcut = conv(out, (1, 1), strides, padding=0, name="downsample_conv")(x)
-            shortcut = norm(name="downsample_bn")(shortcut, train=train)
+            shortcut = x[:, :: self.stride, :: self.stride]
+            kernel = PointwiseKernel(out, self.param_dtype, name="downsample_conv")(shortcut)
+            shortcut = norm(name="downsample_bn")(shortcut, train=train, kernel=kernel)
         y = conv(self.width, (1, 1), padding=0, name="conv1")(x)
         y = norm(relu=True, name="bn1")(y, train=train)
         y = conv(self.width, (3, 3), strides, padding=1, name="conv2")(y)
         y = norm(relu=True, name="bn2")(y, train=train)
-        y = conv(out, (1, 1), padding=0, name="conv3")(y)
-        return norm(relu=True, name="bn3")(y, shortcut, train=train)
+        kernel = PointwiseKernel(out, self.param_dtype, name="conv3")(y)
+        return norm(relu=True, name="bn3")(y, train=train, kernel=kernel, residual=shortcut)
 
 
 class Stage(nn.Module):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpanet_jax.models.normalization import BatchNorm, batch_norm
+from mpanet_jax.models.batch_norm import batch_norm
+from mpanet_jax.models.normalization import BatchNorm
+from mpanet_jax.models.projection import project_and_normalize
 
 
 def test_train_and_eval_equal_torch_with_unbiased_running_variance():
@@ -34,41 +36,98 @@ def test_train_and_eval_equal_torch_with_unbiased_running_variance():
         np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def plain(x, residual, scale, bias, relu):
+def plain(x, scale, bias, residual=None):
     mean = x.mean((0, 1, 2))
     variance = ((x - mean) ** 2).mean((0, 1, 2))
     y = (x - mean) / jnp.sqrt(variance + 1e-5) * scale + bias
-    y = y if residual is None else y + residual
-    return jax.nn.relu(y) if relu else y
+    return y if residual is None else y + residual
+
+
+def assert_same_values_and_gradients(ours, expected, arguments, seed=0):
+    """Of functions of arrays; the gradients are those of a random weighted sum."""
+    values = ours(*arguments)
+    np.testing.assert_allclose(values, expected(*arguments), rtol=1e-10, atol=1e-12)
+    weights = jnp.asarray(np.random.default_rng(seed).normal(size=values.shape))
+    which = tuple(range(len(arguments)))
+    actual = jax.grad(lambda *a: (ours(*a) * weights).sum(), which)(*arguments)
+    wanted = jax.grad(lambda *a: (expected(*a) * weights).sum(), which)(*arguments)
+    for a, b in zip(actual, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_hand_written_gradients_equal_autodiff(relu):
+    rng = np.random.default_rng(1)
+    activation = jax.nn.relu if relu else lambda y: y
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=(3, 4, 2, 5)))
+        scale, bias = jnp.asarray(rng.normal(size=5)), jnp.asarray(rng.normal(size=5))
+        assert_same_values_and_gradients(
+            lambda *a: batch_norm(*a, 1e-5, relu, None)[0], lambda *a: activation(plain(*a)), (x, scale, bias)
+        )
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_hand_written_gradients_equal_autodiff(relu, with_residual):
-    rng = np.random.default_rng(1)
+def test_projection_equals_autodiff_of_convolution_and_batch_norm(relu, with_residual):
+    rng = np.random.default_rng(2)
+    activation = jax.nn.relu if relu else lambda y: y
     with jax.enable_x64(True):
-        x = jnp.asarray(rng.normal(size=(3, 4, 2, 5)))
-        residual = jnp.asarray(rng.normal(size=x.shape)) if with_residual else None
-        scale, bias = jnp.asarray(rng.normal(size=5)), jnp.asarray(rng.normal(size=5))
-        weights = jnp.asarray(rng.normal(size=x.shape))
+        u, kernel = jnp.asarray(rng.normal(1, 1, size=(3, 4, 2, 5))), jnp.asarray(rng.normal(size=(5, 7)))
+        scale, bias = jnp.asarray(rng.normal(size=7)), jnp.asarray(rng.normal(size=7))
+        arguments = (u, kernel, scale, bias)
+        if with_residual:
+            arguments += (jnp.asarray(rng.normal(size=(3, 4, 2, 7))),)
 
-        def ours(*arguments):
-            return (batch_norm(*arguments, 1e-5, relu, None)[0] * weights).sum()
+        def ours(u, kernel, scale, bias, residual=None):
+            return project_and_normalize(u, kernel, residual, scale, bias, 1e-5, relu, None)[0]
 
-        def expected(*arguments):
-            return (plain(*arguments, relu) * weights).sum()
+        def expected(u, kernel, *rest):
+            return activation(plain(u @ kernel, *rest))
 
-        arguments = (x, residual, scale, bias)
-        np.testing.assert_allclose(ours(*arguments), expected(*arguments), rtol=1e-12)
-        which = (0, 1, 2, 3) if with_residual else (0, 2, 3)
-        for a, b in zip(jax.grad(ours, which)(*arguments), jax.grad(expected, which)(*arguments), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+        assert_same_values_and_gradients(ours, expected, arguments)
+        _, mean, variance = project_and_normalize(u, kernel, None, scale, bias, 1e-5, relu, None)
+        np.testing.assert_allclose(mean, (u @ kernel).mean((0, 1, 2)), rtol=1e-12)
+        np.testing.assert_allclose(variance, (u @ kernel).var((0, 1, 2)), rtol=1e-10)
+
+
+def test_projection_of_the_running_statistics_equals_convolution_and_batch_norm():
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        x, kernel = jnp.asarray(rng.normal(size=(2, 3, 4, 5))), jnp.asarray(rng.normal(size=(5, 7)))
+        residual = jnp.asarray(rng.normal(size=(2, 3, 4, 7)))
+        variables = {
+            "params": {"scale": jnp.asarray(rng.normal(size=7)), "bias": jnp.asarray(rng.normal(size=7))},
+            "batch_stats": {"mean": jnp.asarray(rng.normal(size=7)), "var": jnp.asarray(rng.uniform(0.5, 2, size=7))},
+        }
+        plain_norm, norm = (BatchNorm(relu=relu, param_dtype=jnp.float64) for relu in (False, True))
+        expected = jax.nn.relu(plain_norm.apply(variables, x @ kernel, train=False) + residual)
+        actual = norm.apply(variables, x, train=False, kernel=kernel, residual=residual)
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_projection_in_bfloat16_keeps_mean_and_deviation():
+    # The sums of 8,192 squares would be off by percents in bfloat16, and so would be a variance that is a small
+    # difference of large products: here the mean is three times the deviation.
+    rng = np.random.default_rng(4)
+    u = jnp.asarray(np.maximum(rng.normal(1.5, 0.5, size=(64, 16, 8, 16)), 0), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
+    y, mean, variance = project_and_normalize(u, kernel, None, jnp.ones(64), jnp.zeros(64), 1e-5, False, None)
+    exact = np.asarray(u, np.float64) @ np.asarray(kernel, np.float64)
+    assert y.dtype == jnp.bfloat16 and mean.dtype == variance.dtype == jnp.float32
+    np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(variance, exact.var((0, 1, 2)), rtol=1e-3)
+    y = np.asarray(y, np.float64)
+    np.testing.assert_allclose(y.std((0, 1, 2)), 1, rtol=0.01)
+    # The offset is added in bfloat16: half a unit in its last place is all that the mean may be off.
+    offset = np.abs(exact.mean((0, 1, 2)) / exact.std((0, 1, 2)))
+    assert (np.abs(y.mean((0, 1, 2))) <= offset * 2**-8 + 1e-3).all()
 
 
 def test_bfloat16_statistics_are_float32():
     # 1 + tiny steps: bfloat16 sums of 4,096 values near 1 would be off by whole percents.
     x = jnp.asarray(np.random.default_rng(2).normal(1.0, 0.1, size=(64, 8, 8, 3)), jnp.bfloat16)
-    _, mean, variance = batch_norm(x, None, jnp.ones(3), jnp.zeros(3), 1e-5, False, None)
+    _, mean, variance = batch_norm(x, jnp.ones(3), jnp.zeros(3), 1e-5, False, None)
     wide = np.asarray(x, np.float64)
     assert mean.dtype == variance.dtype == jnp.float32
     np.testing.assert_allclose(mean, wide.mean((0, 1, 2)), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The stem's own convolution and max-pool against PyTorch's, values and gradients."""
+"""The stem's own convolution against PyTorch's, values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpanet_jax.models.stem import max_pool, stem_convolution
+from mpanet_jax.models.stem import stem_convolution
 
 
 def to_torch(x):
@@ -30,21 +30,3 @@ def test_convolution_equals_torch(size):
         (expected * torch.tensor(weights).permute(0, 3, 1, 2)).sum().backward()
         gradient = jax.grad(lambda k: (stem_convolution(images, k, jnp.float64) * weights).sum())(kernel)
         np.testing.assert_allclose(gradient, theirs_kernel.grad.permute(2, 3, 1, 0), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("size", [(12, 8), (11, 8), (12, 7), (1, 1), (5, 3)])
-@pytest.mark.parametrize("ties", [False, True])
-def test_max_pool_equals_torch(size, ties):
-    rng = np.random.default_rng(1)
-    values = rng.normal(size=(2, *size, 3))
-    if ties:  # few different values: most windows have several maxima, and the first has to take the gradient
-        values = np.round(values)
-    with jax.enable_x64(True):
-        x = jnp.asarray(values)
-        theirs = to_torch(x)
-        expected = torch.nn.functional.max_pool2d(theirs, 3, 2, 1)
-        np.testing.assert_array_equal(max_pool(x), from_torch(expected))
-        weights = rng.normal(size=max_pool(x).shape)
-        (expected * torch.tensor(weights).permute(0, 3, 1, 2)).sum().backward()
-        gradient = jax.grad(lambda v: (max_pool(v) * weights).sum())(x)
-        np.testing.assert_allclose(gradient, from_torch(theirs.grad), rtol=1e-12, atol=1e-14)

@@ -1,0 +1,127 @@
+"""3×3 max-pool with stride 2 and padding 1, and the stem's batch norm, ReLU and max-pool as one operation.
+
+The backward pass gathers, where XLA's own one scatters. Of equal maxima PyTorch's takes the gradient: the first.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, UInt8
+
+from mpanet_jax.models.batch_norm import (
+    batch_statistics,
+    channel_sums,
+    count_positions,
+    statistics_dtype,
+    sum_over_devices,
+)
+
+# The nine places of a 3×3 window in PyTorch's order.
+TAPS = [(row, column) for row in range(3) for column in range(3)]
+
+
+def largest_of_windows(
+    x: Float[Array, "b h w c"],
+) -> tuple[Float[Array, "b h2 w2 c"], UInt8[Array, "b h2 w2 c"]]:
+    """The maximum of every window and its place in it, 0 to 8."""
+    height, width = x.shape[1:3]
+    rows, columns = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    windows = [padded[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2] for i, j in TAPS]
+    largest, place = windows[0], jnp.zeros(windows[0].shape, jnp.uint8)
+    for tap, candidate in enumerate(windows[1:], start=1):
+        larger = candidate > largest
+        largest = jnp.where(larger, candidate, largest)
+        place = jnp.where(larger, jnp.uint8(tap), place)
+    return largest, place
+
+
+def spread(
+    place: UInt8[Array, "b h2 w2 c"], values: Float[Array, "b h2 w2 c"], height: int, width: int
+) -> Float[Array, "b {height} {width} c"]:
+    """The transpose of taking the maximum: every window's value goes to its place; summed in float32.
+
+    Position (2i, ·) lies in the windows i alone, in their middle row; position (2i+1, ·) in the last row of the windows
+    i and in the first row of the windows i+1. Columns likewise.
+    """
+    batch, rows, columns, channels = place.shape
+    odd_row = jnp.arange(2, dtype=jnp.uint8).reshape(1, 1, 2, 1, 1, 1)
+    odd_column = odd_row.reshape(1, 1, 1, 1, 2, 1)
+    total = 0
+    for next_row in (0, 1):
+        for next_column in (0, 1):
+            # The windows (i + next_row, j + next_column); behind the last one the value is 0.
+            ahead = ((0, 0), (0, next_row), (0, next_column), (0, 0))
+            place_there, value_there = (
+                jnp.pad(a[:, next_row:, next_column:], ahead)[:, :, None, :, None] for a in (place, values)
+            )
+            row_tap, column_tap = (1 - next_row) * (1 + odd_row), (1 - next_column) * (1 + odd_column)
+            covers = (odd_row >= next_row) & (odd_column >= next_column)
+            chosen = covers & (place_there == 3 * row_tap + column_tap)
+            total += jnp.where(chosen, value_there, 0).astype(statistics_dtype(values))
+    return total.reshape(batch, 2 * rows, 2 * columns, channels)[:, :height, :width]
+
+
+@jax.custom_vjp
+def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """3×3 max-pool with stride 2 and padding 1."""
+    return largest_of_windows(x)[0]
+
+
+def _max_pool_forward(x):
+    largest, place = largest_of_windows(x)
+    # The input's size travels in the shape of an array without elements.
+    return largest, (place, jnp.empty((0, *x.shape[1:3])))
+
+
+def _max_pool_backward(saved, dy):
+    place, size = saved
+    return (spread(place, dy, *size.shape[1:]).astype(dy.dtype),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _forward(x, scale, bias, eps, axis_name):
+    mean, variance = batch_statistics(x, axis_name)
+    inverse_deviation = lax.rsqrt(variance + eps)
+    # Batch norm rises with x, or falls where its scale is negative: the largest (smallest) x of a window makes the
+    # largest y, and only those are normalised.
+    sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
+    chosen, place = largest_of_windows(x * sign)
+    chosen *= sign
+    y = jnp.maximum((chosen.astype(mean.dtype) - mean) * (inverse_deviation * scale) + bias, 0)
+    return (y.astype(x.dtype), mean, variance), (x, chosen, place, mean, inverse_deviation, scale, bias)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize_and_pool(
+    x: Float[Array, "b h w c"], scale: Float[Array, "c"], bias: Float[Array, "c"], eps: float, axis_name: str | None
+) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, "c"], Float[Array, "c"]]:
+    """`max_pool` of `batch_norm` with its ReLU. Arguments and results are those of `batch_norm`.
+
+    The normalised array, four times the result, is never written, and the sums of the backward pass run over the
+    result's positions: at the others the gradient is 0. (At a scale of exactly 0 all of a window are equal; then the
+    largest x takes the gradient, not the first.)
+    """
+    return _forward(x, scale, bias, eps, axis_name)[0]
+
+
+def _backward(eps, axis_name, saved, cotangents):
+    x, chosen, place, mean, inverse_deviation, scale, bias = saved
+    factor = inverse_deviation * scale
+    centred = chosen.astype(mean.dtype) - mean
+    gradient = jnp.where(centred * factor + bias > 0, cotangents[0], 0)
+    wide = gradient.astype(mean.dtype)
+    d_bias, d_scale = channel_sums(wide, wide * (centred * inverse_deviation))
+    count = count_positions(x, axis_name)
+    total_gradient, total_product = sum_over_devices((d_bias, d_scale), axis_name)
+    normalised = (x.astype(mean.dtype) - mean) * inverse_deviation
+    spread_gradient = spread(place, gradient, *x.shape[1:3])
+    dx = (spread_gradient - total_gradient / count - normalised * (total_product / count)) * factor
+    return dx.astype(x.dtype), d_scale, d_bias
+
+
+normalize_and_pool.defvjp(_forward, _backward)
