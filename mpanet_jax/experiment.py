@@ -22,6 +22,13 @@ from mpanet_jax.state import init_variables
 CONFIG_FILE = "config.json"
 
 
+def set_compilation_cache(folder: str | None) -> None:
+    """Keeps compiled programs in `folder`; None or '' compiles everything anew. To be called before the first one."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if folder else None)
+    # The small ones too: dozens of them are compiled before the first step.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 def check_config(config: ConfigDict) -> None:
     """Refuses a config that cannot be run, before anything is written.
 

@@ -77,7 +77,9 @@ def initial_state(config: ConfigDict, variables: dict[str, Any], steps_per_epoch
     _, run_key = random_keys(config)
     learning_rate, _ = make_schedules(config, steps_per_epoch)
     optimizer = make_optimizer(config, learning_rate)
-    return create_train_state(variables["params"], variables["batch_stats"], optimizer, run_key)
+    # One program instead of one for every shape of Adam's zeros.
+    create = jax.jit(lambda v, key: create_train_state(v["params"], v["batch_stats"], optimizer, key))
+    return create(variables, run_key)
 
 
 def make_train_steps(config: ConfigDict, num_ids: int, steps_per_epoch: int, parallel: Parallel) -> Any:
@@ -149,7 +151,7 @@ def train(
             every = config.train.log_every_steps
             reader = _MetricReader(log, every, feed.steps_per_epoch, batch_size, on_steps)
             for before, step in calls(first_step, total_steps, steps_per_call, (checkpoint_every, evaluate_every)):
-                state, metrics = run_steps(state, _stack(feed.batches, step - before), feed.images)
+                state, metrics = run_steps(state, stack_batches(feed.batches, step - before), feed.images)
                 # The call before this one is read after this one was sent off: the device always has work.
                 reader.read_previous(before, step, metrics)
                 if step == total_steps or (checkpoint_every and step % checkpoint_every == 0):
@@ -208,7 +210,7 @@ def calls(first_step: int, total_steps: int, steps_per_call: int, stops: tuple[i
         step = after
 
 
-def _stack(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
+def stack_batches(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
     """The next `count` batches, stacked."""
     taken = [next(batches) for _ in range(count)]
     if count == 1:  # without a copy of the images

@@ -1,4 +1,4 @@
-"""Measures a part of the program: python scripts/benchmark.py {step,train,extract,evaluate,data} [flags]
+"""Measures a part of the program: python scripts/benchmark.py {step,train,extract,evaluate,data,precision} [flags]
 
 Prints a table and writes runs/benchmark/NAME.json. Takes all accelerators it finds; CUDA_VISIBLE_DEVICES=0 leaves one.
 
@@ -6,6 +6,7 @@ python scripts/benchmark.py step --config.dtype=float32 --profile=runs/profile
 python scripts/benchmark.py train --config=configs/sysu.py --config.dataset.data_dir=data --config.data.cache=none
 python scripts/benchmark.py extract --files
 python scripts/benchmark.py evaluate --dimensions=256,14336 --permutation=SYSU-MM01/exp/rand_perm_cam.mat
+python scripts/benchmark.py precision --config.dataset.data_dir=data     (bfloat16 follows float32)
 python scripts/benchmark.py data                       (draws a small data set where config.dataset names none)
 """
 
@@ -16,12 +17,15 @@ from ml_collections import config_flags
 
 from mpanet_jax.errors import UserError, run_script
 
-NAMES = ("step", "train", "extract", "evaluate", "data")
+NAMES = ("step", "train", "extract", "evaluate", "data", "precision")
 SYSU = str(Path(__file__).parent.parent / "configs/sysu.py")
 CONFIG = config_flags.DEFINE_config_file("config", SYSU, "the run that is measured", lock_config=True)
 OUT = flags.DEFINE_string("out", None, "the report; runs/benchmark/NAME.json by default")
 STEPS = flags.DEFINE_integer(
-    "steps", None, "timed steps (step: 240; train: a tenth of the epochs) or batches (extract: 60)", lower_bound=2
+    "steps",
+    None,
+    "timed steps (step: 240; train: a tenth of the epochs), steps (precision: 200), batches (extract: 60)",
+    lower_bound=2,
 )
 IMAGES = flags.DEFINE_integer("images", None, "in device memory (2048), or decoded (data: 1000)", lower_bound=1)
 PROFILE = flags.DEFINE_string("profile", None, "step: a folder for a jax.profiler trace")
@@ -38,11 +42,12 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in NAMES:
         raise UserError(f"benchmark.py {' '.join(arguments)}: expected one of {', '.join(NAMES)}, then flags")
     # Imports JAX, and with it takes the accelerator.
-    from mpanet_jax.benchmarks import data, evaluation, extract, measure, step, train
+    from mpanet_jax.benchmarks import data, evaluation, extract, measure, precision, step, train
+    from mpanet_jax.experiment import set_compilation_cache
 
     (name,), config = arguments, CONFIG.value
     out = Path(OUT.value or f"runs/benchmark/{name}.json")
-    measure.set_compilation_cache(CACHE.value or ("~/.cache/mpanet_jax/xla" if name == "train" else None))
+    set_compilation_cache(CACHE.value or ("~/.cache/mpanet_jax/xla" if name == "train" else None))
     number = {"num_steps": STEPS.value} if STEPS.value else {}
     images = {"num_images": IMAGES.value} if IMAGES.value else {}
     benchmarks = {
@@ -51,6 +56,7 @@ def main(arguments: list[str]) -> None:
         "extract": lambda: extract.benchmark_extract(config, **number, **images, from_files=FILES.value),
         "evaluate": lambda: evaluation.benchmark_all(DIMENSIONS.value, PERMUTATION.value, rerank=RERANK.value),
         "data": lambda: data.benchmark_dataset(config, **images),
+        "precision": lambda: precision.benchmark_precision(config, **number),
     }
     report = {"name": name, **measure.environment(), "config": config.to_dict(), "results": benchmarks[name]()}
     print(measure.format_report(report))

@@ -31,14 +31,12 @@ flags.mark_flag_as_required("config")
 def main(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"{arguments[0]}: not a flag; see --help")
-    import jax
-
     from mpanet_jax.evaluation.evaluate import format_table
+    from mpanet_jax.experiment import set_compilation_cache
     from mpanet_jax.parallel import is_first_process, start_processes
     from mpanet_jax.train import train
 
-    if cache_flag.value:
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache_flag.value).expanduser()))
+    set_compilation_cache(cache_flag.value)
     if distributed_flag.value:
         start_processes(coordinator_flag.value, num_processes_flag.value, process_flag.value)
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])

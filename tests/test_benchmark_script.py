@@ -101,10 +101,20 @@ def test_data(data, tmp_path):
     assert "drawn" not in results["data_set"]
 
 
+@pytest.mark.parametrize("cache", ["host", "device"])
+def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
+    arguments = ["--steps=6", f"--config.data.cache={cache}", "--config.optim.learning_rate=1e-6"]
+    process, report = run(tmp_path, "precision", *TINY, *data, *arguments)
+    results = check(process, report, "precision", "largest_difference")
+    # So slow a training leaves the network as it was: the curves differ by the precision of the forward pass.
+    assert results["final_difference"] <= results["largest_difference"] < 0.01
+    assert len(results["loss_float32"]) == len(results["loss_bfloat16"]) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["fast"], "step, train, extract, evaluate, data"),
+        (["fast"], "step, train, extract, evaluate, data, precision"),
         (["evaluate", "--dimensions=many"], "--dimensions"),
         (["evaluate", "--permutation=nowhere/rand_perm_cam.mat"], "test_id.txt"),
     ],
@@ -133,6 +143,13 @@ def test_convolution_work_by_hand():
     assert outputs == 4 * 4 * 16 + 4 * 6
     # 3 x 3 places and 4 of the 8 channels for each of the convolution's outputs, 5 terms for each of the product's.
     assert operations == 2 * (4 * 4 * 16 * 3 * 3 * 4 + 4 * 6 * 5)
+
+
+def test_convolution_work_counts_one_of_several_branches():
+    def network(x):
+        return jax.lax.platform_dependent(x, cpu=lambda x: x @ x, default=lambda x: x @ x)
+
+    assert measure.convolution_work(network, jnp.ones((4, 4))) == (2 * 4**3, 4**2)
 
 
 def test_forward_work_is_resnet_50s():

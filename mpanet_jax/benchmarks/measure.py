@@ -20,11 +20,6 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu12", "nvi
 ACTIVATION_MOVES = 8
 
 
-def set_compilation_cache(folder: str | None) -> None:
-    """Keeps compiled programs in `folder`; None compiles everything anew. To be called before anything is compiled."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if folder else None)
-
-
 class CompileLog:
     """What JAX has compiled since: an object made at the start of a program that wants to know.
 
@@ -130,7 +125,9 @@ def convolution_work(function: Callable, *arguments: Any) -> tuple[float, float]
 def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
+        # Of branches one is run; where the platform decides, all do the same work.
+        parameters = {**equation.params, "branches": equation.params.get("branches", ())[:1]}
+        for value in parameters.values():
             for inner in value if isinstance(value, list | tuple) else (value,):
                 inner = getattr(inner, "jaxpr", inner)  # a closed one
                 if hasattr(inner, "eqns"):
