@@ -2,12 +2,27 @@
 
 import sys
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's SummaryWriter, imported without PyTorch.
+
+    Where that is installed tensorboardX imports it, for the graphs of PyTorch models; it takes seconds in which the
+    accelerator waits.
+    """
+    absent = {"torch": None} if "torch" not in sys.modules else {}
+    sys.modules.update(absent)
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in absent:
+            del sys.modules[name]
+    return SummaryWriter
 
 
 class MetricLog:
@@ -17,7 +32,8 @@ class MetricLog:
         self._active = active
         if not active:
             return
-        self._workdir, self._first_step = workdir, first_step
+        # Points after the checkpoint that a killed run left behind are dropped, so that curves have no double parts.
+        self._writer = _summary_writer()(str(workdir / "logs"), purge_step=first_step or None)
         self._bar = Progress(
             TextColumn("train"),
             BarColumn(bar_width=30),
@@ -31,14 +47,6 @@ class MetricLog:
         )
         self._task = self._bar.add_task("train", total=total_steps, completed=first_step, status="compiling")
 
-    @cached_property
-    def _writer(self) -> Any:
-        # Imported with the first scalar, when the device is at work: where PyTorch is installed this imports it too.
-        from tensorboardX import SummaryWriter
-
-        # Points after the checkpoint that a killed run left behind are dropped, so that curves have no double parts.
-        return SummaryWriter(str(self._workdir / "logs"), purge_step=self._first_step or None)
-
     def __enter__(self) -> "MetricLog":
         if self._active:
             self._bar.start()
@@ -47,8 +55,7 @@ class MetricLog:
     def __exit__(self, *_: object) -> None:
         if self._active:
             self._bar.stop()
-            if "_writer" in vars(self):
-                self._writer.close()
+            self._writer.close()
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step` done steps."""

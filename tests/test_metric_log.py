@@ -1,0 +1,41 @@
+"""What the log writes, and what it does not import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tensorboardX.proto.event_pb2 import Event
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from mpanet_jax.metric_log import MetricLog
+
+with MetricLog(Path(sys.argv[1]), total_steps=10, first_step=0) as log:
+    log.scalars(5, {"train/loss": 1.5})
+    log.status("step 5")
+assert "torch" not in sys.modules
+import torch
+assert torch.ones(2).sum() == 2
+"""
+
+
+def read_events(path):
+    """Records: length uint64, its checksum uint32, the data, their checksum uint32."""
+    data, start = path.read_bytes(), 0
+    while start < len(data):
+        length = int.from_bytes(data[start : start + 8], "little")
+        yield Event.FromString(data[start + 12 : start + 12 + length])
+        start += 16 + length
+
+
+def test_scalars_are_written_without_importing_pytorch(tmp_path):
+    root = Path(__file__).parent.parent
+    process = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=root, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "step 5" in process.stderr
+    (path,) = (tmp_path / "logs").iterdir()
+    scalars = [
+        (event.step, value.tag, value.simple_value) for event in read_events(path) for value in event.summary.value
+    ]
+    assert scalars == [(5, "train/loss", 1.5)]
