@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def _summary_writer() -> Any:
     """tensorboardX's SummaryWriter, imported without PyTorch.
 
-    Where that is installed tensorboardX imports it, for the graphs of PyTorch models; it takes seconds in which the
-    accelerator waits.
+    Where PyTorch is installed tensorboardX imports it, for the graphs of PyTorch models; that takes seconds in which
+    the accelerator waits.
     """
     absent = {"torch": None} if "torch" not in sys.modules else {}
     sys.modules.update(absent)

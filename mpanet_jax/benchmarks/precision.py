@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from mpanet_jax.data.pipeline import TrainFeed
 from mpanet_jax.experiment import check_config, initial_variables, load_split
-from mpanet_jax.parallel import all_devices, global_num_ids
+from mpanet_jax.parallel import Parallel, all_devices, global_num_ids
 from mpanet_jax.train import calls, initial_state, make_feed, make_train_steps, stack_batches
 
 DTYPES = ("float32", "bfloat16")
@@ -18,7 +19,7 @@ def benchmark_precision(config: ConfigDict, *, num_steps: int = 200, window: int
 
     Args:
       config: the run; its data set has to be prepared, or config.dataset.source named. config.dtype is not read.
-      num_steps: of each run.
+      num_steps: of each run; at most those of config.train.num_epochs.
       window: the loss curves are smoothed by the mean over so many steps.
 
     Returns:
@@ -33,24 +34,19 @@ def benchmark_precision(config: ConfigDict, *, num_steps: int = 200, window: int
     parallel = all_devices(config.parallel)
     num_ids_per_batch = global_num_ids(config.data.num_ids_per_batch, parallel.num_devices, config.batch_scale)
     split = load_split(config, "train")
-    window = min(window, num_steps)
     feed = make_feed(config, split, parallel, num_ids_per_batch)
+    num_steps = min(num_steps, config.train.num_epochs * feed.steps_per_epoch)
+    window = min(window, num_steps)
     start = feed.batches.get_state()
-    steps_per_call = 1 if feed.images is None else config.train.steps_per_call
-    curves = {}
-    for dtype in DTYPES:
-        config.dtype = dtype
-        feed.batches.set_state(start)
-        state = parallel.replicate(
-            initial_state(config, initial_variables(config, split.num_ids), feed.steps_per_epoch)
-        )
-        run_steps = make_train_steps(config, split.num_ids, feed.steps_per_epoch, parallel)
-        losses = []
-        for before, after in calls(0, num_steps, steps_per_call, ()):
-            state, metrics = run_steps(state, stack_batches(feed.batches, after - before), feed.images)
-            losses.extend(jax.device_get(metrics["loss"]).tolist())
-        curves[dtype] = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-    feed.batches.close()
+    try:
+        curves = {}
+        for dtype in DTYPES:
+            config.dtype = dtype
+            feed.batches.set_state(start)
+            losses = _losses(config, parallel, feed, split.num_ids, num_steps)
+            curves[dtype] = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    finally:
+        feed.batches.close()
     difference = np.abs(curves["bfloat16"] / curves["float32"] - 1)
     return {
         "largest_difference": float(difference.max()),
@@ -59,3 +55,14 @@ def benchmark_precision(config: ConfigDict, *, num_steps: int = 200, window: int
         "steps": num_steps,
         "window": window,
     }
+
+
+def _losses(config: ConfigDict, parallel: Parallel, feed: TrainFeed, num_ids: int, num_steps: int) -> list[float]:
+    """The total loss of every step from the start."""
+    state = parallel.replicate(initial_state(config, initial_variables(config, num_ids), feed.steps_per_epoch))
+    run_steps = make_train_steps(config, num_ids, feed.steps_per_epoch, parallel)
+    losses = []
+    for before, after in calls(0, num_steps, 1 if feed.images is None else config.train.steps_per_call, ()):
+        state, metrics = run_steps(state, stack_batches(feed.batches, after - before), feed.images)
+        losses.extend(jax.device_get(metrics["loss"]).tolist())
+    return losses

@@ -48,7 +48,7 @@ def _instance_statistics(z: Float[Array, "b h w c"]) -> tuple[Float[Array, "b c"
 def _affine(
     z: Float[Array, "b h w c"], factor: Float[Array, "b c"], offset: Float[Array, "b c"]
 ) -> Float[Array, "b h w c"]:
-    """factor·z + offset, with one factor and offset per image and channel; differentiated in one pass for both."""
+    """factor·z + offset, with one factor and offset per image and channel; the gradients of both in one pass."""
     return (z * factor[:, None, None] + offset[:, None, None]).astype(z.dtype)
 
 

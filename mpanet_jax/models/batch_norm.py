@@ -2,7 +2,8 @@
 
 The forward and backward passes are written by hand because they decide the speed of the step: a ResNet is bound by
 memory traffic, and this form keeps only the convolution's output, the layer's output and two vectors per channel. Two
-relatives keep less: `projection.py` behind a 1×1 convolution that widens, `pooling.py` in the stem.
+relatives leave out one of the two: `projection.py`, behind a 1×1 convolution that widens, the convolution's output;
+`pooling.py`, in the stem, the layer's.
 """
 
 from functools import partial
@@ -23,20 +24,23 @@ def sum_over_devices(values: tuple[Array, ...], axis_name: str | None) -> tuple[
     return values if axis_name is None else lax.psum(values, axis_name)
 
 
+def _sums_apart(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    return first.sum(axes), second.sum(axes)
+
+
+def _sums_together(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    zero = jnp.zeros((), first.dtype)
+    return lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
+
+
 def two_sums(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """The sums of both over `axes`.
 
     One reduction of two operands saves a GPU a kernel and a pass; on the CPU it is slower and rounds worse than two.
     """
-
-    def apart(first, second):
-        return first.sum(axes), second.sum(axes)
-
-    def together(first, second):
-        zero = jnp.zeros((), first.dtype)
-        return lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
-
-    return lax.platform_dependent(first, second, cpu=apart, default=together)
+    return lax.platform_dependent(
+        first, second, cpu=partial(_sums_apart, axes=axes), default=partial(_sums_together, axes=axes)
+    )
 
 
 def channel_sums(first: Array, second: Array) -> tuple[Array, Array]:

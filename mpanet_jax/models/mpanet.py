@@ -54,7 +54,7 @@ class MPANet(nn.Module):
       num_patterns: l.
       reduction: r of eq. 2.
       dtype: of convolutions and matrix products; statistics and outputs are float32.
-      param_dtype: of the parameters.
+      param_dtype: of the parameters: float32, or float64 where dtype is float64.
       axis_name: the mapped axis of a multi-device step: batch norm's statistics are global over it.
     """
 

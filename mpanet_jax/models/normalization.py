@@ -18,8 +18,10 @@ class BatchNorm(nn.Module):
       relu: apply a ReLU after the normalisation (and after the residual).
       use_bias: False leaves the bias out, i.e. fixes it at 0 (the BN neck).
       momentum: weight of the new batch in the running statistics.
+      eps: added to the variance.
       axis_name: the mapped axis over whose devices the statistics are taken.
       param_dtype: type of scale, bias and running statistics.
+      scale_init: how the scale starts.
     """
 
     relu: bool = False
@@ -47,8 +49,12 @@ class BatchNorm(nn.Module):
           train: with it, apply with `mutable=["batch_stats"]`.
           kernel: x goes through this 1×1 convolution first.
           residual: with a kernel: added before the ReLU.
-          pool: a 3×3 max-pool with stride 2 follows the ReLU.
+          pool: without a kernel, with the ReLU: a 3×3 max-pool with stride 2 follows.
+
+        Raises ValueError for combinations that no network here needs.
         """
+        if (residual is not None and kernel is None) or (pool and (kernel is not None or not self.relu)):
+            raise ValueError("residual goes with a kernel, pool with relu=True and without a kernel")
         channels = (x.shape[-1] if kernel is None else kernel.shape[-1],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
         running_variance = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)

@@ -1,6 +1,7 @@
 """3×3 max-pool with stride 2 and padding 1, and the stem's batch norm, ReLU and max-pool as one operation.
 
-The backward pass gathers, where XLA's own one scatters. Of equal maxima PyTorch's takes the gradient: the first.
+The backward pass of the latter gathers, where XLA's own one scatters. Of equal maxima PyTorch's takes the gradient: the
+first.
 """
 
 from functools import partial
@@ -64,24 +65,9 @@ def spread(
     return total.reshape(batch, 2 * rows, 2 * columns, channels)[:, :height, :width]
 
 
-@jax.custom_vjp
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """3×3 max-pool with stride 2 and padding 1."""
+    """3×3 max-pool with stride 2 and padding 1, for evaluation: its gradient is a slow scatter."""
     return largest_of_windows(x)[0]
-
-
-def _max_pool_forward(x):
-    largest, place = largest_of_windows(x)
-    # The input's size travels in the shape of an array without elements.
-    return largest, (place, jnp.empty((0, *x.shape[1:3])))
-
-
-def _max_pool_backward(saved, dy):
-    place, size = saved
-    return (spread(place, dy, *size.shape[1:]).astype(dy.dtype),)
-
-
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _forward(x, scale, bias, eps, axis_name):
@@ -103,8 +89,8 @@ def normalize_and_pool(
     """`max_pool` of `batch_norm` with its ReLU. Arguments and results are those of `batch_norm`.
 
     The normalised array, four times the result, is never written, and the sums of the backward pass run over the
-    result's positions: at the others the gradient is 0. (At a scale of exactly 0 all of a window are equal; then the
-    largest x takes the gradient, not the first.)
+    result's positions: at the others the gradient is 0. (Where the scale is 0, or too small to change the bias, all of
+    a window are equal; then the largest x takes the gradient, not the first.)
     """
     return _forward(x, scale, bias, eps, axis_name)[0]
 

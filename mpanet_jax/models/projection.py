@@ -53,7 +53,7 @@ def project(
     if residual is not None:
         y = y + residual
     y = y + offset.astype(u.dtype)
-    return jnp.maximum(y, 0) if relu else y
+    return (jnp.maximum(y, 0) if relu else y).astype(u.dtype)
 
 
 def _forward(u, kernel, residual, scale, bias, eps, relu, axis_name):
@@ -66,7 +66,7 @@ def _forward(u, kernel, residual, scale, bias, eps, relu, axis_name):
     variance = jnp.maximum(total_squares / count - mean * mean, 0)
     inverse_deviation = lax.rsqrt(variance + eps)
     folded = (kernel * (inverse_deviation * scale)).astype(u.dtype)
-    # Of the rounded kernel: then the mean of the result is the bias.
+    # Of the rounded kernel: then the mean of the result is the bias, up to the rounding of the offset.
     offset = bias - jnp.dot(mean_u, folded.astype(mean.dtype), precision=EXACT)
     # Without the barrier XLA computes a block's output again, from all earlier blocks, wherever it is read.
     y = lax.optimization_barrier(project(u, folded, offset, residual, relu))
@@ -106,8 +106,12 @@ def _backward(eps, relu, axis_name, saved, cotangents):
         # Read by three products and sums and by the shortcut: the barrier has it written once.
         g = lax.optimization_barrier(jnp.where(y > 0, g, 0))
     # With ŷ = (y − mean)·inverse_deviation, Σ g ŷ follows from Σ u gᵀ, because y is linear in u. Of this device's part:
-    products_g = _sums_of_products(u, g)
     d_bias = _sums(g)
+    if u.dtype == mean.dtype:
+        # A GPU cuts float32 off to TF32 for the product: one-sided errors, which would grow with the mean of u.
+        products_g = _sums_of_products(u - mean_u, g) + mean_u[:, None] * d_bias
+    else:  # products of bfloat16 are exact in float32
+        products_g = _sums_of_products(u, g)
     d_scale = ((products_g * kernel).sum(0) - mean * d_bias) * inverse_deviation
     total_g, total_g_y = sum_over_devices((d_bias, d_scale), axis_name)
     count = count_positions(u, axis_name)

@@ -1,7 +1,7 @@
 """ResNet's stem: 7×7 convolution with stride 2, batch norm, ReLU, 3×3 max-pool with stride 2.
 
-Both operations are torchvision's. They are computed in another way than `nn.Conv` and `nn.max_pool` do, because the
-stem works on the largest arrays with the fewest channels, where the library calls waste most (docs/performance.md).
+All are torchvision's. They are computed in another way than `nn.Conv` and `nn.max_pool` do, because the stem works on
+the largest arrays with the fewest channels, where the library calls waste most (docs/performance.md).
 """
 
 import flax.linen as nn

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpanet_jax.models.batch_norm import batch_norm
+from mpanet_jax.models.batch_norm import _sums_together, batch_norm
 from mpanet_jax.models.normalization import BatchNorm
-from mpanet_jax.models.projection import project_and_normalize
+from mpanet_jax.models.projection import _convolution, project_and_normalize
 
 
 def test_train_and_eval_equal_torch_with_unbiased_running_variance():
@@ -89,6 +89,26 @@ def test_projection_equals_autodiff_of_convolution_and_batch_norm(relu, with_res
         _, mean, variance = project_and_normalize(u, kernel, None, scale, bias, 1e-5, relu, None)
         np.testing.assert_allclose(mean, (u @ kernel).mean((0, 1, 2)), rtol=1e-12)
         np.testing.assert_allclose(variance, (u @ kernel).var((0, 1, 2)), rtol=1e-10)
+
+
+def test_operations_of_accelerators_equal_those_of_the_cpu():
+    # platform_dependent runs the others here, so these are called by name.
+    rng = np.random.default_rng(5)
+    with jax.enable_x64(True):
+        x, y = (jnp.asarray(rng.normal(size=(2, 3, 4, 5))) for _ in range(2))
+        for axes in ((0, 1, 2), (1, 2)):
+            for actual, values in zip(_sums_together(x, y, axes), (x, y), strict=True):
+                np.testing.assert_allclose(actual, np.asarray(values).sum(axes), rtol=1e-12)
+        kernel = jnp.asarray(rng.normal(size=(5, 7)))
+        np.testing.assert_allclose(_convolution(x, kernel), np.asarray(x) @ np.asarray(kernel), rtol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [{"residual": 1}, {"pool": True}, {"kernel": 1, "pool": True}])
+def test_combinations_that_would_be_ignored_are_refused(wrong):
+    x, relu = jnp.ones((2, 4, 4, 3)), "kernel" in wrong
+    arrays = {"residual": x, "kernel": jnp.ones((3, 3)), "pool": True}
+    with pytest.raises(ValueError, match="residual goes with a kernel"):
+        BatchNorm(relu=relu).init(jax.random.key(0), x, train=False, **{name: arrays[name] for name in wrong})
 
 
 def test_projection_of_the_running_statistics_equals_convolution_and_batch_norm():
