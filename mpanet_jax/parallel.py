@@ -235,6 +235,24 @@ def gather(value: int) -> list[int]:
     return multihost_utils.process_allgather(np.array(value)).tolist()
 
 
+def share_of_process(rows: np.ndarray) -> np.ndarray:
+    """This process's consecutive part of [n, …]: ceil(n / processes) rows.
+
+    Where n does not divide, the last row is repeated; `gather_shares` drops the copies.
+    """
+    count = jax.process_count()
+    missing = -len(rows) % count
+    padded = np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
+    return padded.reshape(count, -1, *rows.shape[1:])[jax.process_index()]
+
+
+def gather_shares(share: np.ndarray, num_rows: int) -> np.ndarray:
+    """The [num_rows, …] whose `share_of_process` every process holds; to be called by all."""
+    if jax.process_count() == 1:
+        return share
+    return np.asarray(multihost_utils.process_allgather(share)).reshape(-1, *share.shape[1:])[:num_rows]
+
+
 def is_first_process() -> bool:
     """Whether this process writes what is written once: logs, config.json, metrics.json."""
     return jax.process_index() == 0

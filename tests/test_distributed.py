@@ -91,6 +91,19 @@ def model_at(folder, workdir, step):
     return jax.tree.map(np.asarray, model)
 
 
+def evaluated_alone(folder, workdir):
+    """What one process with one device says about the last checkpoint."""
+    out = folder / f"{workdir}-alone.json"
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/evaluate.py"), f"--workdir={folder / workdir}", f"--out={out}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(out.read_text())
+
+
 def logged_steps(folder, workdir):
     return [int(step) for step in re.findall(r"^step (\d+) epoch", log_file(folder, workdir, 0).read_text(), re.M)]
 
@@ -136,7 +149,10 @@ def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
         assert logged_steps(folder, "two") == [last + 1, last + 2, last + 3]
         last += STEPS_PER_EPOCH
         assert checkpoints(folder, "two")[-1] == last
-        assert json.loads((folder / "two/metrics.json").read_text())["sysu/all/single"]["step"] == last
+        metrics = json.loads((folder / "two/metrics.json").read_text())
+        assert metrics["sysu/all/single"]["step"] == last
+        if num_processes == 2:  # each embedded its half of the test set
+            assert metrics == evaluated_alone(folder, "two")
     # Process 0 speaks for all.
     assert "sysu/all/single" in log_file(folder, "two", 0).read_text()
     assert "sysu/all/single" not in log_file(folder, "two", 1).read_text()

@@ -19,7 +19,7 @@ from mpanet_jax.evaluation.extract import extract_embeddings
 from mpanet_jax.evaluation.protocols import Embeddings
 from mpanet_jax.experiment import cache_dir, initial_variables, load_config, load_split, make_model
 from mpanet_jax.models.mpanet import MPANet
-from mpanet_jax.parallel import local_devices
+from mpanet_jax.parallel import gather_shares, local_devices, share_of_process
 from mpanet_jax.step import embed_step
 
 # Where the metrics of each `checkpoint` of `evaluate_workdir` are written, below the workdir.
@@ -36,21 +36,24 @@ def make_embed(model: MPANet) -> Callable[[dict[str, Any]], Embed]:
 
 
 def embed_split(config: ConfigDict, split: Split, embed: Embed) -> tuple[Embeddings, Embeddings]:
-    """Embeddings of a test split's (visible, infrared) images."""
+    """Embeddings of a test split's (visible, infrared) images. Of several processes each embeds its share of them."""
     # Every device gets the same number of rows.
     num_devices = jax.local_device_count()
     batch_size = -(-config.eval.batch_size // num_devices) * num_devices
     by_modality = []
     for modality in (VISIBLE, INFRARED):
+        images = (split.modality == modality).nonzero()[0]
         batches = eval_batches(
             split,
-            (split.modality == modality).nonzero()[0],
+            share_of_process(images),
             height=config.data.height,
             width=config.data.width,
             batch_size=batch_size,
             cache_dir=cache_dir(config),
         )
-        by_modality.append(extract_embeddings(embed, batches, split.paths))
+        share = extract_embeddings(embed, batches, split.paths)
+        features = gather_shares(share.features, len(images))
+        by_modality.append(Embeddings(features, split.pids[images], split.camids[images], split.paths[images]))
     return by_modality[0], by_modality[1]
 
 
