@@ -29,8 +29,8 @@ def benchmark_step(
 ) -> dict[str, Any]:
     """Measure the training step on a random image set in device memory, as `train` runs it, in steady state.
 
-    config.train.steps_per_call steps are one program, so a call is the smallest thing that can be timed; its time is
-    shared out evenly. The network is random (config.init_from is not read); nothing is logged or saved.
+    On accelerators config.train.steps_per_call steps are one program, so a call is the smallest thing that can be
+    timed; its time is shared out evenly. The network is random (config.init_from is not read); nothing is logged or saved.
 
     Args:
       config: the run whose step is measured.
@@ -54,7 +54,9 @@ def benchmark_step(
     compiled = measure.CompileLog()
     parallel = all_devices(config.parallel)
     num_ids_per_batch = global_num_ids(config.data.num_ids_per_batch, parallel.num_devices, config.batch_scale)
-    steps_per_call, images_per_id = config.train.steps_per_call, config.data.images_per_id
+    # On the CPU training feeds from the host, a step a call: in a loop of several convolutions would run on one thread.
+    steps_per_call = 1 if jax.default_backend() == "cpu" else config.train.steps_per_call
+    images_per_id = config.data.images_per_id
     batch_size = num_ids_per_batch * images_per_id
 
     images = parallel.replicate(random_images(config, num_images))
