@@ -30,7 +30,8 @@ def benchmark_step(
     """Measure the training step on a random image set in device memory, as `train` runs it, in steady state.
 
     On accelerators config.train.steps_per_call steps are one program, so a call is the smallest thing that can be
-    timed; its time is shared out evenly. The network is random (config.init_from is not read); nothing is logged or saved.
+    timed; its time is shared out evenly. The network is random (config.init_from is not read); nothing is logged or
+    saved.
 
     Args:
       config: the run whose step is measured.
