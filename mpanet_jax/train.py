@@ -165,6 +165,7 @@ def train(
             results = evaluate(state)
             _log_evaluation(log, total_steps, results)
             keep_best(workdir, config.eval.best, total_steps, results, parallel.to_save(state), feed.batches)
+    feed.batches.close()
     results = _of_checkpoint(results, "last", total_steps)
     if is_first_process():
         write_metrics(workdir / METRICS_FILES["last"], results)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ class ResumableBatches(grain.DatasetIterator):
         self._next_index = 0
         self._running = []  # grain's iterator; made for the first element asked for, so that set_state costs nothing
         # Also at exit, before the interpreter takes apart what grain's own clean-up needs.
-        weakref.finalize(self, self._stop, self._running)
+        weakref.finalize(self, self._stop, self._running, num_workers)
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
@@ -227,19 +228,22 @@ class ResumableBatches(grain.DatasetIterator):
                 f"the checkpoint stands before batch {state['next_index']}, this run has {len(self._dataset)}; "
                 "raise config.train.num_epochs, or start in a new workdir"
             )
-        self._stop(self._running)
+        self._stop(self._running, self._num_workers)
         self._next_index = state["next_index"]
 
     def close(self) -> None:
         """Stop threads and worker processes."""
         self._closed = True
-        self._stop(self._running)
+        self._stop(self._running, self._num_workers)
 
     @staticmethod
-    def _stop(running: list[grain.DatasetIterator]) -> None:
+    def _stop(running: list[grain.DatasetIterator], num_workers: int) -> None:
         if running:
             running.pop().close()
             gc.collect()  # grain's iterators hold each other in a circle, and the last batches' shared memory with them
+            if num_workers:
+                # grain unlinks that in a thread of its own, which the end of the program would cut off.
+                time.sleep(0.2)
 
     def __str__(self) -> str:
         return f"ResumableBatches(next_index={self._next_index} of {len(self._dataset)})"

@@ -22,7 +22,10 @@ MODES = [("none", 0), ("none", 2), ("host", 0), ("device", 0)]
 def start(folder: Path, cache: str, num_workers: int) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.data.feed_process", str(folder), cache, str(num_workers)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
+    # A new file: what cleans up behind a killed process may still write to the old one.
+    (folder / "stderr.txt").unlink(missing_ok=True)
+    with open(folder / "stderr.txt", "w") as stderr:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr)
 
 
 def lines(folder: Path) -> list[str]:
@@ -78,7 +81,9 @@ def test_batches_after_a_kill_are_bit_identical_in_all_modes(tmp_path):
         time.sleep(0.02)
 
     for mode, process in {mode: start(folders[mode], *mode) for mode in MODES}.items():
-        assert process.wait(timeout=120) == 0, mode
+        stderr = folders[mode] / "stderr.txt"
+        assert process.wait(timeout=120) == 0, (mode, stderr.read_text())
+        assert "leaked" not in stderr.read_text()  # the workers' shared memory
         log = lines(folders[mode])
         assert log[-1] == "end"
         (restart,) = [number for number, line in enumerate(log) if line.startswith("restored")]
