@@ -127,7 +127,7 @@ def _fill(images: np.ndarray, split: Split, num_threads: int | None) -> None:
 
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    pool = ThreadPoolExecutor(num_threads or min(available_cpus(), MAX_THREADS))
+    pool = ThreadPoolExecutor(num_threads or decoding_threads())
     try:
         with Progress(*columns, transient=True) as progress:
             for _ in progress.track(pool.map(one, range(len(split))), len(split), description=f"resize {split.name}"):
@@ -141,6 +141,11 @@ def _fill(images: np.ndarray, split: Split, num_threads: int | None) -> None:
 def available_cpus() -> int:
     """How many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decoding_threads() -> int:
+    """How many threads decode in this process: one a CPU, up to where they only wait for each other."""
+    return min(available_cpus(), MAX_THREADS)
 
 
 @contextlib.contextmanager

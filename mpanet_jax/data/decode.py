@@ -67,9 +67,9 @@ def resize_bilinear(image: np.ndarray, height: int, width: int, out: np.ndarray 
     contiguous uint8[height, width, 3].
     """
     reduction_y, reduction_x = image.shape[0] / height, image.shape[1] / width
-    if image.shape[:2] == (height, width) or max(reduction_y, reduction_x) > _REDUCTION[-1]:
-        if image.shape[:2] != (height, width):
-            image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    if max(reduction_y, reduction_x) > _REDUCTION[-1]:
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    if image.shape[:2] == (height, width):
         if out is None:
             return image
         out[:] = image

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from mpanet_jax.data.cache import available_cpus, choose_cache, open_cache, resized_images
-from mpanet_jax.data.decode import MAX_THREADS, decode_and_resize
+from mpanet_jax.data.cache import available_cpus, choose_cache, decoding_threads, open_cache, resized_images
+from mpanet_jax.data.decode import decode_and_resize
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
@@ -113,7 +113,7 @@ def train_feed(
         dataset = dataset.map(_Gather(resized_images(split, height, width, cache_dir)))
     else:
         dataset = dataset.map(_Decode(split.encoded, split.paths, height, width))
-        num_threads = min(available_cpus(), MAX_THREADS)
+        num_threads = decoding_threads()
         chosen_workers = choose_num_workers(num_workers, size * height * width * 3)
     batches = ResumableBatches(dataset, plan.signature, num_threads, chosen_workers)
     return TrainFeed(batches, plan.steps_per_epoch, images, cache)
@@ -164,7 +164,7 @@ def eval_batches(
     dataset = (
         grain.MapDataset.source(_EvalSource(split, np.asarray(indices), batch_size)).map(load).map(_Pad(batch_size))
     )
-    batches = iter(dataset.to_iter_dataset(_read_options(min(available_cpus(), MAX_THREADS))))
+    batches = iter(dataset.to_iter_dataset(_read_options(decoding_threads())))
     try:
         yield from batches
     finally:

@@ -63,6 +63,26 @@ def batch_statistics(x: Float[Array, "*positions c"], axis_name: str | None) -> 
     return mean, jnp.maximum(total_squared / count - mean * mean, 0)
 
 
+def input_gradient(
+    x: Float[Array, "*positions c"],
+    gradient: Float[Array, "*positions c"],
+    sums: tuple[Array, Array],
+    mean: Float[Array, "c"],
+    inverse_deviation: Float[Array, "c"],
+    scale: Float[Array, "c"],
+    axis_name: str | None,
+) -> Float[Array, "*positions c"]:
+    """The gradient of x from `gradient`, that of the normalised and scaled array, in x's type.
+
+    `sums` are this device's Σ gradient and Σ gradient·x̂ of each channel, the gradients of the bias and of the scale.
+    """
+    total_gradient, total_product = sum_over_devices(sums, axis_name)
+    count = count_positions(x, axis_name)
+    normalised = (x.astype(mean.dtype) - mean) * inverse_deviation
+    dx = (gradient - total_gradient / count - normalised * (total_product / count)) * (inverse_deviation * scale)
+    return dx.astype(x.dtype)
+
+
 def _forward(x, scale, bias, eps, relu, axis_name):
     mean, variance = batch_statistics(x, axis_name)
     inverse_deviation = lax.rsqrt(variance + eps)
@@ -104,12 +124,9 @@ def _backward(eps, relu, axis_name, saved, cotangents):
         # The mask is computed again from x, which is read in any case, instead of from y.
         gradient = jnp.where(centred * (inverse_deviation * scale) + bias > 0, gradient, 0)
     gradient = gradient.astype(mean.dtype)
-    normalised = centred * inverse_deviation
-    d_bias, d_scale = channel_sums(gradient, gradient * normalised)
-    count = count_positions(x, axis_name)
-    total_gradient, total_product = sum_over_devices((d_bias, d_scale), axis_name)
-    dx = (gradient - total_gradient / count - normalised * (total_product / count)) * (inverse_deviation * scale)
-    return dx.astype(x.dtype), d_scale, d_bias
+    d_bias, d_scale = channel_sums(gradient, gradient * (centred * inverse_deviation))
+    dx = input_gradient(x, gradient, (d_bias, d_scale), mean, inverse_deviation, scale, axis_name)
+    return dx, d_scale, d_bias
 
 
 batch_norm.defvjp(_forward, _backward)

@@ -11,13 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from mpanet_jax.models.batch_norm import (
-    batch_statistics,
-    channel_sums,
-    count_positions,
-    statistics_dtype,
-    sum_over_devices,
-)
+from mpanet_jax.models.batch_norm import batch_statistics, channel_sums, input_gradient, statistics_dtype
 
 # The nine places of a 3×3 window in PyTorch's order.
 TAPS = [(row, column) for row in range(3) for column in range(3)]
@@ -97,17 +91,13 @@ def normalize_and_pool(
 
 def _backward(eps, axis_name, saved, cotangents):
     x, chosen, place, mean, inverse_deviation, scale, bias = saved
-    factor = inverse_deviation * scale
     centred = chosen.astype(mean.dtype) - mean
-    gradient = jnp.where(centred * factor + bias > 0, cotangents[0], 0)
+    gradient = jnp.where(centred * (inverse_deviation * scale) + bias > 0, cotangents[0], 0)
     wide = gradient.astype(mean.dtype)
     d_bias, d_scale = channel_sums(wide, wide * (centred * inverse_deviation))
-    count = count_positions(x, axis_name)
-    total_gradient, total_product = sum_over_devices((d_bias, d_scale), axis_name)
-    normalised = (x.astype(mean.dtype) - mean) * inverse_deviation
     spread_gradient = spread(place, gradient, *x.shape[1:3])
-    dx = (spread_gradient - total_gradient / count - normalised * (total_product / count)) * factor
-    return dx.astype(x.dtype), d_scale, d_bias
+    dx = input_gradient(x, spread_gradient, (d_bias, d_scale), mean, inverse_deviation, scale, axis_name)
+    return dx, d_scale, d_bias
 
 
 normalize_and_pool.defvjp(_forward, _backward)

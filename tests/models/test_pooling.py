@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from mpanet_jax.models.pooling import max_pool, normalize_and_pool
-
-
-def to_torch(x):
-    return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).requires_grad_()
-
-
-def from_torch(x):
-    return x.detach().permute(0, 2, 3, 1).numpy()
+from tests.models.layout import from_torch, to_torch
 
 
 @pytest.mark.parametrize("size", [(12, 8), (11, 8), (12, 7), (1, 1), (5, 3)])
