@@ -1,6 +1,7 @@
 """The training loop, and nothing else."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -199,14 +200,19 @@ def _of_checkpoint(results: dict[str, dict[str, Any]], which: str, step: int) ->
 def calls(first_step: int, total_steps: int, steps_per_call: int, stops: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """How the steps are cut into calls: pairs (steps done before the call, steps done after it).
 
-    A call is of `steps_per_call` steps, or of one where so many would run past the end or past a multiple of one of
-    the `stops` (0: none): two lengths, so two compiled programs. What a call holds depends on its place alone, so a
-    run resumed at a stop goes on with the same programs.
+    No call runs past the end or past a multiple of one of the `stops` (0: none). All have one length, the largest up to
+    `steps_per_call` that divides them all, so one program is compiled. Where that is less than a third of
+    `steps_per_call`, calls are of `steps_per_call` steps, and of one where so many do not fit: two programs. What a
+    call holds depends on its place alone, so a run resumed at a stop goes on with the same programs.
     """
+    stops = (total_steps, *(every for every in stops if every))
+    at_most = min(steps_per_call, *stops)
+    even = max(n for n in range(1, at_most + 1) if math.gcd(*stops) % n == 0)
+    length = even if 1 < even >= at_most / 3 else at_most
     step = first_step
     while step < total_steps:
-        limit = min([total_steps, *(step // every * every + every for every in stops if every)])
-        after = step + (steps_per_call if step + steps_per_call <= limit else 1)
+        limit = min(total_steps, *(step // every * every + every for every in stops))
+        after = step + (length if step + length <= limit else 1)
         yield step, after
         step = after
 

@@ -1,6 +1,7 @@
 """Several devices compute what one device computes; several steps in one call what they compute one by one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -56,16 +57,42 @@ def test_identities_that_divide_are_kept():
     assert global_num_ids(16, 4, "global") == global_num_ids(16, 1, "global") == 16
 
 
+def _assert_whole(cut, first, stops):
+    """The calls follow one another, and one ends at every stop."""
+    assert [before for before, _ in cut] == [first, *[after for _, after in cut[:-1]]]
+    assert {stop for stop in stops if stop > first} <= {after for _, after in cut}
+
+
 @pytest.mark.parametrize("first", [0, 15, 30])
 def test_calls_end_at_every_stop_and_have_two_lengths(first):
     cut = list(calls(first, 47, 4, (15, 0)))
-    assert [before for before, _ in cut] == [first, *[after for _, after in cut[:-1]]]
-    ends = {after for _, after in cut}
-    assert {stop for stop in (15, 30, 45, 47) if stop > first} <= ends
+    _assert_whole(cut, first, (15, 30, 45, 47))
     assert {after - before for before, after in cut} == {1, 4}
     # 15 = 3·4 + 3, and so after a resumed stop too.
     if first == 15:
         assert cut[:6] == [(15, 19), (19, 23), (23, 27), (27, 28), (28, 29), (29, 30)]
+
+
+@pytest.mark.parametrize(
+    ("total", "at_most", "stops", "length"),
+    [
+        (140 * 183, 15, (5 * 183, 20 * 183), 15),  # SYSU-MM01
+        (140 * 183, 8, (5 * 183, 0), 5),
+        (60, 16, (15, 20), 5),
+        (94, 15, (47,), 15),  # nothing in common: two lengths
+        (188, 16, (94,), 16),  # 2 is less than a third of 16
+    ],
+)
+def test_calls_have_one_length_where_that_is_not_too_short(total, at_most, stops, length):
+    cut = list(calls(0, total, at_most, stops))
+    _assert_whole(cut, 0, [total, *(stop for every in stops if every for stop in range(every, total, every))])
+    lengths = {after - before for before, after in cut}
+    assert lengths <= {length, 1}
+    assert (lengths == {length}) == (math.gcd(total, *stops) % length == 0)
+
+
+def test_calls_resumed_between_two_calls_get_back_in_step():
+    assert list(calls(7, 20, 5, (10,))) == [(7, 8), (8, 9), (9, 10), (10, 15), (15, 20)]
 
 
 def test_one_step_a_call_is_one_step_a_call():
