@@ -31,15 +31,10 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
 
 
 class Checkpoints:
-    """The checkpoints of one run, under `workdir/checkpoints/<step>`; a context manager that waits for the last save.
-
-    Attributes:
-      workdir: the run's folder.
-      keep: how many of the latest checkpoints stay.
-      which: 'last', or 'best' for those that `train.keep_best` chooses.
-    """
+    """The checkpoints of one run, `WORKDIR/checkpoints/STEP`; a context manager that waits for the last save."""
 
     def __init__(self, workdir: Path, keep: int, which: str = "last"):
+        """Of the run in `workdir`; the latest `keep` stay. `which` = 'best': those that `train.keep_best` chooses."""
         self._checkpointer = ocp.training.Checkpointer(
             (workdir / FOLDERS[which]).resolve(),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -76,8 +71,13 @@ class Checkpoints:
         items = _items(state)
         directory = Path(self._checkpointer.directory) / str(self.latest_step)
         # Looked at first: what orbax says, from several threads, buries the reason.
-        difference = _difference(_stored_model(directory), items["model"])
-        if difference:
+        missing = {*items, "data"} - set(ocp.checkpointables_metadata(directory).metadata)
+        if missing:
+            raise UserError(
+                f"{directory}: holds weights, but not the {' and '.join(sorted(missing))} that training goes on with; "
+                "give another --workdir, and these weights as config.init_from"
+            )
+        if difference := _difference(_stored_model(directory), items["model"]):
             raise UserError(
                 f"{directory}: the checkpoint does not fit this config ({difference}); "
                 "continue with the config it was trained with, or give another --workdir"

@@ -32,8 +32,9 @@ class MetricLog:
         self._active = active
         if not active:
             return
-        # Points after the checkpoint that a killed run left behind are dropped, so that curves have no double parts.
-        self._writer = _summary_writer()(str(workdir / "logs"), purge_step=first_step or None)
+        # Points after the checkpoint that a killed run left behind are dropped, so that curves have no double parts:
+        # from the step on that is named here.
+        self._writer = _summary_writer()(str(workdir / "logs"), purge_step=first_step + 1)
         self._bar = Progress(
             TextColumn("train"),
             BarColumn(bar_width=30),

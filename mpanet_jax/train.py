@@ -158,6 +158,7 @@ def train(
                 if step == total_steps or (checkpoint_every and step % checkpoint_every == 0):
                     checkpoints.save(step, parallel.to_save(state), feed.batches)
                 if evaluate_every and step % evaluate_every == 0 and step != total_steps:
+                    reader.finish()
                     results = evaluate(state)
                     _log_evaluation(log, step, results)
                     keep_best(workdir, config.eval.best, step, results, parallel.to_save(state), feed.batches)
@@ -183,12 +184,15 @@ def keep_best(workdir: Path, figure: str, step: int, results: Any, state: TrainS
         return
     record = workdir / METRICS_FILES["best"]
     setting = next(iter(results))
-    if record.exists() and json.loads(record.read_text())[setting][figure] >= results[setting][figure]:
+    better = not record.exists() or json.loads(record.read_text())[setting][figure] < results[setting][figure]
+    # All save, or none: process 0 decides, as the others may see an older record.
+    if not gather(int(better))[0]:
         return
     with Checkpoints(workdir, keep=1, which="best") as checkpoints:
-        checkpoints.save(step, state, batches)
-        checkpoints.wait()
-    # Written after the checkpoint: a run killed in between saves it once more.
+        # It is there where the run was killed before it wrote the record, or evaluates the same step again.
+        if not gather(int(checkpoints.latest_step == step))[0]:
+            checkpoints.save(step, state, batches)
+            checkpoints.wait()
     if is_first_process():
         write_metrics(record, _of_checkpoint(results, "best", step))
 
@@ -200,10 +204,11 @@ def _of_checkpoint(results: dict[str, dict[str, Any]], which: str, step: int) ->
 def calls(first_step: int, total_steps: int, steps_per_call: int, stops: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """How the steps are cut into calls: pairs (steps done before the call, steps done after it).
 
-    No call runs past the end or past a multiple of one of the `stops` (0: none). All have one length, the largest up to
-    `steps_per_call` that divides them all, so one program is compiled. Where that is less than a third of
-    `steps_per_call`, calls are of `steps_per_call` steps, and of one where so many do not fit: two programs. What a
-    call holds depends on its place alone, so a run resumed at a stop goes on with the same programs.
+    No call runs past the end or past a multiple of one of the `stops` (0: none). The most that a call can take is
+    `steps_per_call` or, if that is less, the shortest way between two stops of a kind. All calls have one length, the
+    largest up to that which divides end and stops, so one program is compiled. Where that is less than a third of the
+    most, calls take the most, and one step where so many do not fit: two programs. What a call holds depends on its
+    place alone, so a run resumed at a stop goes on with the same programs.
     """
     stops = (total_steps, *(every for every in stops if every))
     at_most = min(steps_per_call, *stops)
@@ -263,8 +268,7 @@ class _MetricReader:
             self._write(step, {name: float(value[step - before - 1]) for name, value in metrics.items()}, rate)
 
     def restart_timer(self, step: int) -> None:
-        """Leaves the time until now out of the images a second."""
-        self.finish()
+        """Leaves the time until now out of the images a second; after `finish`."""
         self._timed = (step, time.perf_counter())
 
     def _images_per_second(self, step: int) -> float | None:

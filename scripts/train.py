@@ -31,6 +31,9 @@ flags.mark_flag_as_required("config")
 def main(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"{arguments[0]}: not a flag; see --help")
+    of_several = [f for f in (coordinator_flag, num_processes_flag, process_flag) if f.value is not None]
+    if of_several and not distributed_flag.value:
+        raise UserError(f"--{of_several[0].name} goes with --distributed; without it this process trains alone")
     from mpanet_jax.evaluation.evaluate import format_table
     from mpanet_jax.experiment import set_compilation_cache
     from mpanet_jax.parallel import is_first_process, start_processes

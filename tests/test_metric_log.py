@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tensorboardX.proto.event_pb2 import Event
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from mpanet_jax.metric_log import MetricLog
 
 SCRIPT = """
 import sys
@@ -39,3 +42,13 @@ def test_scalars_are_written_without_importing_pytorch(tmp_path):
         (event.step, value.tag, value.simple_value) for event in read_events(path) for value in event.summary.value
     ]
     assert scalars == [(5, "train/loss", 1.5)]
+
+
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_a_resumed_run_hides_what_lies_behind_its_checkpoint_and_no_more(tmp_path, first_step):
+    with MetricLog(tmp_path, total_steps=10, first_step=first_step):
+        pass
+    (path,) = (tmp_path / "logs").iterdir()
+    # TensorBoard drops what was written before from this step on.
+    hidden_from = [event.step for event in read_events(path) if event.session_log.status == SessionLog.START]
+    assert hidden_from == [first_step + 1]

@@ -1,6 +1,7 @@
 """Training, killed and resumed, evaluated from its checkpoint; and what it says to bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,46 @@ def test_best_checkpoint_is_the_one_with_the_greatest_figure(config, tmp_path, m
     assert not trees_equal(last_model, jax.tree.map(np.asarray, best_model))
 
 
+@pytest.mark.parametrize("record", ["kept", "lost"])
+def test_step_of_the_best_checkpoint_may_be_evaluated_again(config, tmp_path, monkeypatch, record):
+    # The run is finished, so it is only evaluated: a little better than before, or after a kill before the record.
+    config.eval.best = "mAP"
+    figures = iter([10.0, 10.5])
+    monkeypatch.setattr(
+        "mpanet_jax.train.evaluate_split",
+        lambda *_, **__: {"sysu/all/single": {"rank1": 0.0, "mAP": next(figures), "mINP": 0.0}},
+    )
+    train(config, tmp_path / "run")
+    if record == "lost":
+        (tmp_path / "run/metrics_best.json").unlink()
+    train(config, tmp_path / "run")
+    best = json.loads((tmp_path / "run/metrics_best.json").read_text())["sysu/all/single"]
+    assert best["mAP"] == 10.5
+    assert load_model(tmp_path / "run", "best")[0] == best["step"]
+
+
+def test_evaluation_does_not_count_as_training_time(config, tmp_path, monkeypatch):
+    # On a clock by which a step takes a second and an evaluation an hour.
+    config.train.num_epochs, config.train.eval_every_epochs, config.train.log_every_steps = 3, 1, 1
+    clock, rates = [0.0], []
+
+    def evaluate(*_, **__):
+        clock[0] += 3600
+        return {"sysu/all/single": {"rank1": 0.0, "mAP": 0.0, "mINP": 0.0}}
+
+    def step_done(_):
+        clock[0] += 1
+
+    monkeypatch.setattr("mpanet_jax.train.evaluate_split", evaluate)
+    monkeypatch.setattr("mpanet_jax.train.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(
+        "mpanet_jax.train.MetricLog.scalars",
+        lambda self, step, values: rates.extend(v for name, v in values.items() if name.endswith("images_per_second")),
+    )
+    train(config, tmp_path / "run", on_steps=step_done)
+    assert len(rates) >= 3 and set(rates) == {12.0}  # P·K
+
+
 def test_no_best_checkpoint_unless_asked(config, tmp_path):
     train(config, tmp_path / "run")
     with pytest.raises(UserError, match="checkpoints_best"):
@@ -143,6 +184,15 @@ def test_checkpoint_of_another_model_is_refused_and_config_kept(config, tmp_path
         train(config, tmp_path / "run")
     assert "Traceback" not in capfd.readouterr().err
     assert (tmp_path / "run/config.json").read_text() == before
+
+
+def test_weights_alone_are_no_run_to_go_on_with(config, tmp_path):
+    train(config, tmp_path / "run")
+    for item in ("training", "data"):
+        shutil.rmtree(next((tmp_path / "run/checkpoints").glob(f"[0-9]*/{item}")))
+    config.train.num_epochs = 2
+    with pytest.raises(UserError, match=r"checkpoints/\d+: holds weights, but not the data and training .*init_from"):
+        train(config, tmp_path / "run")
 
 
 def test_official_preset_changes_what_method_lists():
@@ -204,6 +254,7 @@ BAD_TRAINING = {
     "preset by its field": (["--config.preset=official"], "--config=configs/NAME.py:official"),
     "no such trial": (["--config.dataset.name=regdb", "--config.dataset.trial=11"], "config.dataset.trial"),
     "not a flag": (["extra"], "extra: not a flag"),
+    "one of several, alone": (["--num_processes=2"], "--num_processes goes with --distributed"),
     "weights that are not there": (["--config.init_from=/no/such/file.safetensors"], "/no/such/file.safetensors"),
 }
 
