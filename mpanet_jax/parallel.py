@@ -5,9 +5,12 @@ device axis, a batch is the whole batch (on many hosts: this process's rows of i
 devices wrote them, and only this file knows how the work is spread.
 """
 
+import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +24,6 @@ from mpanet_jax.state import TrainState
 Steps = Callable[[TrainState, dict[str, Any], Any], tuple[TrainState, Any]]
 
 AXIS = "devices"
-MAPPINGS = ("pmap", "shard_map")
-BATCH_SCALES = ("global", "per_device")
 # A process that is lost is noticed after this long; the others are then stopped.
 HEARTBEAT_SECONDS = 20
 
@@ -211,6 +212,8 @@ def start_processes(coordinator_address: str | None, num_processes: int | None, 
     Raises:
       UserError: not enough is known, or process 0 cannot be reached.
     """
+    # It would catch SIGTERM, by which schedulers end a run, and wait for somebody to act on it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -264,15 +267,34 @@ def wait_for_all_processes(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def check_same_workdir(latest_step: int | None) -> None:
-    """Refuses to go on where the processes see different checkpoints.
+def check_same_workdir(workdir: Path) -> None:
+    """Refuses a `workdir` that is not one folder for all processes, in which the run would stop at its first save.
 
     Raises:
-      UserError: the workdir is not the same folder everywhere.
+      UserError: names the processes that do not see what process 0 writes there.
     """
-    steps = gather(-1 if latest_step is None else latest_step)
-    if len(set(steps)) > 1:
+    if jax.process_count() == 1:
+        return
+    file = workdir / f".process-0-{gather(secrets.randbelow(2**31))[0]}"
+    if is_first_process():
+        workdir.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    wait_for_all_processes("workdir")
+    blind = [process for process, seen in enumerate(gather(int(_appears(file)))) if not seen]
+    if is_first_process():
+        file.unlink()
+    if blind:
         raise UserError(
-            f"--workdir: the processes see different newest checkpoints (steps {steps}); "
+            f"--workdir: {workdir} of process 0 is another folder for process {', '.join(map(str, blind))}; "
             "name a folder on a disk that all hosts share"
         )
+
+
+def _appears(file: Path) -> bool:
+    """Whether `file` is there; a network drive may take a while to show it."""
+    deadline = time.monotonic() + 10
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

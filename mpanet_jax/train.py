@@ -138,9 +138,9 @@ def train(
     checkpoint_every = config.train.checkpoint_every_epochs * feed.steps_per_epoch
     evaluate_every = config.train.eval_every_epochs * feed.steps_per_epoch
     steps_per_call = 1 if feed.images is None else config.train.steps_per_call
+    check_same_workdir(workdir)
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
         first_step = 0
-        check_same_workdir(checkpoints.latest_step)
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state, feed.batches)
             first_step = int(state.step)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,8 +39,8 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(folder, workdir, num_epochs, *more, num_processes=1):
-    """Starts the processes of a run; what they print goes to WORKDIR.<process>.log."""
+def start(folder, workdir, num_epochs, *more, num_processes=1, of_each=((), ())):
+    """Starts the processes of a run; what they print goes to WORKDIR.<process>.log. `of_each`: further flags."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
@@ -63,7 +64,7 @@ def start(folder, workdir, num_epochs, *more, num_processes=1):
         command += ["--distributed", address, f"--num_processes={num_processes}"]
     processes = []
     for number in range(num_processes):
-        which = [f"--process_id={number}"] if num_processes > 1 else []
+        which = [f"--process_id={number}", *of_each[number]] if num_processes > 1 else []
         with open(log_file(folder, workdir, number), "w") as log:
             processes.append(subprocess.Popen(command + which, cwd=ROOT, env=environment, stdout=log, stderr=log))
     return processes
@@ -116,7 +117,8 @@ def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
             assert time.monotonic() < deadline, log_file(folder, "two", 0).read_text()
             assert all(process.poll() is None for process in processes), log_file(folder, "two", 0).read_text()
             time.sleep(0.1)
-        processes[1].kill()
+        processes[1].terminate()  # as a scheduler does; JAX's own service would have it go on
+        assert processes[1].wait(timeout=10) == -signal.SIGTERM
         # Meanwhile one device does the same another way: two steps in one call and one in the next.
         (alone,) = start(folder, "one", 1, *ALONE)
         processes.append(alone)
@@ -157,6 +159,20 @@ def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
     assert "sysu/all/single" in log_file(folder, "two", 0).read_text()
     assert "sysu/all/single" not in log_file(folder, "two", 1).read_text()
     assert len(list((folder / "two/logs").iterdir())) == 3  # one for each start
+
+
+def test_workdirs_that_are_not_one_folder_are_refused_before_the_first_step(folder):
+    other = folder / "other"
+    processes = start(folder, "split", 1, num_processes=2, of_each=((), (f"--workdir={other}",)))
+    try:
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    message = log_file(folder, "split", 0).read_text()
+    assert codes == [2, 2], message
+    assert f"error: --workdir: {folder / 'split'} of process 0 is another folder for process 1" in message
+    assert not other.exists() and not list((folder / "split").iterdir())
 
 
 def test_a_distributed_start_without_a_cluster_says_what_is_missing(tmp_path):
