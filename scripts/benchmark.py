@@ -34,7 +34,9 @@ DIMENSIONS = flags.DEFINE_list("dimensions", ["256", "14336"], "evaluate: of the
 PERMUTATION = flags.DEFINE_string("permutation", None, "evaluate: SYSU-MM01's rand_perm_cam.mat; else its counts")
 RERANK = flags.DEFINE_bool("rerank", False, "evaluate: also k-reciprocal re-ranking of RegDB's 2,060 x 2,060")
 CACHE = flags.DEFINE_string(
-    "compilation_cache", None, "folder for compiled programs; train: train.py's, the others: none, so that all is cold"
+    "compilation_cache",
+    None,
+    "folder for compiled programs, '' for none; train: train.py's, the others: none, so that all is cold",
 )
 
 
@@ -47,7 +49,8 @@ def main(arguments: list[str]) -> None:
 
     (name,), config = arguments, CONFIG.value
     out = Path(OUT.value or f"runs/benchmark/{name}.json")
-    set_compilation_cache(CACHE.value or ("~/.cache/mpanet_jax/xla" if name == "train" else None))
+    default_cache = "~/.cache/mpanet_jax/xla" if name == "train" else None
+    set_compilation_cache(default_cache if CACHE.value is None else CACHE.value)
     number = {"num_steps": STEPS.value} if STEPS.value else {}
     images = {"num_images": IMAGES.value} if IMAGES.value else {}
     benchmarks = {

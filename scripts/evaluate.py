@@ -34,7 +34,11 @@ METRIC = flags.DEFINE_enum("metric", None, METRICS, "By default the protocol's."
 CMC = flags.DEFINE_enum(
     "cmc", None, CMC_DEFINITIONS, "Rank-k counts identities (at their first appearance) or images; default: protocol's."
 )
-OUT = flags.DEFINE_string("out", None, "Where to write metrics.json; by default in --workdir, else nowhere.")
+OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "Where to write metrics.json; by default in --workdir, unless --rerank, --metric or --cmc; else nowhere.",
+)
 
 
 def main(files: list[str]) -> None:
@@ -62,7 +66,9 @@ def main(files: list[str]) -> None:
         options["checkpoint"] = CHECKPOINT.value
         if WORKDIR.value:
             metrics = evaluate_workdir(Path(WORKDIR.value), **options)
-            out = out or Path(WORKDIR.value) / METRICS_FILES[CHECKPOINT.value]
+            # The run's own record (training goes by that of the best checkpoint) holds figures by its own options only.
+            if all(option is None for option in (RERANK.value, METRIC.value, CMC.value)):
+                out = out or Path(WORKDIR.value) / METRICS_FILES[CHECKPOINT.value]
         else:
             metrics = evaluate_workdirs(WORKDIRS.value, lambda workdir: evaluate_workdir(workdir, **options))
     print(format_table(metrics))

@@ -71,6 +71,13 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(config, tmp_path):
     for name, values in results.items():
         for figure in ("rank1", "mAP", "mINP"):
             np.testing.assert_allclose(restored[name][figure], values[figure], rtol=1e-6)
+    # Figures by other options are for --out only: the run's own record stays.
+    report = tmp_path / "run/metrics.json"
+    report.unlink()
+    assert run_script("evaluate.py", f"--workdir={tmp_path}/run", "--rerank", cwd=tmp_path).returncode == 0
+    assert not report.exists()
+    assert run_script("evaluate.py", f"--workdir={tmp_path}/run", cwd=tmp_path).returncode == 0
+    assert set(json.loads(report.read_text())) == set(written)
 
 
 def test_resumed_training_is_bit_identical(config, tmp_path, monkeypatch):
@@ -308,8 +315,6 @@ def test_workdir_that_cannot_be_made(config, tmp_path):
 
 
 def test_missing_permutation_file_is_named(raw, tmp_path):
-    import shutil
-
     shutil.copytree(raw, tmp_path / "raw")
     (tmp_path / "raw/exp/rand_perm_cam.mat").unlink()
     result = run_script(

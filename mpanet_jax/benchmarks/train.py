@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mpanet_jax.benchmarks import measure
 from mpanet_jax.benchmarks.step import benchmark_step
-from mpanet_jax.data.cache import choose_cache
+from mpanet_jax.data.cache import choose_cache, open_cache
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.errors import UserError
 from mpanet_jax.experiment import cache_dir, check_config, compute_dtype, load_split
@@ -60,7 +60,8 @@ def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None =
         num_steps = -(-config.train.num_epochs // 10) * steps_per_epoch
     num_steps = min(num_steps, config.train.num_epochs * steps_per_epoch)
     num_bytes = len(split) * config.data.height * config.data.width * 3
-    config.data.cache = choose_cache(config.data.cache, num_bytes, cache_dir(config))
+    built = open_cache(split, config.data.height, config.data.width, cache_dir(config)) is not None
+    config.data.cache = choose_cache(config.data.cache, num_bytes, cache_dir(config), built=built)
 
     compiled = measure.CompileLog()
     finished: list[tuple[int, float]] = []

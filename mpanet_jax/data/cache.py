@@ -118,6 +118,17 @@ def resized_images(
     return open_cache(split, height, width, cache_dir)
 
 
+def has_room(cache_dir: str | os.PathLike, num_bytes: int) -> bool:
+    """Whether `num_bytes` can be written to `cache_dir`; says so on stderr where they can't."""
+    folder = Path(cache_dir)
+    while not folder.exists():
+        folder = folder.parent
+    room = os.access(folder, os.W_OK) and _free_disk(folder) >= num_bytes
+    if not room:
+        print(f"images: not kept for the next run, no room for {_size(num_bytes)} in {cache_dir}", file=sys.stderr)
+    return room
+
+
 def _fill(images: np.ndarray, split: Split, num_threads: int | None) -> None:
     """Decode and resize every image into its place. Threads do: decoder and resize both release Python's lock."""
     height, width = images.shape[1:3]

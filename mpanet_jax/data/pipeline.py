@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from mpanet_jax.data.cache import available_cpus, choose_cache, decoding_threads, open_cache, resized_images
+from mpanet_jax.data.cache import available_cpus, choose_cache, decoding_threads, has_room, open_cache, resized_images
 from mpanet_jax.data.decode import decode_and_resize
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import Split
@@ -82,15 +82,16 @@ def train_feed(
       num_epochs: the batches end after them.
       cache: 'device' (all resized images in accelerator memory, a batch is indices), 'host' (memory-mapped from
         `cache_dir`), 'none' (decoded and resized as they are needed) or 'auto' (see `choose_cache`).
-      cache_dir: where the resized images are kept between runs; None keeps them in RAM only.
+      cache_dir: where the resized images are kept between runs; None keeps them in RAM only, and so does 'device'
+        where there is no room.
       num_workers: processes that decode with `cache` = 'none'; 0 decodes in threads of this process; -1 chooses
         (see `choose_num_workers`).
       process_index, process_count: each of several hosts gets P / process_count consecutive identity slots.
       put_images: how `cache` = 'device' places the images, so that they can be replicated over several devices.
 
     Raises `UserError` for an impossible plan (`BatchPlan`), an unknown `cache`, a P that process_count does not
-    divide, too little shared memory for `num_workers`, an image that can't be decoded, and a `cache_dir` that can't be
-    written.
+    divide, too little shared memory for `num_workers`, an image that can't be decoded, and, with 'host', a `cache_dir`
+    that can't be written.
     """
     plan = BatchPlan(split.pids, split.modality, num_ids_per_batch, images_per_id, seed)
     if num_ids_per_batch % process_count:
@@ -102,13 +103,16 @@ def train_feed(
     share = slice(process_index * size, (process_index + 1) * size)
     source = _TrainSource(plan, split.labels, split.modality.astype(np.int32), num_epochs, share)
     built = open_cache(split, height, width, cache_dir) is not None
-    cache = choose_cache(cache, len(split) * height * width * 3, cache_dir, built=built)
+    num_bytes = len(split) * height * width * 3
+    cache = choose_cache(cache, num_bytes, cache_dir, built=built)
 
     dataset = grain.MapDataset.source(source)
     images = None
     num_threads, chosen_workers = 1, 0
     if cache == "device":
-        images = put_images(resized_images(split, height, width, cache_dir))
+        # The file only saves the next run the work, so a disk without room for it does not stop this one.
+        keep = cache_dir if built or (cache_dir is not None and has_room(cache_dir, num_bytes)) else None
+        images = put_images(resized_images(split, height, width, keep))
     elif cache == "host":
         dataset = dataset.map(_Gather(resized_images(split, height, width, cache_dir)))
     else:
@@ -150,20 +154,16 @@ def eval_batches(
     height: int,
     width: int,
     batch_size: int,
-    cache_dir: str | os.PathLike | None = None,
 ) -> Iterator[Batch]:
     """Batches of the images `indices` of `split`, in that order.
 
     Yields dicts `images uint8[b, height, width, 3]`, `pids`, `camids`, `index int32[b]` and `mask bool[b]` with
-    b = batch_size always: the last batch is filled up with zeros where `mask` is False. The pixels come from the cache
-    in `cache_dir` where a training run has left one, and are the same without it. Raises `UserError` for an image
+    b = batch_size always: the last batch is filled up with zeros where `mask` is False. Raises `UserError` for an image
     that can't be decoded.
     """
-    cached = open_cache(split, height, width, cache_dir)
-    load = _Decode(split.encoded, split.paths, height, width) if cached is None else _Gather(cached)
-    dataset = (
-        grain.MapDataset.source(_EvalSource(split, np.asarray(indices), batch_size)).map(load).map(_Pad(batch_size))
-    )
+    source = _EvalSource(split, np.asarray(indices), batch_size)
+    decode = _Decode(split.encoded, split.paths, height, width)
+    dataset = grain.MapDataset.source(source).map(decode).map(_Pad(batch_size))
     batches = iter(dataset.to_iter_dataset(_read_options(decoding_threads())))
     try:
         yield from batches
@@ -221,7 +221,8 @@ class ResumableBatches(grain.DatasetIterator):
         if state["plan"] != self._plan:
             raise UserError(
                 f"the checkpoint's batches are those of ({state['plan']}), this run's of ({self._plan}); resume with "
-                "the same config.data, config.seed and data set, or start in a new workdir"
+                "the same config.data, config.seed and data set (and as many devices, with config.batch_scale="
+                "per_device), or start in a new workdir"
             )
         if not 0 <= state["next_index"] <= len(self._dataset):
             raise UserError(

@@ -17,7 +17,7 @@ from mpanet_jax.datasets.schema import INFRARED, VISIBLE, Split
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.extract import extract_embeddings
 from mpanet_jax.evaluation.protocols import Embeddings
-from mpanet_jax.experiment import cache_dir, initial_variables, load_config, load_split, make_model
+from mpanet_jax.experiment import initial_variables, load_config, load_split, make_model
 from mpanet_jax.models.mpanet import MPANet
 from mpanet_jax.parallel import gather_shares, local_devices, share_of_process
 from mpanet_jax.step import embed_step
@@ -49,7 +49,6 @@ def embed_split(config: ConfigDict, split: Split, embed: Embed) -> tuple[Embeddi
             height=config.data.height,
             width=config.data.width,
             batch_size=batch_size,
-            cache_dir=cache_dir(config),
         )
         share = extract_embeddings(embed, batches, split.paths)
         features = gather_shares(share.features, len(images))

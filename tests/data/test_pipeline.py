@@ -84,13 +84,20 @@ def test_device_images_go_where_they_are_put(tmp_path):
     assert "images" not in next(feed.batches)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_evaluation_batches_have_one_shape_and_the_asked_order(tmp_path, cached):
+@pytest.mark.parametrize("room", [True, False])
+def test_device_mode_does_not_need_the_disk(tmp_path, monkeypatch, capsys, room):
+    if not room:
+        monkeypatch.setattr(cache_module, "_free_disk", lambda path: 1000)
+    feed = train_feed(toy_split(), **SIZE, **PLAN, cache="device", cache_dir=tmp_path / "cache")
+    assert feed.images.shape == (len(toy_split()), 24, 12, 3)
+    assert cache_path(toy_split(), **SIZE, cache_dir=tmp_path / "cache").exists() == room
+    assert ("not kept for the next run" in capsys.readouterr().err) != room
+
+
+def test_evaluation_batches_have_one_shape_and_the_asked_order():
     split = toy_split()
-    if cached:
-        resized_images(split, **SIZE, cache_dir=tmp_path)
     indices = np.array([5, 3, 40, 7, 3, 0, 11])
-    batches = list(eval_batches(split, indices, **SIZE, batch_size=3, cache_dir=tmp_path))
+    batches = list(eval_batches(split, indices, **SIZE, batch_size=3))
     assert [batch["mask"].tolist() for batch in batches] == [[True] * 3, [True] * 3, [True, False, False]]
     assert {batch["images"].shape for batch in batches} == {(3, 24, 12, 3)}
     real = {name: np.concatenate([b[name][b["mask"]] for b in batches]) for name in batches[0]}
