@@ -1,6 +1,7 @@
 """A config turned into the objects it describes. Below this file nothing reads a config."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from mpanet_jax.optim import create_optimizer, learning_rate_schedule, mean_rate
 from mpanet_jax.state import init_variables
 
 CONFIG_FILE = "config.json"
+# Fields, and groups of them, that a resumed run may change: its length, its reports, and what alters no number of it.
+FREE_TO_CHANGE = (
+    *("train.", "eval.", "parallel", "init_from"),
+    *("data.cache", "data.num_workers", "dataset.source", "dataset.data_dir"),
+)
 
 
 def set_compilation_cache(folder: str | None) -> None:
@@ -75,16 +81,32 @@ def check_config(config: ConfigDict) -> None:
             "-1 to choose"
         )
     not_negative = (
-        "augment.crop_padding",
-        "train.eval_every_epochs",
-        "train.checkpoint_every_epochs",
+        "seed augment.crop_padding train.eval_every_epochs train.checkpoint_every_epochs optim.weight_decay "
+        "mean.epochs_at_full loss.identity loss.center_cluster loss.separation loss.modality_identity loss.mutual_mean "
+        "loss.margin"
     )
-    for field in not_negative:
-        if _field(config, field) < 0:
+    for field in not_negative.split():
+        if not 0 <= _field(config, field) < math.inf:
             raise UserError(f"config.{field} = {_field(config, field)}: expected at least 0")
+    for field in ("optim.learning_rate", "optim.decay"):
+        if not 0 < _field(config, field) < math.inf:
+            raise UserError(f"config.{field} = {_field(config, field)}: expected a positive number")
+    for field in ("augment.flip_probability", "augment.erase_probability", "mean.rate"):
+        if not 0 <= _field(config, field) <= 1:
+            raise UserError(f"config.{field} = {_field(config, field)}: expected a number from 0 to 1")
+    if not 0 <= config.augment.crop_fill <= 255:
+        raise UserError(f"config.augment.crop_fill = {config.augment.crop_fill}: expected a pixel's value, 0 to 255")
+    if list(config.optim.milestones) != sorted(set(config.optim.milestones)):
+        raise UserError(f"config.optim.milestones = {config.optim.milestones}: expected epochs in rising order")
     for field, length in (("model.stage_sizes", 4), ("augment.erase_area", 2), ("augment.erase_aspect", 2)):
         if len(_field(config, field)) != length:
             raise UserError(f"config.{field} = {_field(config, field)}: expected {length} numbers")
+    if min(config.model.stage_sizes) < 1:
+        raise UserError(f"config.model.stage_sizes = {config.model.stage_sizes}: expected at least one block a stage")
+    for field, most in (("augment.erase_area", 1), ("augment.erase_aspect", math.inf)):
+        low, high = _field(config, field)
+        if not 0 < low <= high <= most:
+            raise UserError(f"config.{field} = {_field(config, field)}: expected a smallest and a largest value")
     if config.model.width % config.model.reduction and config.model.channel_module in ("mam", "se", "cbam"):
         raise UserError(
             f"config.model.reduction = {config.model.reduction}: it has to divide config.model.width = "
@@ -104,6 +126,34 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
     unfinished = workdir / (CONFIG_FILE + ".tmp")
     unfinished.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     unfinished.rename(workdir / CONFIG_FILE)
+
+
+def check_same_run(config: ConfigDict, workdir: Path) -> None:
+    """Refuses to go on with a run in `workdir` by a config under which it would be another.
+
+    Raises:
+      UserError: names the fields that differ from the run's config.json and matter for its result.
+    """
+    if not (workdir / CONFIG_FILE).exists():
+        return
+    before, now = _flat(load_config(workdir).to_dict()), _flat(json.loads(json.dumps(config.to_dict())))
+    differing = [
+        f"config.{name} = {now[name]!r} ({before[name]!r} before)"
+        for name in now
+        if name in before and before[name] != now[name] and not name.startswith(FREE_TO_CHANGE)
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir}: holds a run with another config, {', '.join(differing)}; "
+            "give another --workdir, or set the fields back to go on with it"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def load_config(workdir: Path) -> ConfigDict:

@@ -17,11 +17,13 @@ from mpanet_jax.checkpoint import Checkpoints
 from mpanet_jax.data.cache import CACHE_MODES, choose_cache, open_cache
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
+from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import write_metrics
 from mpanet_jax.evaluation.workdir import METRICS_FILES, embed_split, evaluate_split, make_embed
 from mpanet_jax.experiment import (
     cache_dir,
     check_config,
+    check_same_run,
     initial_variables,
     load_split,
     make_augment_settings,
@@ -117,7 +119,8 @@ def train(
       The final metrics by setting (`sysu/all/single`, …).
 
     Raises:
-      UserError: something in the config or the data needs the user; nothing has been written then.
+      UserError: something in the config or the data needs the user, and nothing has been written then; or the loss is
+        not finite any more.
     """
     check_config(config)
     parallel = all_devices(config.parallel)
@@ -142,6 +145,7 @@ def train(
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
         first_step = 0
         if checkpoints.latest_step is not None:
+            check_same_run(config, workdir)
             state = checkpoints.restore(state, feed.batches)
             first_step = int(state.step)
         # After the restore: a config that does not fit the checkpoint must not replace the one that does.
@@ -156,6 +160,7 @@ def train(
                 # The call before this one is read after this one was sent off: the device always has work.
                 reader.read_previous(before, step, metrics)
                 if step == total_steps or (checkpoint_every and step % checkpoint_every == 0):
+                    reader.finish()  # a diverged state must not take the place of the last good one
                     checkpoints.save(step, parallel.to_save(state), feed.batches)
                 if evaluate_every and step % evaluate_every == 0 and step != total_steps:
                     reader.finish()
@@ -257,7 +262,13 @@ class _MetricReader:
             return
         before, after, metrics = self._unread
         self._unread = None
-        jax.block_until_ready(metrics)
+        losses = jax.device_get(metrics["loss"])
+        if not np.isfinite(losses).all():
+            step = before + 1 + int(np.isfinite(losses).argmin())
+            raise UserError(
+                f"step {step}: the loss is {losses[step - before - 1]}; lower config.optim.learning_rate, or check the "
+                "weights of config.init_from; the run stops, its last checkpoint is from before"
+            )
         self._log.advance(after)
         if self._on_steps is not None:
             self._on_steps(after)
@@ -280,8 +291,6 @@ class _MetricReader:
         return rate
 
     def _write(self, step: int, values: dict[str, float], rate: float | None) -> None:
-        if not np.isfinite(values["loss"]):
-            self._log.status(f"step {step}: the loss is {values['loss']}")
         scalars = {f"train/{name}": value for name, value in values.items()}
         if rate is not None:
             scalars["train/images_per_second"] = rate

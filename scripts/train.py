@@ -15,7 +15,9 @@ from mpanet_jax.errors import UserError, run_script
 config_flag = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py, or configs/NAME.py:preset", lock_config=True
 )
-workdir_flag = flags.DEFINE_string("workdir", None, "the run's folder; runs/<config's file name> by default")
+workdir_flag = flags.DEFINE_string(
+    "workdir", None, "the run's folder; by default runs/NAME, of --config=configs/NAME.py:preset runs/NAME_preset"
+)
 cache_flag = flags.DEFINE_string(
     "compilation_cache", "~/.cache/mpanet_jax/xla", "folder for compiled programs, '' for none; makes later starts fast"
 )
@@ -42,8 +44,8 @@ def main(arguments: list[str]) -> None:
     set_compilation_cache(cache_flag.value)
     if distributed_flag.value:
         start_processes(coordinator_flag.value, num_processes_flag.value, process_flag.value)
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    name = Path(config_file.partition(":")[0]).stem
+    config_file, _, options = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    name = "_".join([Path(config_file).stem, *filter(None, options.replace("=", "").split(","))])
     workdir = Path(workdir_flag.value or f"runs/{name}")
     results = train(config_flag.value, workdir)
     if is_first_process():

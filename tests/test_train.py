@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import config_flags  # noqa: F401 - the scripts' flags come from here
@@ -159,7 +161,7 @@ def test_evaluation_does_not_count_as_training_time(config, tmp_path, monkeypatc
         clock[0] += 1
 
     monkeypatch.setattr("mpanet_jax.train.evaluate_split", evaluate)
-    monkeypatch.setattr("mpanet_jax.train.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mpanet_jax.train.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(
         "mpanet_jax.train.MetricLog.scalars",
         lambda self, step, values: rates.extend(v for name, v in values.items() if name.endswith("images_per_second")),
@@ -187,10 +189,39 @@ def test_checkpoint_of_another_model_is_refused_and_config_kept(config, tmp_path
     before = (tmp_path / "run/config.json").read_text()
     capfd.readouterr()
     config.model.num_patterns = 3
+    with pytest.raises(UserError, match=r"run: holds a run with another config, config.model.num_patterns = 3 \(6"):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run/config.json").read_text() == before
+    (tmp_path / "run/config.json").unlink()  # lost: then the shapes tell
     with pytest.raises(UserError, match=r"checkpoints/\d+: .* \(\w+/.*: .*\d.* stored, .*\d.* in the config's model\)"):
         train(config, tmp_path / "run")
     assert "Traceback" not in capfd.readouterr().err
-    assert (tmp_path / "run/config.json").read_text() == before
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_run_goes_on_under_its_own_recipe_only(config, tmp_path):
+    train(config, tmp_path / "run")
+    config.train.num_epochs, config.data.cache, config.eval.rerank = 2, "none", True  # these it may change
+    train(config, tmp_path / "run")
+    config.loss.student_first, config.optim.milestones = True, (1,)
+    with pytest.raises(UserError, match=r"config.loss.student_first = True \(False before\), config.optim.mile"):
+        train(config, tmp_path / "run")
+
+
+def test_diverged_run_stops_and_keeps_its_last_good_checkpoint(config, tmp_path, monkeypatch):
+    config.train.num_epochs = 2
+    monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 2)
+    schedules = experiment.make_schedules
+
+    def diverging(*arguments):
+        learning_rate, mean_rate = schedules(*arguments)
+        return lambda step: jnp.where(step < 2, learning_rate(step), jnp.nan), mean_rate
+
+    monkeypatch.setattr("mpanet_jax.train.make_schedules", diverging)
+    # Step 3 makes the weights NaN, step 4 is the first to see it, and the last before a checkpoint.
+    with pytest.raises(UserError, match=r"step 4: the loss is nan; lower config.optim.learning_rate"):
+        train(config, tmp_path / "run")
+    assert final_state(tmp_path / "run")[0] == 2
 
 
 def test_weights_alone_are_no_run_to_go_on_with(config, tmp_path):
@@ -229,6 +260,14 @@ def test_official_preset_changes_what_method_lists():
         ("train", "eval_every_epochs", -1),
         ("model", "reduction", 7),
         ("eval", "best", "rank2"),
+        ("optim", "learning_rate", float("nan")),
+        ("optim", "decay", -1.0),
+        ("optim", "milestones", (38, 29)),
+        ("augment", "flip_probability", 1.5),
+        ("augment", "crop_fill", 300),
+        ("augment", "erase_area", (0.5, 0.2)),
+        ("loss", "identity", -1.0),
+        ("model", "stage_sizes", (1, 1, 1, 0)),
     ],
 )
 def test_values_that_make_no_run_are_refused(section, field, value):
