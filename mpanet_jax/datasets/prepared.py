@@ -2,9 +2,12 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
+import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from mpanet_jax.datasets.schema import Split
 from mpanet_jax.datasets.verify import require_sound
 from mpanet_jax.errors import UserError
 
+# In a prepared folder: the raw folder that it was made from.
+SOURCE_FILE = "source.txt"
 BUILDERS = {"sysu_mm01": sysu_mm01.SysuMm01, "regdb": regdb.Regdb, "llcm": llcm.Llcm}
 
 
@@ -62,7 +67,8 @@ def prepare(
 
     Args:
       name: 'sysu_mm01', 'regdb' or 'llcm'.
-      source: the raw folder; None or '' where the data are expected to be prepared already.
+      source: the raw folder; None or '' where the data are expected to be prepared already. Where they are, but from
+        another folder, a line on stderr says so.
       data_dir: tfds's data_dir.
       trial: RegDB's split, 1 to 10; not used by the others.
       verify: check the raw folder first, every image decoded; False where that has just been done.
@@ -73,6 +79,8 @@ def prepare(
     """
     target = prepared_dir(name, data_dir, trial=trial)
     if is_prepared(name, data_dir, trial=trial):
+        if source:
+            _warn_of_another_source(target, Path(source).expanduser().absolute())
         return target
     if not source:
         raise UserError(_not_prepared(name, data_dir, trial))
@@ -101,7 +109,19 @@ def prepare(
         with _quiet(), tempfile.TemporaryDirectory(*reversed(incomplete), target.parent) as downloads:
             config = tfds.download.DownloadConfig(manual_dir=source, extract_dir=downloads)
             builder.download_and_prepare(download_dir=downloads, download_config=config)
+    (target / SOURCE_FILE).write_text(str(source.absolute()))
     return target
+
+
+@functools.cache  # once in a program that opens both splits
+def _warn_of_another_source(target: Path, source: Path) -> None:
+    record = target / SOURCE_FILE
+    if record.is_file() and (before := record.read_text()) != str(source):
+        print(
+            f"data: {target} was prepared from {before}; config.dataset.source = {source} is not read (delete the "
+            "prepared folder, or name another config.dataset.data_dir, to prepare from there)",
+            file=sys.stderr,
+        )
 
 
 def load_split(name: str, data_dir: str | Path, split: str, *, trial: int = 1) -> Split:
@@ -114,13 +134,24 @@ def load_split(name: str, data_dir: str | Path, split: str, *, trial: int = 1) -
     if not is_prepared(name, data_dir, trial=trial):
         raise UserError(_not_prepared(name, data_dir, trial))
     builder = make_builder(name, data_dir, trial=trial)
-    with np.load(Path(builder.data_dir) / f"index_{split}.npz") as index:
-        metadata = {key: index[key] for key in ("pids", "camids", "modality", "paths")}
-        fingerprint = str(index["fingerprint"])
-    with _quiet():
-        records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    if len(records) != len(metadata["pids"]):
-        raise UserError(f"{builder.data_dir}: records and index differ; delete the directory and prepare it again")
+    again = "delete the directory and prepare it again"
+    try:
+        with np.load(Path(builder.data_dir) / f"index_{split}.npz") as index:
+            metadata = {key: index[key] for key in ("pids", "camids", "modality", "paths")}
+            fingerprint = str(index["fingerprint"])
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{builder.data_dir}: index_{split}.npz is damaged ({error}); {again}") from error
+    try:
+        with _quiet():
+            records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        same = len(records) == len(metadata["pids"])
+        for end in np.cumsum(builder.info.splits[split].shard_lengths):
+            records[int(end) - 1]  # opens each file
+    except (RuntimeError, ValueError, OSError) as error:  # what array_record and tfds raise for a file cut off or gone
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"{builder.data_dir}: the records of '{split}' are damaged ({reason}); {again}") from error
+    if not same:
+        raise UserError(f"{builder.data_dir}: records and index differ; {again}")
     return Split(name=f"{name}/{split}", **metadata, encoded=EncodedImages(records), fingerprint=fingerprint)
 
 

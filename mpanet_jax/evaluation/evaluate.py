@@ -181,6 +181,13 @@ def format_table(metrics: Mapping[str, Mapping]) -> str:
         cells = [f"{values[key]:.2f} ± {values['std'][key]:.2f}" for key in FIGURES]
         scored = values["num_query"] - values["num_query_without_match"]
         lines.append(f"{name:<{width}}" + "".join(f"{c:>15}" for c in cells) + f"{scored:>9}{values['num_gallery']:>9}")
+    left_out = [
+        f"{name} {values['num_query_without_match']} of {values['num_query']}"
+        for name, values in metrics.items()
+        if values["num_query_without_match"]
+    ]
+    if left_out:
+        lines.append(f"left out, for lack of a match in the gallery: queries of {', '.join(left_out)}")
     return "\n".join(lines)
 
 

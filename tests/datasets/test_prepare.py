@@ -174,6 +174,32 @@ def test_records_that_do_not_belong_to_the_index(tiny_sources, tmp_path):
         load_split("llcm", tmp_path, "train")
 
 
+@pytest.mark.parametrize("damage", ["records cut off", "records gone", "index"])
+def test_damaged_files_are_named_when_the_split_is_opened(tiny_sources, tmp_path, damage):
+    directory = prepare("llcm", tiny_sources / "llcm", tmp_path)
+    records = next(directory.glob("llcm-train.array_record*"))
+    if damage == "records cut off":
+        os.truncate(records, records.stat().st_size // 2)
+    elif damage == "records gone":
+        records.unlink()
+    else:
+        (directory / "index_train.npz").write_bytes(b"cut off")
+    with pytest.raises(
+        UserError, match=rf"{directory}: .*train.* damaged .*; delete the directory and prepare"
+    ):
+        load_split("llcm", tmp_path, "train")
+
+
+def test_prepared_data_say_that_they_are_of_another_source(tiny_sources, tmp_path, capsys):
+    source = tiny_sources / "llcm"
+    directory = prepare("llcm", source, tmp_path)
+    prepare("llcm", source, tmp_path)
+    prepare("llcm", None, tmp_path)
+    assert not capsys.readouterr().err
+    prepare("llcm", tmp_path / "elsewhere", tmp_path)
+    assert f"{directory} was prepared from {source.absolute()}; config.dataset.source = " in capsys.readouterr().err
+
+
 def test_data_dir_that_cannot_be_made(tiny_sources, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"config\.dataset\.data_dir: cannot make"):
