@@ -6,6 +6,8 @@ Nothing in it depends on the devices or processes that wrote it: arrays are save
 and the position is the same in all processes (grain's own handler writes, and asks for, one file for each process).
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,30 +68,51 @@ class Checkpoints:
         """The newest checkpoint as a state like `state` (shapes, types, placement); moves `batches` to its position.
 
         Raises:
-          UserError: the checkpoint does not fit the model of the config.
+          UserError: the checkpoint is damaged, or does not fit the model of the config.
         """
         items = _items(state)
         directory = Path(self._checkpointer.directory) / str(self.latest_step)
-        # Looked at first: what orbax says, from several threads, buries the reason.
-        missing = {*items, "data"} - set(ocp.checkpointables_metadata(directory).metadata)
+        with _readable(directory):
+            missing = {*items, "data"} - set(ocp.checkpointables_metadata(directory).metadata)
+            # Looked at first: what orbax says, from several threads, buries the reason.
+            difference = None if missing else _difference(_stored_model(directory), items["model"])
+            if not missing and not difference:
+                items = self._checkpointer.load_checkpointables(None, {**items, "data": None})
         if missing:
             raise UserError(
-                f"{directory}: holds weights, but not the {' and '.join(sorted(missing))} that training goes on with; "
-                "give another --workdir, and these weights as config.init_from"
+                f"{directory}: lacks the {' and '.join(sorted(missing))} that training goes on with; give another "
+                "--workdir (and, to start from weights alone, name them in config.init_from)"
             )
-        if difference := _difference(_stored_model(directory), items["model"]):
+        if difference:
             raise UserError(
                 f"{directory}: the checkpoint does not fit this config ({difference}); "
                 "continue with the config it was trained with, or give another --workdir"
             )
-        items = self._checkpointer.load_checkpointables(None, {**items, "data": None})
         batches.set_state(items["data"])
         return TrainState(**items["model"], **items["training"])
 
 
+@contextlib.contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """Whatever orbax and the libraries under it raise for files that are cut off or gone becomes a `UserError`."""
+    try:
+        yield
+    except Exception as error:
+        while error.__cause__ is not None:  # the innermost one says what is wrong
+            error = error.__cause__
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"{directory}: this checkpoint cannot be read ({reason}); if it is damaged, delete it: the one before, if "
+            "there is one, is taken then"
+        ) from error
+
+
 def _stored_model(directory: Path) -> Any:
     """The item `model` of one checkpoint as a tree of shapes and types."""
-    return ocp.metadata(directory, checkpointable_name="model").metadata
+    stored = ocp.metadata(directory, checkpointable_name="model").metadata
+    if not jax.tree.leaves(stored):
+        raise ValueError("its list of arrays is empty")
+    return stored
 
 
 def _difference(stored: Any, wanted: Any) -> str | None:
@@ -110,7 +133,7 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
     """The last (or best) checkpoint's step and model {params, batch_stats, mean_classifiers}, on the first device.
 
     Raises:
-      UserError: the workdir has no such checkpoint.
+      UserError: the workdir has no such checkpoint, or it is damaged.
     """
     directory = (Path(workdir) / FOLDERS[which]).resolve()
     option = " --config.eval.best=rank1" if which == "best" else ""
@@ -124,6 +147,7 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
             raise missing
         step = checkpointer.latest.step
         device = SingleDeviceSharding(jax.local_devices()[0])
-        stored = _stored_model(directory / str(step))
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
-        return step, checkpointer.load_checkpointables(step, {"model": abstract})["model"]
+        with _readable(directory / str(step)):
+            stored = _stored_model(directory / str(step))
+            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
+            return step, checkpointer.load_checkpointables(step, {"model": abstract})["model"]

@@ -1,9 +1,11 @@
 """The one exception that means "your input is wrong, here is the fix", and how scripts end on it."""
 
+import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 from absl import app, flags, logging
 
@@ -18,6 +20,10 @@ class UserError(Exception):
 
 def _fail(message: object) -> None:
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    # What threads and coroutines that were cut short would still say would bury that line.
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = lambda _: None
+    warnings.simplefilter("ignore")
     sys.exit(2)
 
 
@@ -39,6 +45,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _fail(text.splitlines()[-1].partition(": ")[2] if "Traceback" in text else text)
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def run_script(main: Callable[[list[str]], int | None]) -> None:
     """Parse absl's flags, run `main(positional arguments)` and exit.
 
@@ -52,8 +64,11 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
             return main(argv[1:]) or 0
         except UserError as error:
             _fail(error)
-        except OSError as error:
-            if error.filename is None:
+        except Exception as error:
+            # Libraries wrap it in exceptions of their own, and some leave the file's name out.
+            if any(os.strerror(errno.ENOSPC) in str(cause) for cause in _chain(error)):
+                _fail(f"{os.strerror(errno.ENOSPC)}: make room where this program writes, or name another place for it")
+            if not isinstance(error, OSError) or error.filename is None:
                 raise
             _fail(f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}); name another place")
 

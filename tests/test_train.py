@@ -1,6 +1,7 @@
 """Training, killed and resumed, evaluated from its checkpoint; and what it says to bad input."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -229,7 +230,24 @@ def test_weights_alone_are_no_run_to_go_on_with(config, tmp_path):
     for item in ("training", "data"):
         shutil.rmtree(next((tmp_path / "run/checkpoints").glob(f"[0-9]*/{item}")))
     config.train.num_epochs = 2
-    with pytest.raises(UserError, match=r"checkpoints/\d+: holds weights, but not the data and training .*init_from"):
+    with pytest.raises(UserError, match=r"checkpoints/\d+: lacks the data and training .*init_from"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["cut off", "emptied", "gone"])
+def test_damaged_checkpoint_is_named(config, tmp_path, damage):
+    train(config, tmp_path / "run")
+    (model,) = (tmp_path / "run/checkpoints").glob("[0-9]*/model")
+    if damage == "gone":
+        shutil.rmtree(model)
+    files = [path for path in model.glob("**/d/*") if path.is_file()]
+    for path in files:
+        os.truncate(path, path.stat().st_size // 2 if damage == "cut off" else 0)
+    assert files or damage == "gone"
+    with pytest.raises(UserError, match=rf"{model.parent}: .*cannot be read .* delete it"):
+        load_model(tmp_path / "run")
+    config.train.num_epochs = 2
+    with pytest.raises(UserError, match=f"{model.parent}: "):
         train(config, tmp_path / "run")
 
 

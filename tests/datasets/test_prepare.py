@@ -184,9 +184,7 @@ def test_damaged_files_are_named_when_the_split_is_opened(tiny_sources, tmp_path
         records.unlink()
     else:
         (directory / "index_train.npz").write_bytes(b"cut off")
-    with pytest.raises(
-        UserError, match=rf"{directory}: .*train.* damaged .*; delete the directory and prepare"
-    ):
+    with pytest.raises(UserError, match=rf"{directory}: .*train.* damaged .*; delete the directory and prepare"):
         load_split("llcm", tmp_path, "train")
 
 
