@@ -164,7 +164,10 @@ def load_config(workdir: Path) -> ConfigDict:
     """
     path = Path(workdir) / CONFIG_FILE
     try:
-        return ConfigDict(json.loads(path.read_text()))
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict) or not {"dataset", "model", "data"} <= set(config):
+            raise ValueError("the sections dataset, model and data are not in it")
+        return ConfigDict(config)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; --workdir takes a folder that scripts/train.py has written") from None
     except ValueError as error:

@@ -223,7 +223,7 @@ def start_processes(coordinator_address: str | None, num_processes: int | None, 
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
         raise UserError(
             f"--distributed: the processes cannot be joined ({str(error).splitlines()[0]}); give --coordinator_address="
             "HOST:PORT of process 0, --num_processes and --process_id to every process, or start them by a scheduler "

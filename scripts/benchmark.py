@@ -51,6 +51,8 @@ def main(arguments: list[str]) -> None:
     out = Path(OUT.value or f"runs/benchmark/{name}.json")
     default_cache = "~/.cache/mpanet_jax/xla" if name == "train" else None
     set_compilation_cache(default_cache if CACHE.value is None else CACHE.value)
+    if not DIMENSIONS.value:
+        raise UserError("--dimensions: expected numbers, like 256,14336")
     number = {"num_steps": STEPS.value} if STEPS.value else {}
     images = {"num_images": IMAGES.value} if IMAGES.value else {}
     benchmarks = {

@@ -8,6 +8,8 @@ python scripts/convert_weights.py published.pth runs/published
 python scripts/convert_weights.py runs/sysu mpanet.safetensors
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from mpanet_jax.errors import UserError, run_script
@@ -15,15 +17,19 @@ from mpanet_jax.weights import RESNET50, convert
 
 DROP_CLASSIFIERS = flags.DEFINE_bool("drop_classifiers", False, "Leave classifiers and mean classifiers out.")
 flags.DEFINE_alias("drop-classifiers", "drop_classifiers")
-NUM_IDS = flags.DEFINE_integer("num_ids", None, "Identities that the classifiers must tell apart; unset: as in FROM.")
+NUM_IDS = flags.DEFINE_integer(
+    "num_ids", None, "Identities that the classifiers tell apart; unset: as in FROM.", lower_bound=1
+)
 STAGE_SIZES = flags.DEFINE_list("stage_sizes", list(map(str, RESNET50)), "Blocks of FROM's stages, where it is a file.")
-WIDTH = flags.DEFINE_integer("width", 64, "Channels of FROM's stem, where it is a file.")
+WIDTH = flags.DEFINE_integer("width", 64, "Channels of FROM's stem, where it is a file.", lower_bound=1)
 
 
 def main(arguments: list[str]) -> None:
     if len(arguments) != 2:
         raise UserError("expected two arguments: convert_weights.py FROM TO (see --help)")
     source, target = arguments
+    if Path(source).resolve() == Path(target).resolve():
+        raise UserError(f"{target}: is FROM itself, which would be lost; name another TO")
     try:
         stage_sizes = tuple(map(int, STAGE_SIZES.value))
     except ValueError as error:

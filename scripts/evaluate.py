@@ -29,6 +29,7 @@ CHECKPOINT = flags.DEFINE_enum(
     ["last", "best", "untrained"],
     "Of --workdir(s); untrained: the network before its first step.",
 )
+DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's prepared data, if not where config.dataset.data_dir was.")
 RERANK = flags.DEFINE_bool("rerank", None, "k-reciprocal re-ranking; off by default, as in the papers' tables.")
 METRIC = flags.DEFINE_enum("metric", None, METRICS, "By default the protocol's.")
 CMC = flags.DEFINE_enum(
@@ -50,6 +51,10 @@ def main(files: list[str]) -> None:
         raise UserError(f"--checkpoint={CHECKPOINT.value} goes with --workdir or --workdirs; --features are embedded")
     if FEATURES.value and (len(files) != 1 or PROTOCOL.value is None):
         raise UserError("--features: expected --features QUERY.npz GALLERY.npz --protocol " + "|".join(DEFAULTS))
+    if WORKDIRS.value and files:
+        raise UserError(f"--workdirs: {files[0]} comes behind it; quote the pattern: --workdirs='runs/regdb_*'")
+    if FEATURES.value and DATA_DIR.value:
+        raise UserError("--data_dir goes with --workdir or --workdirs; --features are embedded")
     if not FEATURES.value and (files or PROTOCOL.value or PERMUTATION.value):
         raise UserError("--protocol, --permutation and file names go with --features; a run's config says its own")
     out = OUT.value
@@ -63,7 +68,7 @@ def main(files: list[str]) -> None:
             evaluate_workdir,
         )
 
-        options["checkpoint"] = CHECKPOINT.value
+        options.update(checkpoint=CHECKPOINT.value, data_dir=DATA_DIR.value)
         if WORKDIR.value:
             metrics = evaluate_workdir(Path(WORKDIR.value), **options)
             # The run's own record (training goes by that of the best checkpoint) holds figures by its own options only.

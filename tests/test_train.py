@@ -81,6 +81,9 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(config, tmp_path):
     assert not report.exists()
     assert run_script("evaluate.py", f"--workdir={tmp_path}/run", cwd=tmp_path).returncode == 0
     assert set(json.loads(report.read_text())) == set(written)
+    moved = run_script("evaluate.py", f"--workdir={tmp_path}/run", f"--data_dir={tmp_path}", cwd=tmp_path)
+    assert moved.returncode == 2 and f"not prepared in {tmp_path}; name the folder that was" in moved.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_resumed_training_is_bit_identical(config, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from mpanet_jax import datasets
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.data.pipeline import eval_batches
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, Split
+from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.extract import extract_embeddings
 from mpanet_jax.evaluation.protocols import Embeddings
@@ -84,6 +85,7 @@ def evaluate_workdir(
     workdir: Path,
     *,
     checkpoint: str = "last",
+    data_dir: str | None = None,
     rerank: bool | None = None,
     metric: str | None = None,
     cmc: str | None = None,
@@ -94,12 +96,22 @@ def evaluate_workdir(
       workdir: the run's folder.
       checkpoint: 'last', 'best' (kept with config.eval.best; chosen by the test set), or 'untrained' for the network
         before its first step, which training is to be held against.
+      data_dir: where the prepared data set is now; None: where the run had it.
       rerank, metric, cmc: as `evaluate_embeddings`; None leaves them to the protocol and the config.
 
     Raises:
       UserError: no config.json, no checkpoint, or no data set; the message names the file and the fix.
     """
     config = load_config(workdir)
+    dataset = config.dataset
+    if data_dir is not None:
+        dataset.data_dir, dataset.source = data_dir, ""
+    prepared = datasets.is_prepared(dataset.name, dataset.data_dir, trial=dataset.trial)
+    if not prepared and not (dataset.source and Path(dataset.source).expanduser().is_dir()):
+        raise UserError(
+            f"{workdir}: its data set {dataset.name} is not prepared in {Path(dataset.data_dir).absolute()}; "
+            "name the folder that was config.dataset.data_dir with --data_dir"
+        )
     if checkpoint == "untrained":
         step, variables = 0, initial_variables(config, num_ids=1)
     else:
