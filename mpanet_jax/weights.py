@@ -273,7 +273,10 @@ def _reason(state_dict: StateDict, expected: Iterable[str], problems: Sequence[s
     if block is None:
         return f": another architecture (blocks without conv3, stages of {found}; expected bottlenecks, {wanted})"
     if found != wanted:
-        return f": another architecture (stages of {found} blocks, expected {wanted})"
+        return (
+            f": another architecture (stages of {found} blocks, expected {wanted}; convert_weights.py FILE DIR takes "
+            "--stage_sizes and --width, and DIR can be loaded)"
+        )
     if all(CLASSIFIER.match(problem) for problem in problems):
         return " in its classifiers, another number of identities or missing (--drop-classifiers leaves them out)"
     return ""
