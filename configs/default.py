@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.num_epochs = 140
     config.train.eval_every_epochs = 20  # 0: only at the end
-    config.train.checkpoint_every_epochs = 5
+    config.train.checkpoint_every_epochs = 5  # 0: only at the end
     config.train.keep_checkpoints = 2  # the last ones
     config.train.log_every_steps = 50
     # Steps sent to the device as one program, at most, where it holds the images (else 1). 15 divide five epochs of
