@@ -16,7 +16,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.state import TrainState
 
 MODEL_FIELDS = ("params", "batch_stats", "mean_classifiers")
@@ -74,20 +74,18 @@ class Checkpoints:
         directory = Path(self._checkpointer.directory) / str(self.latest_step)
         with _readable(directory):
             missing = {*items, "data"} - set(ocp.checkpointables_metadata(directory).metadata)
+            if missing:
+                raise UserError(
+                    f"{directory}: lacks the {' and '.join(sorted(missing))} that training goes on with; give another "
+                    "--workdir (and, to start from weights alone, name them in config.init_from)"
+                )
             # Looked at first: what orbax says, from several threads, buries the reason.
-            difference = None if missing else _difference(_stored_model(directory), items["model"])
-            if not missing and not difference:
-                items = self._checkpointer.load_checkpointables(None, {**items, "data": None})
-        if missing:
-            raise UserError(
-                f"{directory}: lacks the {' and '.join(sorted(missing))} that training goes on with; give another "
-                "--workdir (and, to start from weights alone, name them in config.init_from)"
-            )
-        if difference:
-            raise UserError(
-                f"{directory}: the checkpoint does not fit this config ({difference}); "
-                "continue with the config it was trained with, or give another --workdir"
-            )
+            if difference := _difference(_stored_model(directory), items["model"]):
+                raise UserError(
+                    f"{directory}: the checkpoint does not fit this config ({difference}); "
+                    "continue with the config it was trained with, or give another --workdir"
+                )
+            items = self._checkpointer.load_checkpointables(None, {**items, "data": None})
         batches.set_state(items["data"])
         return TrainState(**items["model"], **items["training"])
 
@@ -97,13 +95,14 @@ def _readable(directory: Path) -> Iterator[None]:
     """Whatever orbax and the libraries under it raise for files that are cut off or gone becomes a `UserError`."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         while error.__cause__ is not None:  # the innermost one says what is wrong
             error = error.__cause__
-        reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"{directory}: this checkpoint cannot be read ({reason}); if it is damaged, delete it: the one before, if "
-            "there is one, is taken then"
+            f"{directory}: this checkpoint cannot be read ({first_line(error)[:200]}); if it is damaged, delete it: "
+            "the one before, if there is one, is taken then"
         ) from error
 
 

@@ -18,6 +18,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, as one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _fail(message: object) -> None:
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     # What threads and coroutines that were cut short would still say would bury that line.

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,50 +69,55 @@ def check_config(config: ConfigDict) -> None:
             f"config.data.images_per_id = {config.data.images_per_id}: K is half visible, half infrared; "
             f"use an even number such as {max(2, config.data.images_per_id // 2 * 2)}"
         )
-    positive = (
+    _require(
+        config,
         "data.height data.width data.num_ids_per_batch train.num_epochs train.keep_checkpoints train.log_every_steps "
-        "train.steps_per_call eval.batch_size model.width model.num_patterns model.reduction"
+        "train.steps_per_call eval.batch_size model.width model.num_patterns model.reduction",
+        lambda value: value >= 1,
+        "at least 1",
     )
-    for field in positive.split():
-        if _field(config, field) < 1:
-            raise UserError(f"config.{field} = {_field(config, field)}: expected at least 1")
-    if config.data.num_workers < -1:
-        raise UserError(
-            f"config.data.num_workers = {config.data.num_workers}: expected a number of processes, 0 for threads, or "
-            "-1 to choose"
-        )
-    not_negative = (
+    _require(
+        config,
+        "data.num_workers",
+        lambda value: value >= -1,
+        "a number of processes, 0 for threads, or -1 to choose",
+    )
+    _require(
+        config,
         "seed augment.crop_padding train.eval_every_epochs train.checkpoint_every_epochs optim.weight_decay "
         "mean.epochs_at_full loss.identity loss.center_cluster loss.separation loss.modality_identity loss.mutual_mean "
-        "loss.margin"
+        "loss.margin",
+        lambda value: 0 <= value < math.inf,
+        "at least 0",
     )
-    for field in not_negative.split():
-        if not 0 <= _field(config, field) < math.inf:
-            raise UserError(f"config.{field} = {_field(config, field)}: expected at least 0")
-    for field in ("optim.learning_rate", "optim.decay"):
-        if not 0 < _field(config, field) < math.inf:
-            raise UserError(f"config.{field} = {_field(config, field)}: expected a positive number")
-    for field in ("augment.flip_probability", "augment.erase_probability", "mean.rate"):
-        if not 0 <= _field(config, field) <= 1:
-            raise UserError(f"config.{field} = {_field(config, field)}: expected a number from 0 to 1")
-    if not 0 <= config.augment.crop_fill <= 255:
-        raise UserError(f"config.augment.crop_fill = {config.augment.crop_fill}: expected a pixel's value, 0 to 255")
-    if list(config.optim.milestones) != sorted(set(config.optim.milestones)):
-        raise UserError(f"config.optim.milestones = {config.optim.milestones}: expected epochs in rising order")
-    for field, length in (("model.stage_sizes", 4), ("augment.erase_area", 2), ("augment.erase_aspect", 2)):
-        if len(_field(config, field)) != length:
-            raise UserError(f"config.{field} = {_field(config, field)}: expected {length} numbers")
-    if min(config.model.stage_sizes) < 1:
-        raise UserError(f"config.model.stage_sizes = {config.model.stage_sizes}: expected at least one block a stage")
-    for field, most in (("augment.erase_area", 1), ("augment.erase_aspect", math.inf)):
-        low, high = _field(config, field)
-        if not 0 < low <= high <= most:
-            raise UserError(f"config.{field} = {_field(config, field)}: expected a smallest and a largest value")
+    _require(config, "optim.learning_rate optim.decay", lambda value: 0 < value < math.inf, "a positive number")
+    _require(
+        config,
+        "augment.flip_probability augment.erase_probability mean.rate",
+        lambda value: 0 <= value <= 1,
+        "a number from 0 to 1",
+    )
+    _require(config, "augment.crop_fill", lambda value: 0 <= value <= 255, "a pixel's value, 0 to 255")
+    _require(config, "optim.milestones", lambda e: list(e) == sorted(set(e)), "epochs in rising order")
+    _require(config, "model.stage_sizes", lambda sizes: len(sizes) == 4, "4 numbers")
+    _require(config, "model.stage_sizes", lambda sizes: min(sizes) >= 1, "at least one block a stage")
+    _require(config, "augment.erase_area augment.erase_aspect", lambda pair: len(pair) == 2, "2 numbers")
+    pair_of = "a smallest and a largest value"
+    _require(config, "augment.erase_area", lambda pair: 0 < pair[0] <= pair[1] <= 1, pair_of)
+    _require(config, "augment.erase_aspect", lambda pair: 0 < pair[0] <= pair[1], pair_of)
     if config.model.width % config.model.reduction and config.model.channel_module in ("mam", "se", "cbam"):
         raise UserError(
             f"config.model.reduction = {config.model.reduction}: it has to divide config.model.width = "
             f"{config.model.width}"
         )
+
+
+def _require(config: ConfigDict, fields: str, holds: Callable[[Any], bool], expected: str) -> None:
+    """Raises a `UserError` for the first of the fields whose value does not hold."""
+    for field in fields.split():
+        value = _field(config, field)
+        if not holds(value):
+            raise UserError(f"config.{field} = {value}: expected {expected}")
 
 
 def _field(config: ConfigDict, path: str) -> object:

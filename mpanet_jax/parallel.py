@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.state import TrainState
 
 Steps = Callable[[TrainState, dict[str, Any], Any], tuple[TrainState, Any]]
@@ -225,7 +225,7 @@ def start_processes(coordinator_address: str | None, num_processes: int | None, 
         )
     except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
         raise UserError(
-            f"--distributed: the processes cannot be joined ({str(error).splitlines()[0]}); give --coordinator_address="
+            f"--distributed: the processes cannot be joined ({first_line(error)}); give --coordinator_address="
             "HOST:PORT of process 0, --num_processes and --process_id to every process, or start them by a scheduler "
             "that JAX knows (Slurm, Open MPI)"
         ) from error

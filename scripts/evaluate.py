@@ -47,6 +47,7 @@ def main(files: list[str]) -> None:
     if len(given) != 1:
         raise UserError(f"expected one of --features, --workdir and --workdirs, got {', '.join(given) or 'none'}")
     options = {"rerank": RERANK.value, "metric": METRIC.value, "cmc": CMC.value}
+    as_the_run_says = all(value is None for value in options.values())
     if FEATURES.value and CHECKPOINT.value != "last":
         raise UserError(f"--checkpoint={CHECKPOINT.value} goes with --workdir or --workdirs; --features are embedded")
     if FEATURES.value and (len(files) != 1 or PROTOCOL.value is None):
@@ -72,7 +73,7 @@ def main(files: list[str]) -> None:
         if WORKDIR.value:
             metrics = evaluate_workdir(Path(WORKDIR.value), **options)
             # The run's own record (training goes by that of the best checkpoint) holds figures by its own options only.
-            if all(option is None for option in (RERANK.value, METRIC.value, CMC.value)):
+            if as_the_run_says:
                 out = out or Path(WORKDIR.value) / METRICS_FILES[CHECKPOINT.value]
         else:
             metrics = evaluate_workdirs(WORKDIRS.value, lambda workdir: evaluate_workdir(workdir, **options))

@@ -109,7 +109,7 @@ def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
     process, report = run(tmp_path, "precision", *TINY, *data, *arguments)
     results = check(process, report, "precision", "largest_difference")
     # So slow a training leaves the network as it was: the curves differ by the precision of the forward pass.
-    assert results["largest_difference"] < 0.01
+    assert results["final_difference"] <= results["largest_difference"] < 0.01
     assert 0 < results["steps"] < 20
     np.testing.assert_allclose(results["loss_float32"], results["loss_bfloat16"], rtol=0.01)
 

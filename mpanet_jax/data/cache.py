@@ -79,19 +79,21 @@ def resized_images(
     width: int,
     cache_dir: str | os.PathLike | None,
     *,
+    must_keep: bool = True,
     num_threads: int | None = None,
 ) -> np.ndarray:
     """uint8[N, height, width, 3]: every image of `split`, memory-mapped from `cache_dir`, built there if need be.
 
     The file is built under a temporary name and renamed when it is whole, so a killed build leaves nothing that could
     be taken for a cache; the next one removes its remains. A lock makes other processes wait for one build. With
-    `cache_dir` None the images are in RAM only. Raises `UserError` naming an image that can't be decoded, or
-    config.dataset.data_dir, in which `cache_dir` lies, if nothing can be written there.
+    `cache_dir` None the images are in RAM only, and so they are where it has no room unless they `must_keep`. Raises
+    `UserError` naming an image that can't be decoded, or config.dataset.data_dir, in which `cache_dir` lies, if nothing
+    can be written there.
     """
     if (images := open_cache(split, height, width, cache_dir)) is not None:
         return images
     shape = (len(split), height, width, 3)
-    if cache_dir is None:
+    if cache_dir is None or not (must_keep or _has_room(Path(cache_dir), int(np.prod(shape)))):
         images = np.empty(shape, np.uint8)
         _fill(images, split, num_threads)
         return images
@@ -118,12 +120,9 @@ def resized_images(
     return open_cache(split, height, width, cache_dir)
 
 
-def has_room(cache_dir: str | os.PathLike, num_bytes: int) -> bool:
+def _has_room(cache_dir: Path, num_bytes: int) -> bool:
     """Whether `num_bytes` can be written to `cache_dir`; says so on stderr where they can't."""
-    folder = Path(cache_dir)
-    while not folder.exists():
-        folder = folder.parent
-    room = os.access(folder, os.W_OK) and _free_disk(folder) >= num_bytes
+    room = os.access(_existing(cache_dir), os.W_OK) and _free_disk(cache_dir) >= num_bytes
     if not room:
         print(f"images: not kept for the next run, no room for {_size(num_bytes)} in {cache_dir}", file=sys.stderr)
     return room
@@ -194,9 +193,12 @@ def _free_ram() -> int:
 
 
 def _free_disk(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    return path if path.exists() else _existing(path.parent)
 
 
 def _size(num_bytes: int) -> str:

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from mpanet_jax.data.cache import available_cpus, choose_cache, decoding_threads, has_room, open_cache, resized_images
+from mpanet_jax.data.cache import available_cpus, choose_cache, decoding_threads, open_cache, resized_images
 from mpanet_jax.data.decode import decode_and_resize
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import Split
@@ -103,16 +103,14 @@ def train_feed(
     share = slice(process_index * size, (process_index + 1) * size)
     source = _TrainSource(plan, split.labels, split.modality.astype(np.int32), num_epochs, share)
     built = open_cache(split, height, width, cache_dir) is not None
-    num_bytes = len(split) * height * width * 3
-    cache = choose_cache(cache, num_bytes, cache_dir, built=built)
+    cache = choose_cache(cache, len(split) * height * width * 3, cache_dir, built=built)
 
     dataset = grain.MapDataset.source(source)
     images = None
     num_threads, chosen_workers = 1, 0
     if cache == "device":
         # The file only saves the next run the work, so a disk without room for it does not stop this one.
-        keep = cache_dir if built or (cache_dir is not None and has_room(cache_dir, num_bytes)) else None
-        images = put_images(resized_images(split, height, width, keep))
+        images = put_images(resized_images(split, height, width, cache_dir, must_keep=False))
     elif cache == "host":
         dataset = dataset.map(_Gather(resized_images(split, height, width, cache_dir)))
     else:

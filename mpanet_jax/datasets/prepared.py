@@ -20,7 +20,7 @@ from mpanet_jax.datasets import llcm, regdb, sysu_mm01
 from mpanet_jax.datasets.builder import SPLITS, VERSION, RawDatasetBuilder, Track, no_progress
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.datasets.verify import require_sound
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import UserError, first_line
 
 # In a prepared folder: the raw folder that it was made from.
 SOURCE_FILE = "source.txt"
@@ -144,14 +144,13 @@ def load_split(name: str, data_dir: str | Path, split: str, *, trial: int = 1) -
     try:
         with _quiet():
             records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        same = len(records) == len(metadata["pids"])
+        if len(records) != len(metadata["pids"]):
+            raise UserError(f"{builder.data_dir}: records and index differ; {again}")
         for end in np.cumsum(builder.info.splits[split].shard_lengths):
             records[int(end) - 1]  # opens each file
     except (RuntimeError, ValueError, OSError) as error:  # what array_record and tfds raise for a file cut off or gone
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = first_line(error)[:200]
         raise UserError(f"{builder.data_dir}: the records of '{split}' are damaged ({reason}); {again}") from error
-    if not same:
-        raise UserError(f"{builder.data_dir}: records and index differ; {again}")
     return Split(name=f"{name}/{split}", **metadata, encoded=EncodedImages(records), fingerprint=fingerprint)
 
 

@@ -1,6 +1,7 @@
 """Killed at any step and restarted, the batches that follow are the same bits, in all feeding modes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,7 +130,11 @@ def test_a_checkpoint_of_another_plan_is_refused(change):
     state = train_feed(toy_split(), **SIZE, **PLAN, cache="none").batches.get_state()
     plan = PLAN | change
     split = toy_split(plan.pop("counts")) if "counts" in change else toy_split()
-    with pytest.raises(UserError, match=r"same config\.data, config\.seed and data set .*, or start in a new workdir"):
+    fix = (
+        "the same config.data, config.seed and data set (and as many devices, with config.batch_scale=per_device), or "
+        "start in a new workdir"
+    )
+    with pytest.raises(UserError, match=re.escape(fix)):
         train_feed(split, **SIZE, **plan, cache="none").batches.set_state(state)
 
 
