@@ -7,6 +7,7 @@ relatives leave out one of the two: `projection.py`, behind a 1×1 convolution t
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,22 @@ def sum_over_devices(values: tuple[Array, ...], axis_name: str | None) -> tuple[
     Gathered and added, not `psum`: a hundred such sums a step wait for nothing but latency, and for vectors this short
     a gather has less of it (docs/performance.md).
     """
+    return sum_beside(values, None, axis_name)[0]
+
+
+def sum_beside(values: tuple[Array, ...], work: Any, axis_name: str | None) -> tuple[tuple[Array, ...], Any]:
+    """`sum_over_devices` of `values`, and `work`: arrays that the device computes while the sums travel.
+
+    XLA would leave such work for the end of the step, and the device would wait for the sums meanwhile. So all that is
+    made of the sums is made to wait for the work too.
+    """
     if axis_name is None:
-        return values
-    totals = lax.all_gather(jnp.concatenate(values), axis_name).sum(0)
-    return tuple(jnp.split(totals, np.cumsum([value.size for value in values[:-1]])))
+        return values, work
+    gathered = lax.all_gather(jnp.concatenate(values), axis_name)
+    if work is not None:
+        gathered, work = lax.optimization_barrier((gathered, work))
+    totals = gathered.sum(0)
+    return tuple(jnp.split(totals, np.cumsum([value.size for value in values[:-1]]))), work
 
 
 def _sums_apart(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -74,7 +87,7 @@ def batch_statistics(x: Float[Array, "*positions c"], axis_name: str | None) -> 
 def input_gradient(
     x: Float[Array, "*positions c"],
     gradient: Float[Array, "*positions c"],
-    sums: tuple[Array, Array],
+    totals: tuple[Array, Array],
     mean: Float[Array, "c"],
     inverse_deviation: Float[Array, "c"],
     scale: Float[Array, "c"],
@@ -82,9 +95,9 @@ def input_gradient(
 ) -> Float[Array, "*positions c"]:
     """The gradient of x from `gradient`, that of the normalised and scaled array, in x's type.
 
-    `sums` are this device's Σ gradient and Σ gradient·x̂ of each channel, the gradients of the bias and of the scale.
+    `totals` are Σ gradient and Σ gradient·x̂ of each channel over all devices, the gradients of the bias and the scale.
     """
-    total_gradient, total_product = sum_over_devices(sums, axis_name)
+    total_gradient, total_product = totals
     count = count_positions(x, axis_name)
     normalised = (x.astype(mean.dtype) - mean) * inverse_deviation
     dx = (gradient - total_gradient / count - normalised * (total_product / count)) * (inverse_deviation * scale)
@@ -100,41 +113,51 @@ def _forward(x, scale, bias, eps, relu, axis_name):
     return (y.astype(x.dtype), mean, variance), (x, mean, inverse_deviation, scale, bias)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def batch_norm(
     x: Float[Array, "*positions c"],
     scale: Float[Array, "c"],
     bias: Float[Array, "c"],
+    next_kernel: Array | None,
     eps: float,
     relu: bool,
     axis_name: str | None,
-) -> tuple[Float[Array, "*positions c"], Float[Array, "c"], Float[Array, "c"]]:
+) -> tuple[tuple[Float[Array, "*positions c"], Float[Array, "c"], Float[Array, "c"]], Array | None]:
     """Training-mode batch norm over all axes but the last, then ReLU.
 
     Args:
       x: any number of leading axes; the statistics are taken over them and over the devices of `axis_name`.
-      scale, bias: one value a channel.
+      scale, bias: one value a channel. Their gradients are sums over all devices.
+      next_kernel: that of the convolution which follows, or None. It is handed through as it is, so that the backward
+        pass computes its gradient while the devices exchange their sums.
       eps: added to the variance.
       relu: whether a ReLU follows.
       axis_name: the mapped axis of a multi-device step, None on one device.
 
     Returns:
-      y in x's type, and the batch's mean and *biased* variance in float32; no gradient flows through these two.
+      y in x's type, and the batch's mean and *biased* variance in float32, through which no gradient flows; and
+      `next_kernel`, to be used from here on.
     """
-    return _forward(x, scale, bias, eps, relu, axis_name)[0]
+    return _forward(x, scale, bias, eps, relu, axis_name)[0], next_kernel
+
+
+def _forward_with_kernel(x, scale, bias, next_kernel, eps, relu, axis_name):
+    outputs, saved = _forward(x, scale, bias, eps, relu, axis_name)
+    return (outputs, next_kernel), saved
 
 
 def _backward(eps, relu, axis_name, saved, cotangents):
     x, mean, inverse_deviation, scale, bias = saved
-    gradient = cotangents[0]
+    (gradient, *_), d_next_kernel = cotangents
     centred = x.astype(mean.dtype) - mean
     if relu:
         # The mask is computed again from x, which is read in any case, instead of from y.
         gradient = jnp.where(centred * (inverse_deviation * scale) + bias > 0, gradient, 0)
     gradient = gradient.astype(mean.dtype)
-    d_bias, d_scale = channel_sums(gradient, gradient * (centred * inverse_deviation))
+    sums = channel_sums(gradient, gradient * (centred * inverse_deviation))
+    (d_bias, d_scale), d_next_kernel = sum_beside(sums, d_next_kernel, axis_name)
     dx = input_gradient(x, gradient, (d_bias, d_scale), mean, inverse_deviation, scale, axis_name)
-    return dx, d_scale, d_bias
+    return dx, d_scale, d_bias, d_next_kernel
 
 
-batch_norm.defvjp(_forward, _backward)
+batch_norm.defvjp(_forward_with_kernel, _backward)

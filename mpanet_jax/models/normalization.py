@@ -41,7 +41,8 @@ class BatchNorm(nn.Module):
         kernel: Float[Array, "c o"] | None = None,
         residual: Float[Array, "*positions o"] | None = None,
         pool: bool = False,
-    ) -> Float[Array, "..."]:
+        next_kernel: Array | None = None,
+    ) -> Float[Array, "..."] | tuple[Float[Array, "..."], Array]:
         """Normalises x by the batch's statistics (`train`) or by the running ones.
 
         Args:
@@ -50,11 +51,14 @@ class BatchNorm(nn.Module):
           kernel: x goes through this 1×1 convolution first.
           residual: with a kernel: added before the ReLU.
           pool: without a kernel, with the ReLU: a 3×3 max-pool with stride 2 follows.
+          next_kernel: without the others: as in `batch_norm`; it is returned behind the result.
 
         Raises ValueError for combinations that no network here needs.
         """
         if (residual is not None and kernel is None) or (pool and (kernel is not None or not self.relu)):
             raise ValueError("residual goes with a kernel, pool with relu=True and without a kernel")
+        if next_kernel is not None and (kernel is not None or pool):
+            raise ValueError("next_kernel goes without kernel and pool")
         channels = (x.shape[-1] if kernel is None else kernel.shape[-1],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
         running_variance = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
@@ -68,13 +72,15 @@ class BatchNorm(nn.Module):
             elif pool:
                 y, mean, variance = normalize_and_pool(x, scale, bias, self.eps, self.axis_name)
             else:
-                y, mean, variance = batch_norm(x, scale, bias, self.eps, self.relu, self.axis_name)
+                (y, mean, variance), next_kernel = batch_norm(
+                    x, scale, bias, next_kernel, self.eps, self.relu, self.axis_name
+                )
             if not self.is_initializing():
                 count = count_positions(x, self.axis_name)
                 unbiased = variance * (count / max(count - 1, 1))
                 running_mean.value = (1 - self.momentum) * running_mean.value + self.momentum * mean
                 running_variance.value = (1 - self.momentum) * running_variance.value + self.momentum * unbiased
-            return y
+            return y if next_kernel is None else (y, next_kernel)
         factor = lax.rsqrt(running_variance.value + self.eps) * scale
         if kernel is not None:
             folded = (kernel * factor).astype(x.dtype)
@@ -83,4 +89,6 @@ class BatchNorm(nn.Module):
         if self.relu:
             y = jnp.maximum(y, 0)
         y = y.astype(x.dtype)
+        if next_kernel is not None:
+            return y, next_kernel
         return max_pool(y) if pool else y

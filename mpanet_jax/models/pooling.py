@@ -11,7 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from mpanet_jax.models.batch_norm import batch_statistics, channel_sums, input_gradient, statistics_dtype
+from mpanet_jax.models.batch_norm import (
+    batch_statistics,
+    channel_sums,
+    input_gradient,
+    statistics_dtype,
+    sum_over_devices,
+)
 
 # The nine places of a 3×3 window in PyTorch's order.
 TAPS = [(row, column) for row in range(3) for column in range(3)]
@@ -94,7 +100,7 @@ def _backward(eps, axis_name, saved, cotangents):
     centred = chosen.astype(mean.dtype) - mean
     gradient = jnp.where(centred * (inverse_deviation * scale) + bias > 0, cotangents[0], 0)
     wide = gradient.astype(mean.dtype)
-    d_bias, d_scale = channel_sums(wide, wide * (centred * inverse_deviation))
+    d_bias, d_scale = sum_over_devices(channel_sums(wide, wide * (centred * inverse_deviation)), axis_name)
     spread_gradient = spread(place, gradient, *x.shape[1:3])
     dx = input_gradient(x, spread_gradient, (d_bias, d_scale), mean, inverse_deviation, scale, axis_name)
     return dx, d_scale, d_bias

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mpanet_jax.models.batch_norm import count_positions, statistics_dtype, sum_over_devices
+from mpanet_jax.models.batch_norm import count_positions, statistics_dtype, sum_beside, sum_over_devices
 
 EXACT = lax.Precision.HIGHEST
 
@@ -60,9 +60,9 @@ def _forward(u, kernel, residual, scale, bias, eps, relu, axis_name):
     count = count_positions(u, axis_name)
     sums_u = _sums(u)
     products_y = jnp.dot(_sums_of_products(u, u, EXACT), kernel, precision=EXACT)  # Σ u yᵀ
-    total_u, total_squares = sum_over_devices((sums_u, (products_y * kernel).sum(0)), axis_name)
-    mean_u = total_u / count
-    mean = jnp.dot(mean_u, kernel, precision=EXACT)
+    sums_y, squares = jnp.dot(sums_u, kernel, precision=EXACT), (products_y * kernel).sum(0)
+    total_u, total_y, total_squares = sum_over_devices((sums_u, sums_y, squares), axis_name)
+    mean_u, mean = total_u / count, total_y / count
     variance = jnp.maximum(total_squares / count - mean * mean, 0)
     inverse_deviation = lax.rsqrt(variance + eps)
     folded = (kernel * (inverse_deviation * scale)).astype(u.dtype)
@@ -91,7 +91,7 @@ def project_and_normalize(
       u: the statistics are taken over all axes but the last and over the devices of `axis_name`.
       kernel: of the 1×1 convolution, in the type of the statistics.
       residual: added after the normalisation; None for none.
-      scale, bias, eps, relu, axis_name: as for `batch_norm`.
+      scale, bias, eps, relu, axis_name: as for `batch_norm`. The gradient of the kernel is this device's part.
 
     Returns:
       The result in u's type, and mean and *biased* variance of u·kernel in float32, through which no gradient flows.
@@ -105,27 +105,27 @@ def _backward(eps, relu, axis_name, saved, cotangents):
     if relu:
         # Read by three products and sums and by the shortcut: the barrier has it written once.
         g = lax.optimization_barrier(jnp.where(y > 0, g, 0))
+    factor = scale * inverse_deviation
+    a = (kernel * factor).astype(u.dtype).T
     # With ŷ = (y − mean)·inverse_deviation, Σ g ŷ follows from Σ u gᵀ, because y is linear in u. Of this device's part:
-    d_bias = _sums(g)
+    sums_g = _sums(g)
     if u.dtype == mean.dtype:
         # A GPU cuts float32 off to TF32 for the product: one-sided errors, which would grow with the mean of u.
-        products_g = _sums_of_products(u - mean_u, g) + mean_u[:, None] * d_bias
+        products_g = _sums_of_products(u - mean_u, g) + mean_u[:, None] * sums_g
     else:  # products of bfloat16 are exact in float32
         products_g = _sums_of_products(u, g)
-    d_scale = ((products_g * kernel).sum(0) - mean * d_bias) * inverse_deviation
-    total_g, total_g_y = sum_over_devices((d_bias, d_scale), axis_name)
+    sums_g_y = ((products_g * kernel).sum(0) - mean * sums_g) * inverse_deviation
+    (d_bias, d_scale), g_a = sum_beside((sums_g, sums_g_y), jnp.dot(g, a), axis_name)
     count = count_positions(u, axis_name)
-    mean_g, slope = total_g / count, total_g_y / count * inverse_deviation
+    mean_g, slope = d_bias / count, d_scale / count * inverse_deviation
 
     # dy = factor·(g − mean_g − slope·(y − mean)). So for the kernel …
-    factor = scale * inverse_deviation
     d_kernel = factor * (products_g - sums_u[:, None] * (mean_g - slope * mean) - products_y * slope)
     # … and for u: (g − mean_g) a − (u − mean_u) b with a = (kernel·factor)ᵀ and b = kernel·slope a.
-    a = (kernel * factor).astype(u.dtype).T
     b = jnp.dot((kernel * slope).astype(u.dtype), a)
     mean_part = jnp.dot(mean_u, b.astype(mean.dtype), precision=EXACT)
     mean_part -= jnp.dot(mean_g, a.astype(mean.dtype), precision=EXACT)
-    d_u = _product(u, -b) + jnp.dot(g, a) + mean_part.astype(u.dtype)
+    d_u = _product(u, -b) + g_a + mean_part.astype(u.dtype)
     return d_u, d_kernel, g if has_residual else None, d_scale, d_bias
 
 

@@ -3,6 +3,7 @@
 from functools import partial
 
 import flax.linen as nn
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -12,15 +13,25 @@ from mpanet_jax.models.normalization import BatchNorm
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-class PointwiseKernel(nn.Module):
-    """The parameter of a 1×1 convolution that `BatchNorm` does together with the normalisation."""
+class Kernel(nn.Module):
+    """The parameter of a convolution without bias that something else does than `nn.Conv`."""
 
+    size: int
     width: int
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "c o"]:
-        return self.param("kernel", kaiming_fan_out, (1, 1, x.shape[-1], self.width), self.param_dtype)[0, 0]
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "s s c o"]:
+        return self.param("kernel", kaiming_fan_out, (self.size, self.size, x.shape[-1], self.width), self.param_dtype)
+
+
+def _convolution(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "s s c o"], stride: int = 1
+) -> Float[Array, "b h2 w2 o"]:
+    padding = len(kernel) // 2
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 class Bottleneck(nn.Module):
@@ -39,23 +50,21 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
-        conv = partial(
-            nn.Conv, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=kaiming_fan_out
-        )
+        kernel = partial(Kernel, param_dtype=self.param_dtype)
         norm = partial(BatchNorm, axis_name=self.axis_name, param_dtype=self.param_dtype)
         out = 4 * self.width
-        strides = (self.stride, self.stride)
         shortcut = x
         if self.stride != 1 or x.shape[-1] != out:
             shortcut = x[:, :: self.stride, :: self.stride]
-            kernel = PointwiseKernel(out, self.param_dtype, name="downsample_conv")(shortcut)
-            shortcut = norm(name="downsample_bn")(shortcut, train=train, kernel=kernel)
-        y = conv(self.width, (1, 1), padding=0, name="conv1")(x)
-        y = norm(relu=True, name="bn1")(y, train=train)
-        y = conv(self.width, (3, 3), strides, padding=1, name="conv2")(y)
+            downsample = kernel(1, out, name="downsample_conv")(shortcut)
+            shortcut = norm(name="downsample_bn")(shortcut, train=train, kernel=downsample[0, 0])
+        y = _convolution(x, kernel(1, self.width, name="conv1")(x).astype(self.dtype))
+        conv2 = kernel(3, self.width, name="conv2")(y).astype(self.dtype)
+        y, conv2 = norm(relu=True, name="bn1")(y, train=train, next_kernel=conv2)
+        y = _convolution(y, conv2, self.stride)
         y = norm(relu=True, name="bn2")(y, train=train)
-        kernel = PointwiseKernel(out, self.param_dtype, name="conv3")(y)
-        return norm(relu=True, name="bn3")(y, train=train, kernel=kernel, residual=shortcut)
+        conv3 = kernel(1, out, name="conv3")(y)
+        return norm(relu=True, name="bn3")(y, train=train, kernel=conv3[0, 0], residual=shortcut)
 
 
 class Stage(nn.Module):

@@ -59,12 +59,15 @@ def assert_same_values_and_gradients(ours, expected, arguments, seed=0):
 def test_hand_written_gradients_equal_autodiff(relu):
     rng = np.random.default_rng(1)
     activation = jax.nn.relu if relu else lambda y: y
+
+    def ours(x, scale, bias, kernel):
+        (y, _, _), kernel = batch_norm(x, scale, bias, kernel, 1e-5, relu, None)
+        return y @ kernel
+
     with jax.enable_x64(True):
-        x = jnp.asarray(rng.normal(size=(3, 4, 2, 5)))
+        x, kernel = jnp.asarray(rng.normal(size=(3, 4, 2, 5))), jnp.asarray(rng.normal(size=(5, 7)))
         scale, bias = jnp.asarray(rng.normal(size=5)), jnp.asarray(rng.normal(size=5))
-        assert_same_values_and_gradients(
-            lambda *a: batch_norm(*a, 1e-5, relu, None)[0], lambda *a: activation(plain(*a)), (x, scale, bias)
-        )
+        assert_same_values_and_gradients(ours, lambda *a: activation(plain(*a[:3])) @ a[3], (x, scale, bias, kernel))
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -147,7 +150,7 @@ def test_projection_in_bfloat16_keeps_mean_and_deviation():
 def test_bfloat16_statistics_are_float32():
     # 1 + tiny steps: bfloat16 sums of 4,096 values near 1 would be off by whole percents.
     x = jnp.asarray(np.random.default_rng(2).normal(1.0, 0.1, size=(64, 8, 8, 3)), jnp.bfloat16)
-    _, mean, variance = batch_norm(x, jnp.ones(3), jnp.zeros(3), 1e-5, False, None)
+    (_, mean, variance), _ = batch_norm(x, jnp.ones(3), jnp.zeros(3), None, 1e-5, False, None)
     wide = np.asarray(x, np.float64)
     assert mean.dtype == variance.dtype == jnp.float32
     np.testing.assert_allclose(mean, wide.mean((0, 1, 2)), rtol=1e-5)
