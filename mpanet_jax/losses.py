@@ -2,7 +2,8 @@
 
 Every function returns *this device's share* of the loss: the shares of all devices of `axis_name` add up to the loss
 of the global batch, because every denominator is global. On one device (`axis_name=None`) the share is the loss.
-Differentiating the share and summing the gradients over the devices gives the gradient of the global loss.
+Differentiating the share and summing the gradients over the devices (`step.total_gradients`) gives the gradient of the
+global loss.
 
 A batch is identity-major: B = P·K, image b belongs to identity slot b // K (DESIGN: "Train batch").
 """

@@ -82,8 +82,8 @@ def total_gradients(gradients: Any, batch_stats: Any, dtype: DTypeLike, axis_nam
     Args:
       gradients: of the parameters. Those of batch norm are sums over the devices already and stay as they are.
       batch_stats: the running statistics: a layer that has some is a batch norm.
-      dtype: the others are summed in it, the type of the products that most of them are: bfloat16 halves the bytes that
-        the devices exchange.
+      dtype: the others are summed in it. Most come out of products in this type; those that come in float32 are rounded
+        to bfloat16, which halves the bytes that the devices exchange.
       axis_name: the mapped axis.
 
     Returns:

@@ -1,5 +1,6 @@
 """The whole iteration: it learns, it is deterministic, and each piece of the state moves as METHOD says."""
 
+import re
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from mpanet_jax.losses import LossSettings
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
 from mpanet_jax.optim import create_optimizer, learning_rate_schedule, mean_rate_schedule
 from mpanet_jax.state import create_train_state, init_variables
-from mpanet_jax.step import embed_step, train_step
+from mpanet_jax.step import embed_step, total_gradients, train_step
 
 P, K, HEIGHT, WIDTH = 4, 4, 64, 32
 DEFAULT_LOSSES = LossSettings()
@@ -154,3 +155,27 @@ def test_full_size_shapes():
     backbone = {name: variables["params"][name] for name in ("stem", "stage1", "stage2", "stage3", "stage4")}
     # torchvision's ResNet-50 has 25,557,032 parameters, of which 2048·1000 + 1000 are the classifier's.
     assert sum(leaf.size for leaf in jax.tree.leaves(backbone)) == 25_557_032 - 2_049_000
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
+def test_gradients_are_summed_over_devices_in_the_networks_type_and_those_of_batch_norm_not_again(dtype, name):
+    gradients = {"conv1": {"kernel": jnp.full((2, 3), 0.1)}, "bn1": {"scale": jnp.full((5,), 0.1)}}
+    # The program tells the types; its result would not, because XLA adds bfloat16 in float32 on a CPU.
+    one_device = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
+    everywhere = jax.sharding.PartitionSpec()
+    total = jax.jit(
+        jax.shard_map(
+            partial(total_gradients, batch_stats={"bn1": {"mean": 0, "var": 0}}, dtype=dtype, axis_name="devices"),
+            mesh=one_device,
+            in_specs=everywhere,
+            out_specs=everywhere,
+            check_vma=False,
+        )
+    )
+    program = total.lower(gradients).as_text()
+    sums = re.findall(r'"stablehlo.all_reduce".*?: \(tensor<(\w+)>\)', program, re.DOTALL)
+    assert sums == [f"2x3x{name}"]
+    found = total(gradients)
+    assert found["conv1"]["kernel"].dtype == jnp.float32
+    np.testing.assert_array_equal(found["conv1"]["kernel"], np.full((2, 3), jnp.asarray(0.1, dtype), np.float32))
+    np.testing.assert_array_equal(found["bn1"]["scale"], gradients["bn1"]["scale"])

@@ -19,7 +19,8 @@ class BatchNorm(nn.Module):
       use_bias: False leaves the bias out, i.e. fixes it at 0 (the BN neck).
       momentum: weight of the new batch in the running statistics.
       eps: added to the variance.
-      axis_name: the mapped axis over whose devices the statistics are taken.
+      axis_name: the mapped axis over whose devices the statistics are taken and the gradients of scale and bias summed;
+        `step.total_gradients` takes it that layers with running statistics do so, and no others.
       param_dtype: type of scale, bias and running statistics.
       scale_init: how the scale starts.
     """
@@ -51,7 +52,7 @@ class BatchNorm(nn.Module):
           kernel: x goes through this 1×1 convolution first.
           residual: with a kernel: added before the ReLU.
           pool: without a kernel, with the ReLU: a 3×3 max-pool with stride 2 follows.
-          next_kernel: without the others: as in `batch_norm`; it is returned behind the result.
+          next_kernel: without kernel, residual and pool: as in `batch_norm`; it is returned behind the result.
 
         Raises ValueError for combinations that no network here needs.
         """

@@ -86,7 +86,7 @@ def _forward(x, scale, bias, eps, axis_name):
 def normalize_and_pool(
     x: Float[Array, "b h w c"], scale: Float[Array, "c"], bias: Float[Array, "c"], eps: float, axis_name: str | None
 ) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, "c"], Float[Array, "c"]]:
-    """`max_pool` of `batch_norm` with its ReLU. Arguments and results are those of `batch_norm`.
+    """`max_pool` of `batch_norm` with its ReLU, and mean and variance as there, of which it also takes the arguments.
 
     The normalised array, four times the result, is never written, and the sums of the backward pass run over the
     result's positions: at the others the gradient is 0. (Where the scale is 0, or too small to change the bias, all of

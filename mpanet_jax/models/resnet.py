@@ -14,7 +14,7 @@ kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Kernel(nn.Module):
-    """The parameter of a convolution without bias that something else does than `nn.Conv`."""
+    """The kernel of a convolution without bias, which `convolve` or `BatchNorm` does; x only gives its channels."""
 
     size: int
     width: int
@@ -25,9 +25,8 @@ class Kernel(nn.Module):
         return self.param("kernel", kaiming_fan_out, (self.size, self.size, x.shape[-1], self.width), self.param_dtype)
 
 
-def _convolution(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "s s c o"], stride: int = 1
-) -> Float[Array, "b h2 w2 o"]:
+def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "s s c o"], stride: int = 1) -> Float[Array, "b h2 w2 o"]:
+    """A convolution without bias; padding s // 2 as in torchvision's ResNet."""
     padding = len(kernel) // 2
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -58,10 +57,11 @@ class Bottleneck(nn.Module):
             shortcut = x[:, :: self.stride, :: self.stride]
             downsample = kernel(1, out, name="downsample_conv")(shortcut)
             shortcut = norm(name="downsample_bn")(shortcut, train=train, kernel=downsample[0, 0])
-        y = _convolution(x, kernel(1, self.width, name="conv1")(x).astype(self.dtype))
+        y = convolve(x, kernel(1, self.width, name="conv1")(x).astype(self.dtype))
         conv2 = kernel(3, self.width, name="conv2")(y).astype(self.dtype)
+        # Not so behind bn2: there the product with the kernel's gradient comes before the sums.
         y, conv2 = norm(relu=True, name="bn1")(y, train=train, next_kernel=conv2)
-        y = _convolution(y, conv2, self.stride)
+        y = convolve(y, conv2, self.stride)
         y = norm(relu=True, name="bn2")(y, train=train)
         conv3 = kernel(1, out, name="conv3")(y)
         return norm(relu=True, name="bn3")(y, train=train, kernel=conv3[0, 0], residual=shortcut)

@@ -114,6 +114,24 @@ def test_combinations_that_would_be_ignored_are_refused(wrong):
         BatchNorm(relu=relu).init(jax.random.key(0), x, train=False, **{name: arrays[name] for name in wrong})
 
 
+@pytest.mark.parametrize("wrong", [{"kernel": jnp.ones((3, 3))}, {"pool": True}])
+def test_a_next_kernel_is_refused_where_it_would_not_be_handed_through(wrong):
+    x = jnp.ones((2, 4, 4, 3))
+    with pytest.raises(ValueError, match="next_kernel goes without"):
+        BatchNorm(relu=True).init(jax.random.key(0), x, train=False, next_kernel=x, **wrong)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_next_kernel_is_handed_through(train):
+    x, kernel = jnp.arange(24.0).reshape(2, 2, 2, 3), jnp.arange(6.0)
+    module = BatchNorm()
+    variables = module.init(jax.random.key(0), x, train=False)
+    (y, handed), _ = module.apply(variables, x, train=train, next_kernel=kernel, mutable=["batch_stats"])
+    expected, _ = module.apply(variables, x, train=train, mutable=["batch_stats"])
+    assert (y == expected).all()
+    assert (handed == kernel).all()
+
+
 def test_projection_of_the_running_statistics_equals_convolution_and_batch_norm():
     rng = np.random.default_rng(3)
     with jax.enable_x64(True):
