@@ -17,6 +17,7 @@ from mpanet_jax.benchmarks import measure
 from mpanet_jax.benchmarks.step import forward_work
 from mpanet_jax.benchmarks.train import _timed_calls
 from mpanet_jax.datasets.synthetic import write_dataset
+from mpanet_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/synthetic.py", "--config.data.height=32", "--config.data.width=16"]
@@ -163,11 +164,14 @@ def test_forward_work_is_resnet_50s():
     assert 12e6 < outputs < 13e6
 
 
-def test_calls_that_compile_are_left_out():
-    finished = [(8, 10.0), (16, 11.0), (17, 15.0), (18, 15.5)]
-    timed, compiling = _timed_calls(finished, compiled=[9.0, 14.0])
+def test_the_first_two_calls_and_those_that_compile_are_left_out():
+    finished = [(8, 9.0), (16, 10.0), (24, 11.0), (25, 15.0), (26, 15.5)]
+    timed, compiling = _timed_calls(finished, compiled=[8.0, 14.0])
     assert timed.tolist() == [[8, 1.0], [1, 0.5]]
     assert compiling == 4.0
+    for few in (finished[:1], finished[:2]):
+        with pytest.raises(UserError, match="--steps: too few"):
+            _timed_calls(few, compiled=[8.0])
 
 
 def test_seconds_per_call_and_rates():

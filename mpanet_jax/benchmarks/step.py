@@ -35,7 +35,7 @@ def benchmark_step(
 
     Args:
       config: the run whose step is measured.
-      num_steps: timed steps, after two calls of warm-up; raised to a whole number of calls.
+      num_steps: timed steps, after two calls of warm-up; raised to a whole number of calls, five at least.
       num_images: images in device memory.
       profile: a folder that a `jax.profiler` trace of three further calls is written to.
 
@@ -75,7 +75,8 @@ def benchmark_step(
     losses = jax.block_until_ready(call())["loss"]
     first_call = time.perf_counter() - started
     from_cache = compiled.from_cache - from_cache
-    seconds = measure.seconds_per_call(call, -(-num_steps // steps_per_call)) / steps_per_call
+    num_calls = max(-(-num_steps // steps_per_call), 5)
+    seconds = measure.seconds_per_call(call, num_calls) / steps_per_call
     if profile:
         with jax.profiler.trace(profile):
             measure.seconds_per_call(call, 1, warm_up=1)

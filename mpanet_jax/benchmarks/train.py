@@ -29,8 +29,8 @@ class _EnoughError(Exception):
 def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None = None) -> dict[str, Any]:
     """Run `train` for some steps in a temporary workdir below `folder`, then `benchmark_step` in the same process.
 
-    Times in which a program was compiled are left out (seconds_compiling says how long); everything else
-    that the loop does in the timed steps counts, checkpoints and logs among it. Nothing is evaluated.
+    The first two calls and all in which a program was compiled are left out (seconds_compiling says for how long one
+    was); everything else that the loop does counts, checkpoints and logs among it. Nothing is evaluated.
 
     Args:
       config: the run; its data set has to be prepared, or config.dataset.source named.
@@ -107,13 +107,19 @@ def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None =
 
 
 def _timed_calls(finished: list[tuple[int, float]], compiled: list[float]) -> tuple[np.ndarray, float]:
-    """(steps, seconds) of every call after the first in which nothing was compiled, and the others' seconds."""
+    """(steps, seconds) of the calls in which nothing was compiled, and the seconds of those in which something was.
+
+    The first two are left out: the first compiles the step, and is read late, because its reading starts the log.
+    """
     timed, compiling = [], 0.0
-    for (before, start), (after, end) in itertools.pairwise(finished):
+    for number, ((before, start), (after, end)) in enumerate(itertools.pairwise(finished)):
         if any(start < moment <= end for moment in compiled):
             compiling += end - start
-        else:
+        elif number > 0:
             timed.append((after - before, end - start))
     if not timed:
-        raise UserError("--steps: too few, a program was compiled in each of the calls; train for more steps")
+        raise UserError(
+            "--steps: too few, from the third call on a program was compiled in each; train for more steps "
+            "(config.train.steps_per_call are one call where images are in device memory)"
+        )
     return np.array(timed), compiling
