@@ -14,7 +14,7 @@ kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Kernel(nn.Module):
-    """The kernel of a convolution without bias, which `convolve` or `BatchNorm` does; x only gives its channels."""
+    """The kernel of a convolution without bias, which something else carries out; x gives only its channels."""
 
     size: int
     width: int

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mpanet_jax.models.normalization import BatchNorm
-from mpanet_jax.models.resnet import kaiming_fan_out
+from mpanet_jax.models.resnet import Kernel, convolve
 
 
 def stem_convolution(
@@ -25,29 +25,15 @@ def stem_convolution(
     """
     batch, height, width, _ = images.shape
     images, kernel = images.astype(dtype), kernel.astype(dtype)
-    layout = ("NHWC", "HWIO", "NHWC")
     if height % 2 or width % 2:
-        return lax.conv_general_dilated(images, kernel, (2, 2), ((3, 3), (3, 3)), dimension_numbers=layout)
+        return convolve(images, kernel, 2)
     images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)))
     blocks = images.reshape(batch, height // 2, 2, width // 2, 2, 4).transpose(0, 1, 3, 2, 4, 5)
     blocks = blocks.reshape(batch, height // 2, width // 2, 16)
     taps = jnp.pad(kernel, ((1, 0), (1, 0), (0, 1), (0, 0))).reshape(4, 2, 4, 2, 4, -1).transpose(0, 2, 1, 3, 4, 5)
     taps = taps.reshape(4, 4, 16, -1)
     # Output row i reads the pixel rows 2i−4 … 2i+3, the first of them with weight 0: blocks i−2 … i+1.
-    return lax.conv_general_dilated(blocks, taps, (1, 1), ((2, 1), (2, 1)), dimension_numbers=layout)
-
-
-class StemConvolution(nn.Module):
-    """The parameter of `stem_convolution`, stored as the 7×7 kernel that ResNet-50 files hold."""
-
-    width: int
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
-        kernel = self.param("kernel", kaiming_fan_out, (7, 7, 3, self.width), self.param_dtype)
-        return stem_convolution(images, kernel, self.dtype)
+    return lax.conv_general_dilated(blocks, taps, (1, 1), ((2, 1), (2, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class Stem(nn.Module):
@@ -60,6 +46,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
-        x = StemConvolution(self.width, self.dtype, self.param_dtype, name="conv1")(images)
+        kernel = Kernel(7, self.width, self.param_dtype, name="conv1")(images)
+        x = stem_convolution(images, kernel, self.dtype)
         norm = BatchNorm(relu=True, axis_name=self.axis_name, param_dtype=self.param_dtype, name="bn1")
         return norm(x, train=train, pool=True)
