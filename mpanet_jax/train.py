@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def make_train_steps(config: ConfigDict, num_ids: int, steps_per_epoch: int, par
 
 
 def train(
-    config: ConfigDict, workdir: Path, *, on_steps: Callable[[int], None] | None = None
+    config: ConfigDict, workdir: Path, *, on_steps: Callable[[int, float], None] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Trains by `config` on all devices, resuming from the newest checkpoint under `workdir`, and evaluates.
 
@@ -113,7 +114,8 @@ def train(
     Args:
       config: the run.
       workdir: its folder.
-      on_steps: told the steps done whenever the device has finished some more; what it raises ends the run.
+      on_steps: told the steps done whenever the device has finished some more, and when that was by
+        `time.perf_counter`; what it raises ends the run.
 
     Returns:
       The final metrics by setting (`sysu/all/single`, …).
@@ -235,8 +237,13 @@ def stack_batches(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[
     return {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}
 
 
+def _time_when_ready(array: jax.Array) -> float:
+    jax.block_until_ready(array)
+    return time.perf_counter()
+
+
 class _MetricReader:
-    """Waits for a call's metrics while the next call is under way, and logs every `every`-th step of them."""
+    """Reads a call's metrics while the next call is under way, and logs every `every`-th step of them."""
 
     def __init__(
         self,
@@ -244,24 +251,28 @@ class _MetricReader:
         every: int,
         steps_per_epoch: int,
         batch_size: int,
-        on_steps: Callable[[int], None] | None = None,
+        on_steps: Callable[[int, float], None] | None = None,
     ):
         self._log, self._every, self._on_steps = log, every, on_steps
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._unread = None
-        self._timed = None  # the last reading: step and time
+        self._timed = None  # what was read last: the step, and when the device had finished it
+        # Sending a call off may take until the device is nearly through with it, so the reading, which comes after, is
+        # late: by a call of many steps or of one.
+        self._clock = ThreadPoolExecutor(1)
 
     def read_previous(self, before: int, after: int, metrics: Any) -> None:
         """Reads what was handed in last, and keeps the metrics of the steps before+1 … after for the next time."""
+        finished_at = self._clock.submit(_time_when_ready, metrics["loss"])
         self.finish()
-        self._unread = (before, after, metrics)
+        self._unread = (before, after, metrics, finished_at)
 
     def finish(self) -> None:
         """Reads what was handed in last."""
         if self._unread is None:
             return
-        before, after, metrics = self._unread
-        self._unread = None
+        before, after, metrics, clock = self._unread
+        self._unread, finished_at = None, clock.result()
         losses = jax.device_get(metrics["loss"])
         if not np.isfinite(losses).all():
             step = before + 1 + int(np.isfinite(losses).argmin())
@@ -271,10 +282,10 @@ class _MetricReader:
             )
         self._log.advance(after)
         if self._on_steps is not None:
-            self._on_steps(after)
+            self._on_steps(after, finished_at)
         logged = [step for step in range(before + 1, after + 1) if step % self._every == 0]
         if logged:
-            metrics, rate = jax.device_get(metrics), self._images_per_second(after)
+            metrics, rate = jax.device_get(metrics), self._images_per_second(after, finished_at)
         for step in logged:
             self._write(step, {name: float(value[step - before - 1]) for name, value in metrics.items()}, rate)
 
@@ -282,12 +293,11 @@ class _MetricReader:
         """Leaves the time until now out of the images a second; after `finish`."""
         self._timed = (step, time.perf_counter())
 
-    def _images_per_second(self, step: int) -> float | None:
-        now = time.perf_counter()
+    def _images_per_second(self, step: int, finished_at: float) -> float | None:
         rate = None
         if self._timed is not None:
-            rate = (step - self._timed[0]) * self._batch_size / (now - self._timed[1])
-        self._timed = (step, now)
+            rate = (step - self._timed[0]) * self._batch_size / (finished_at - self._timed[1])
+        self._timed = (step, finished_at)
         return rate
 
     def _write(self, step: int, values: dict[str, float], rate: float | None) -> None:

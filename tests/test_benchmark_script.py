@@ -164,14 +164,14 @@ def test_forward_work_is_resnet_50s():
     assert 12e6 < outputs < 13e6
 
 
-def test_the_first_two_calls_and_those_that_compile_are_left_out():
-    finished = [(8, 9.0), (16, 10.0), (24, 11.0), (25, 15.0), (26, 15.5)]
-    timed, compiling = _timed_calls(finished, compiled=[8.0, 14.0])
+def test_the_first_call_and_those_that_compile_are_left_out():
+    finished = [(8, 9.0), (16, 10.0), (17, 14.0), (18, 14.5)]
+    timed, compiling = _timed_calls(finished, compiled=[8.0, 13.0])
     assert timed.tolist() == [[8, 1.0], [1, 0.5]]
     assert compiling == 4.0
-    for few in (finished[:1], finished[:2]):
+    for few, compiled in ((finished[:1], [8.0]), (finished[1:3], [13.0])):
         with pytest.raises(UserError, match="--steps: too few"):
-            _timed_calls(few, compiled=[8.0])
+            _timed_calls(few, compiled)
 
 
 def test_seconds_per_call_and_rates():

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from mpanet_jax.checkpoint import Checkpoints, load_model
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.workdir import evaluate_workdir
-from mpanet_jax.train import train
+from mpanet_jax.train import _MetricReader, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,21 +158,40 @@ def test_evaluation_does_not_count_as_training_time(config, tmp_path, monkeypatc
     config.train.num_epochs, config.train.eval_every_epochs, config.train.log_every_steps = 3, 1, 1
     clock, rates = [0.0], []
 
+    def step_done(_):
+        clock[0] += 1
+        return clock[0]
+
     def evaluate(*_, **__):
         clock[0] += 3600
         return {"sysu/all/single": {"rank1": 0.0, "mAP": 0.0, "mINP": 0.0}}
 
-    def step_done(_):
-        clock[0] += 1
-
     monkeypatch.setattr("mpanet_jax.train.evaluate_split", evaluate)
+    monkeypatch.setattr("mpanet_jax.train._time_when_ready", step_done)
     monkeypatch.setattr("mpanet_jax.train.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(
         "mpanet_jax.train.MetricLog.scalars",
         lambda self, step, values: rates.extend(v for name, v in values.items() if name.endswith("images_per_second")),
     )
-    train(config, tmp_path / "run", on_steps=step_done)
+    train(config, tmp_path / "run")
     assert len(rates) >= 3 and set(rates) == {12.0}  # P·K
+
+
+def test_rates_are_by_when_steps_were_finished_not_by_when_they_were_read():
+    written = []
+    log = SimpleNamespace(
+        advance=lambda _: None, status=lambda _: None, scalars=lambda step, values: written.append(values)
+    )
+    finished = []
+    reader = _MetricReader(log, 15, 30, 8, lambda step, when: finished.append((step, when)))
+    metrics = {"loss": np.ones(15), "accuracy": np.ones(15)}
+    reader.read_previous(0, 15, metrics)
+    time.sleep(0.3)  # the second call is sent off
+    reader.read_previous(15, 30, metrics)
+    reader.finish()
+    (_, first), (_, second) = finished
+    assert 0.25 < second - first < 10
+    np.testing.assert_allclose(written[1]["train/images_per_second"], 15 * 8 / (second - first))
 
 
 def test_no_best_checkpoint_unless_asked(config, tmp_path):

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ class _EnoughError(Exception):
 def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None = None) -> dict[str, Any]:
     """Run `train` for some steps in a temporary workdir below `folder`, then `benchmark_step` in the same process.
 
-    The first two calls and all in which a program was compiled are left out (seconds_compiling says for how long one
-    was); everything else that the loop does counts, checkpoints and logs among it. Nothing is evaluated.
+    The first call and all in which a program was compiled are left out (seconds_compiling says for how long one was);
+    everything else that the loop does counts, checkpoints and logs among it. Nothing is evaluated.
 
     Args:
       config: the run; its data set has to be prepared, or config.dataset.source named.
@@ -67,9 +66,9 @@ def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None =
     finished: list[tuple[int, float]] = []
     to_first_step = None
 
-    def on_steps(step: int) -> None:
+    def on_steps(step: int, finished_at: float) -> None:
         nonlocal to_first_step
-        finished.append((step, time.perf_counter()))
+        finished.append((step, finished_at))
         to_first_step = to_first_step or measure.seconds_since_process_start()
         if step >= num_steps:
             raise _EnoughError
@@ -109,17 +108,17 @@ def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None =
 def _timed_calls(finished: list[tuple[int, float]], compiled: list[float]) -> tuple[np.ndarray, float]:
     """(steps, seconds) of the calls in which nothing was compiled, and the seconds of those in which something was.
 
-    The first two are left out: the first compiles the step, and is read late, because its reading starts the log.
+    Without the first, which compiles the step.
     """
     timed, compiling = [], 0.0
-    for number, ((before, start), (after, end)) in enumerate(itertools.pairwise(finished)):
+    for (before, start), (after, end) in itertools.pairwise(finished):
         if any(start < moment <= end for moment in compiled):
             compiling += end - start
-        elif number > 0:
+        else:
             timed.append((after - before, end - start))
     if not timed:
         raise UserError(
-            "--steps: too few, from the third call on a program was compiled in each; train for more steps "
+            "--steps: too few, from the second call on a program was compiled in each; train for more steps "
             "(config.train.steps_per_call are one call where images are in device memory)"
         )
     return np.array(timed), compiling
