@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt8
 from mpanet_jax import losses
 from mpanet_jax.data.augment import AugmentSettings, augment, normalize
 from mpanet_jax.losses import LossSettings
-from mpanet_jax.models.mpanet import MPANet, Outputs, linear
+from mpanet_jax.models.mpanet import CLASSIFIERS, MPANet, Outputs, linear
 from mpanet_jax.state import TrainState, modality_classifiers
 
 Batch = dict[str, Array]
@@ -80,7 +80,8 @@ def total_gradients(gradients: Any, batch_stats: Any, dtype: DTypeLike, axis_nam
     """The gradients of the whole batch from those of every device's share.
 
     Args:
-      gradients: of the parameters. Those of batch norm are sums over the devices already and stay as they are.
+      gradients: of the parameters. Those of batch norm and of the classifiers are sums over the devices already and
+        stay as they are.
       batch_stats: the running statistics: a layer that has some is a batch norm.
       dtype: the others are summed in it. Most come out of products in this type; those that come in float32 are rounded
         to bfloat16, which halves the bytes that the devices exchange.
@@ -92,7 +93,7 @@ def total_gradients(gradients: Any, batch_stats: Any, dtype: DTypeLike, axis_nam
     batch_norms = {path[:-1] for path in flatten_dict(batch_stats)}
 
     def total(path: tuple[str, ...], gradient: Array) -> Array:
-        if path[:-1] in batch_norms:
+        if path[0] in CLASSIFIERS or path[:-1] in batch_norms:
             return gradient
         return lax.psum(gradient.astype(dtype), axis_name).astype(gradient.dtype)
 

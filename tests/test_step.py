@@ -158,8 +158,9 @@ def test_full_size_shapes():
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
-def test_gradients_are_summed_over_devices_in_the_networks_type_and_those_of_batch_norm_not_again(dtype, name):
+def test_gradients_are_summed_over_devices_in_the_networks_type_and_global_ones_not_again(dtype, name):
     gradients = {"conv1": {"kernel": jnp.full((2, 3), 0.1)}, "bn1": {"scale": jnp.full((5,), 0.1)}}
+    gradients["classifier"] = jnp.full((7, 2), 0.1)
     # The program tells the types; its result would not, because XLA adds bfloat16 in float32 on a CPU.
     one_device = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
     everywhere = jax.sharding.PartitionSpec()
@@ -179,3 +180,4 @@ def test_gradients_are_summed_over_devices_in_the_networks_type_and_those_of_bat
     assert found["conv1"]["kernel"].dtype == jnp.float32
     np.testing.assert_array_equal(found["conv1"]["kernel"], np.full((2, 3), jnp.asarray(0.1, dtype), np.float32))
     np.testing.assert_array_equal(found["bn1"]["scale"], gradients["bn1"]["scale"])
+    np.testing.assert_array_equal(found["classifier"], gradients["classifier"])

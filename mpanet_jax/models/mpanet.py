@@ -1,10 +1,13 @@
 """MPANet: ResNet with MAM after stages 3 and 4, PAM, the BN neck and the three classifiers."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -16,6 +19,8 @@ from mpanet_jax.models.stem import Stem
 
 CHANNEL_MODULES = ("mam", "se", "in", "cbam", "none")
 PATTERN_MODULES = ("pam", "non_local", "none")
+# Their kernels' names: C, C_v and C_r.
+CLASSIFIERS = ("classifier", "visible_classifier", "infrared_classifier")
 
 
 class Outputs(NamedTuple):
@@ -37,9 +42,41 @@ class Outputs(NamedTuple):
     infrared_logits: Float[Array, "b n"]
 
 
-def linear(embedding: Float[Array, "b d"], kernel: Float[Array, "d n"], dtype: DTypeLike) -> Float[Array, "b n"]:
-    """A bias-free linear classifier: the product in `dtype`, sums and result in float32 (float64 for float64)."""
-    return jnp.dot(embedding.astype(dtype), kernel.astype(dtype), preferred_element_type=statistics_dtype(embedding))
+def _linear_forward(embedding, kernel, dtype, axis_name):
+    narrow, narrow_kernel = embedding.astype(dtype), kernel.astype(dtype)
+    logits = jnp.dot(narrow, narrow_kernel, preferred_element_type=statistics_dtype(embedding))
+    # Gathered here, where the losses are left to hide it.
+    whole = narrow if axis_name is None else lax.all_gather(narrow, axis_name, tiled=True)
+    return logits, (whole, narrow_kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def linear(
+    embedding: Float[Array, "b d"], kernel: Float[Array, "d n"], dtype: DTypeLike, axis_name: str | None = None
+) -> Float[Array, "b n"]:
+    """A bias-free linear classifier.
+
+    Args:
+      embedding, kernel: in float32, or float64.
+      dtype: of the operands of the product and of its gradients' products; their sums are in float32, or float64.
+      axis_name: the mapped axis of a multi-device step, None on one device. The kernel's gradient is that of all
+        devices: they exchange embeddings and gradients of logits, a tenth of the bytes of three kernels' gradients.
+
+    Returns:
+      The logits, in embedding's type.
+    """
+    return _linear_forward(embedding, kernel, dtype, None)[0]
+
+
+def _linear_backward(dtype, axis_name, saved, gradient):
+    whole, narrow_kernel = saved
+    narrow = gradient.astype(dtype)
+    whole_gradient = narrow if axis_name is None else lax.all_gather(narrow, axis_name, tiled=True)
+    product = partial(jnp.dot, preferred_element_type=gradient.dtype)
+    return product(narrow, narrow_kernel.T), product(whole.T, whole_gradient)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 class MPANet(nn.Module):
@@ -55,7 +92,8 @@ class MPANet(nn.Module):
       reduction: r of eq. 2.
       dtype: of convolutions and matrix products; statistics and outputs are float32.
       param_dtype: of the parameters: float32, or float64 where dtype is float64.
-      axis_name: the mapped axis of a multi-device step: batch norm's statistics are global over it.
+      axis_name: the mapped axis of a multi-device step: batch norm's statistics are global over it, and so are the
+        gradients of batch norm and of the classifiers.
     """
 
     num_ids: int
@@ -87,14 +125,9 @@ class MPANet(nn.Module):
         features, maps = self._pattern_module(x, train=train)
         neck = BatchNorm(use_bias=False, axis_name=self.axis_name, param_dtype=self.param_dtype, name="neck")
         embedding = neck(features, train=train)
-        logits = [
-            linear(
-                embedding,
-                self.param(name, torch_uniform, (features.shape[-1], self.num_ids), self.param_dtype),
-                self.dtype,
-            )
-            for name in ("classifier", "visible_classifier", "infrared_classifier")
-        ]
+        shape = (features.shape[-1], self.num_ids)
+        kernels = [self.param(name, torch_uniform, shape, self.param_dtype) for name in CLASSIFIERS]
+        logits = [linear(embedding, kernel, self.dtype, self.axis_name) for kernel in kernels]
         return Outputs(features, embedding, maps, *logits)
 
     def _channel_module(self, number: int, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
