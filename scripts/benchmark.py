@@ -27,6 +27,7 @@ STEPS = flags.DEFINE_integer(
     "timed steps (step: 240; train: a tenth of the epochs), steps (precision: 200), batches (extract: 60)",
     lower_bound=2,
 )
+STARTS = flags.DEFINE_integer("starts", 4, "precision: runs of each type", lower_bound=1)
 IMAGES = flags.DEFINE_integer("images", None, "in device memory (2048), or decoded (data: 1000)", lower_bound=1)
 PROFILE = flags.DEFINE_string("profile", None, "step: a folder for a jax.profiler trace")
 FILES = flags.DEFINE_bool("files", False, "extract: also from the files of config.dataset's test split")
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> None:
         "extract": lambda: extract.benchmark_extract(config, **number, **images, from_files=FILES.value),
         "evaluate": lambda: evaluation.benchmark_all(DIMENSIONS.value, PERMUTATION.value, rerank=RERANK.value),
         "data": lambda: data.benchmark_dataset(config, **images),
-        "precision": lambda: precision.benchmark_precision(config, **number),
+        "precision": lambda: precision.benchmark_precision(config, **number, num_starts=STARTS.value),
     }
     report = {"name": name, **measure.environment(), "config": config.to_dict(), "results": benchmarks[name]()}
     print(measure.format_report(report))

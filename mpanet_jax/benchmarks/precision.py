@@ -1,4 +1,4 @@
-"""Whether training in bfloat16 follows training in float32: two runs of the same batches from the same start."""
+"""Whether training in bfloat16 follows training in float32: the same batches, from several nearby starts."""
 
 from typing import Any
 
@@ -14,19 +14,27 @@ from mpanet_jax.train import calls, initial_state, make_feed, make_train_steps, 
 DTYPES = ("float32", "bfloat16")
 
 
-def benchmark_precision(config: ConfigDict, *, num_steps: int = 200, window: int = 20) -> dict[str, Any]:
-    """Train `num_steps` steps in float32 and in bfloat16 from the same random network, with the same batches and draws.
+def benchmark_precision(
+    config: ConfigDict, *, num_steps: int = 200, num_starts: int = 4, window: int = 20
+) -> dict[str, Any]:
+    """Train `num_steps` steps in float32 and in bfloat16, with the same batches and draws.
+
+    The first steps from a random network amplify every rounding, so two runs in float32 come apart too. Therefore each
+    type is trained from the same `num_starts` starts, the random network and copies of it whose parameters are off by
+    one in a million, and the means over the starts are compared.
 
     Args:
       config: the run; its data set has to be prepared, or config.dataset.source named. config.dtype is not read.
       num_steps: of each run; at most those of config.train.num_epochs.
+      num_starts: runs of each type.
       window: the loss curves are smoothed by the mean over so many steps.
 
     Returns:
-      largest_difference: of the smoothed curves, relative to that of float32.
+      largest_difference: of the mean curves, relative to that of float32.
       final_difference: that of the last `window` steps.
-      loss_float32, loss_bfloat16: the means over consecutive windows.
-      steps, window.
+      spread_float32, spread_bfloat16: the largest relative difference of a single curve from its type's mean.
+      loss_float32, loss_bfloat16: the mean curves, over consecutive windows.
+      steps, window, starts.
     """
     config = ConfigDict(config.to_dict())
     config.init_from = ""
@@ -37,30 +45,50 @@ def benchmark_precision(config: ConfigDict, *, num_steps: int = 200, window: int
     feed = make_feed(config, split, parallel, num_ids_per_batch)
     num_steps = min(num_steps, config.train.num_epochs * feed.steps_per_epoch)
     window = min(window, num_steps)
-    start = feed.batches.get_state()
+    first_batch = feed.batches.get_state()
+    curves = {}
     try:
-        curves = {}
         for dtype in DTYPES:
             config.dtype = dtype
-            feed.batches.set_state(start)
-            losses = _losses(config, parallel, feed, split.num_ids, num_steps)
-            curves[dtype] = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+            variables = jax.device_get(initial_variables(config, split.num_ids))
+            run_steps = make_train_steps(config, split.num_ids, feed.steps_per_epoch, parallel)
+            of_starts = []
+            for start in range(num_starts):
+                feed.batches.set_state(first_batch)
+                losses = _losses(config, parallel, feed, _start(variables, start), run_steps, num_steps)
+                of_starts.append(np.convolve(losses, np.full(window, 1 / window), mode="valid"))
+            curves[dtype] = np.array(of_starts)
     finally:
         feed.batches.close()
-    difference = np.abs(curves["bfloat16"] / curves["float32"] - 1)
+    means = {dtype: curve.mean(0) for dtype, curve in curves.items()}
+    difference = np.abs(means["bfloat16"] / means["float32"] - 1)
     return {
         "largest_difference": float(difference.max()),
         "final_difference": float(difference[-1]),
-        **{f"loss_{dtype}": curves[dtype][::window].tolist() for dtype in DTYPES},
+        **{f"spread_{dtype}": float(np.abs(curves[dtype] / means[dtype] - 1).max()) for dtype in DTYPES},
+        **{f"loss_{dtype}": means[dtype][::window].tolist() for dtype in DTYPES},
         "steps": num_steps,
         "window": window,
+        "starts": num_starts,
     }
 
 
-def _losses(config: ConfigDict, parallel: Parallel, feed: TrainFeed, num_ids: int, num_steps: int) -> list[float]:
-    """The total loss of every step from the start."""
-    state = parallel.replicate(initial_state(config, initial_variables(config, num_ids), feed.steps_per_epoch))
-    run_steps = make_train_steps(config, num_ids, feed.steps_per_epoch, parallel)
+def _start(variables: dict[str, Any], number: int) -> dict[str, Any]:
+    """The variables as they are (0), or with parameters off by one in a million."""
+    if number == 0:
+        return variables
+    rng = np.random.default_rng(number)
+    params = jax.tree.map(
+        lambda a: (a * (1 + 1e-6 * rng.standard_normal(a.shape))).astype(a.dtype), variables["params"]
+    )
+    return {**variables, "params": params}
+
+
+def _losses(
+    config: ConfigDict, parallel: Parallel, feed: TrainFeed, variables: dict[str, Any], run_steps: Any, num_steps: int
+) -> list[float]:
+    """The total loss of every step."""
+    state = parallel.replicate(initial_state(config, variables, feed.steps_per_epoch))
     losses = []
     for before, after in calls(0, num_steps, 1 if feed.images is None else config.train.steps_per_call, ()):
         state, metrics = run_steps(state, stack_batches(feed.batches, after - before), feed.images)
