@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.errors import UserError
-from mpanet_jax.models.mpanet import MPANet
+from mpanet_jax.models.mpanet import CLASSIFIERS, MPANet
 from mpanet_jax.state import MODALITY_CLASSIFIERS, init_variables
 
 StateDict = dict[str, np.ndarray]
@@ -30,7 +30,6 @@ Variables = dict[str, Any]  # {"params", "batch_stats", "mean_classifiers"}, nes
 RESNET50 = (3, 4, 6, 3)
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-CLASSIFIERS = ("classifier", *MODALITY_CLASSIFIERS)
 CLASSIFIER = re.compile(r"(visible_|infrared_)?classifier_?\.weight")  # with the mean classifiers
 
 # Flax path → published name, "/" for "."; applied one after the other.
@@ -220,7 +219,7 @@ def to_flax(
       names that were left out: `fc.*`, BN's `num_batches_tracked`, and the dropped classifiers.
 
     Raises:
-      UserError: entries are missing, extra or misshapen; each is named.
+      UserError: entries are missing, extra or misshapen, or hold NaN or infinity; each is named.
     """
     whole = any(name.startswith("backbone.") for name in state_dict)
     prefix = "" if whole else "backbone."
@@ -257,6 +256,9 @@ def to_flax(
             )
         )
 
+    broken = [name.removeprefix(prefix) for name in sorted(expected) if not np.isfinite(usable[name]).all()]
+    if broken:
+        raise UserError(f"{source}: NaN or infinity in {_listed(broken)}; take weights from before training diverged")
     flat = {}
     for name, (path, _, leaf) in expected.items():
         flat[path] = np.ascontiguousarray(_from_published(usable[name], len(leaf.shape)).astype(leaf.dtype, copy=False))

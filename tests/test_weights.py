@@ -122,6 +122,14 @@ def test_every_misfit_is_named(published):
     assert "bn_neck.weight is int64" in message
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(np.float32, np.nan), (np.float16, np.inf)])
+def test_values_that_are_not_finite_are_named(published, dtype, value):
+    kernel = published["backbone.layer2.0.conv1.weight"].astype(dtype)
+    kernel[1, 0] = value
+    with pytest.raises(UserError, match=r"x\.pth: NaN or infinity in backbone\.layer2\.0\.conv1\.weight;"):
+        weights.to_flax(dict(published, **{"backbone.layer2.0.conv1.weight": kernel}), template(), source="x.pth")
+
+
 def test_a_trained_neck_bias_is_refused(published):
     state_dict = dict(published, **{"bn_neck.bias": published["bn_neck.bias"] + 1e-3})
     with pytest.raises(UserError, match=r"not part of the model: bn_neck\.bias"):
