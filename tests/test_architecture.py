@@ -8,19 +8,22 @@ PACKAGE = Path(__file__).parent.parent / "mpanet_jax"
 # part: the internal modules or packages that it may import, beside itself
 ALLOWED = {
     "errors": set(),
+    "cpus": set(),
     "losses": set(),
     "optim": set(),
     "models": set(),
     "metric_log": set(),
     "datasets": {"errors"},
-    "data": {"datasets", "errors"},
+    "data": {"datasets", "errors", "cpus"},
     "state": {"models"},
     "step": {"models", "losses", "optim", "state", "data"},
     "parallel": {"state", "errors"},
     "weights": {"errors", "models", "state", "checkpoint"},
     "checkpoint": {"state", "errors"},
     "experiment": {"datasets", "data", "losses", "models", "optim", "errors", "state", "weights"},
-    "evaluation": {"datasets", "data", "models", "step", "checkpoint", "experiment", "errors", "weights", "parallel"},
+    "evaluation": {
+        *("datasets", "data", "models", "step", "checkpoint", "experiment", "errors", "cpus", "weights", "parallel")
+    },
 }
 
 

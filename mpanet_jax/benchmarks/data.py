@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mpanet_jax import datasets
-from mpanet_jax.data.cache import available_cpus, resized_images
+from mpanet_jax.cpus import available_cpus
+from mpanet_jax.data.cache import resized_images
 from mpanet_jax.data.decode import decode_and_resize, resize_bilinear
 from mpanet_jax.data.pipeline import choose_num_workers, train_feed
 from mpanet_jax.datasets.schema import Split

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
+from mpanet_jax.cpus import available_cpus
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
-from mpanet_jax.evaluation.metrics import threads
 from mpanet_jax.evaluation.protocols import Embeddings, load_permutation
 from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
 from mpanet_jax.evaluation.top_k import top_k
@@ -96,7 +96,7 @@ def benchmark_evaluation(
         "num_query": len(query),
         "num_gallery": len(gallery),
         "dimension": dimension,
-        "threads": threads(),
+        "threads": available_cpus(),
         "rank1": metrics["sysu/all/single"]["rank1"],
     }
 

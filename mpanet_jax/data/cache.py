@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.decode import MAX_THREADS, decode_and_resize
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
@@ -146,11 +147,6 @@ def _fill(images: np.ndarray, split: Split, num_threads: int | None) -> None:
         pool.shutdown(cancel_futures=True)
     rate = len(split) / (time.perf_counter() - started)
     logging.info("images: %d of %s resized to %dx%d, %.0f a second", len(split), split.name, height, width, rate)
-
-
-def available_cpus() -> int:
-    """How many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decoding_threads() -> int:

@@ -24,7 +24,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from mpanet_jax.data.cache import available_cpus, choose_cache, decoding_threads, open_cache, resized_images
+from mpanet_jax.cpus import available_cpus
+from mpanet_jax.data.cache import choose_cache, decoding_threads, open_cache, resized_images
 from mpanet_jax.data.decode import decode_and_resize
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import Split

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpanet_jax.cpus import available_cpus
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.metrics import (
     CMC_DEFINITIONS,
@@ -19,7 +20,6 @@ from mpanet_jax.evaluation.metrics import (
     relative_identities,
     score_rankings,
     summarize,
-    threads,
 )
 from mpanet_jax.evaluation.protocols import DEFAULTS, Comparison, Embeddings, check_embeddings, comparisons
 from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
@@ -100,7 +100,7 @@ def _score(comparison: Comparison, metric: str) -> list[list[QueryScores]]:
     score = _scorer(comparison)
     chunk = max(1, _CHUNK // len(gallery))
     parts = []
-    with ThreadPoolExecutor(threads()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         for start in range(0, len(query), chunk):
             rows = np.arange(start, min(start + chunk, len(query)))
             distance = distances(query.features[rows])

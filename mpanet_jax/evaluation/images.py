@@ -19,7 +19,7 @@ from PIL import UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mpanet_jax.data.cache import available_cpus
+from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.decode import decode_and_resize
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.extract import extract_embeddings

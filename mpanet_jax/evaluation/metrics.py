@@ -6,7 +6,6 @@ gallery, `evaluate.py` joins the two. A ranking is stable: ascending distance, e
 
 import functools
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,11 +15,6 @@ from jaxtyping import Bool, Float32, Float64, Int
 
 METRICS = ("cosine", "euclidean")
 CMC_DEFINITIONS = ("identity", "image")
-
-
-def threads() -> int:
-    """Number of CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def squared_norms(features: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, " n"]:

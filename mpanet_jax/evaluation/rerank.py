@@ -11,7 +11,8 @@ import numpy as np
 import scipy.sparse as sparse
 from jaxtyping import Float32
 
-from mpanet_jax.evaluation.metrics import l2_normalize, rank_gallery, squared_norms, threads
+from mpanet_jax.cpus import available_cpus
+from mpanet_jax.evaluation.metrics import l2_normalize, rank_gallery, squared_norms
 
 
 def squared_distances(features: np.ndarray, metric: str) -> Float32[np.ndarray, "n n"]:
@@ -47,7 +48,7 @@ def k_reciprocal(
     largest = distance.max(axis=1, keepdims=True)
     distance /= np.where(largest > 0, largest, 1)
     blocks = [slice(start, start + 256) for start in range(0, total, 256)]
-    with ThreadPoolExecutor(threads()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         nearest = np.concatenate(list(pool.map(lambda rows: rank_gallery(distance[rows])[:, : k1 + 1], blocks)))
 
         reciprocal = _reciprocal(nearest)
