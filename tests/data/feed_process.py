@@ -3,7 +3,7 @@
     python feed_process.py FOLDER CACHE NUM_WORKERS
 
 Goes on from the newest checkpoint in FOLDER, appends "<step> <hash of the batch>" to FOLDER/batches.txt for each batch,
-and saves a checkpoint after every third.
+and saves a checkpoint after every third. Without a checkpoint to go on from it does not end: it is there to be killed.
 """
 
 import os
@@ -25,7 +25,8 @@ def main(folder: Path, cache: str, num_workers: int) -> None:
         ocp.training.Checkpointer(folder / "checkpoints", cleanup_tmp_directories=True) as checkpointer,
         open(folder / "batches.txt", "a") as log,
     ):
-        if checkpointer.latest is not None:
+        resumed = checkpointer.latest is not None
+        if resumed:
             items = {"state": {"step": np.zeros((), int)}, "data": feed.batches}
             step = int(checkpointer.load_checkpointables(None, items)["state"]["step"])
             log.write(f"restored {step}\n")
@@ -38,6 +39,8 @@ def main(folder: Path, cache: str, num_workers: int) -> None:
                 items = {"state": {"step": np.array(step)}, "data": feed.batches}
                 checkpointer.save_checkpointables_async(step, items)
             time.sleep(0.1)
+        if not resumed:
+            time.sleep(600)
         log.write("end\n")
     feed.batches.close()
 
