@@ -237,7 +237,8 @@ def stack_batches(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[
     return {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}
 
 
-def _time_when_ready(array: jax.Array) -> float:
+def time_when_ready(array: Any) -> float:
+    """Waits for the array, and returns when it was there by `time.perf_counter`."""
     jax.block_until_ready(array)
     return time.perf_counter()
 
@@ -257,13 +258,13 @@ class _MetricReader:
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._unread = None
         self._timed = None  # what was read last: the step, and when the device had finished it
-        # Sending a call off may take until the device is nearly through with it, so the reading, which comes after, is
-        # late: by a call of many steps or of one.
+        # Sending a call off may take until the device is nearly through with it, and the call before is read after
+        # that: late by as long as this one takes, which may be of one step or of many.
         self._clock = ThreadPoolExecutor(1)
 
     def read_previous(self, before: int, after: int, metrics: Any) -> None:
         """Reads what was handed in last, and keeps the metrics of the steps before+1 … after for the next time."""
-        finished_at = self._clock.submit(_time_when_ready, metrics["loss"])
+        finished_at = self._clock.submit(time_when_ready, metrics["loss"])
         self.finish()
         self._unread = (before, after, metrics, finished_at)
 

@@ -6,7 +6,7 @@ python scripts/benchmark.py step --config.dtype=float32 --profile=runs/profile
 python scripts/benchmark.py train --config=configs/sysu.py --config.dataset.data_dir=data --config.data.cache=none
 python scripts/benchmark.py extract --files
 python scripts/benchmark.py evaluate --dimensions=256,14336 --permutation=SYSU-MM01/exp/rand_perm_cam.mat
-python scripts/benchmark.py precision --config.dataset.data_dir=data     (bfloat16 follows float32)
+python scripts/benchmark.py precision --config.dataset.data_dir=data     (whether bfloat16 follows float32)
 python scripts/benchmark.py data                       (draws a small data set where config.dataset names none)
 """
 

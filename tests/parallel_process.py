@@ -1,6 +1,6 @@
 """The same three steps on one device and on several, in a process of its own.
 
-    JAX_ENABLE_X64=1 python -m tests.parallel_process RESULT.json                  # all accelerators of this machine
+    JAX_ENABLE_X64=1 python -m tests.parallel_process RESULT.json                  # two, four or eight accelerators
     JAX_ENABLE_X64=1 XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \\
         python -m tests.parallel_process RESULT.json                               # eight CPU devices, as the tests do
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from mpanet_jax.data.augment import AugmentSettings
 from mpanet_jax.losses import LossSettings
-from mpanet_jax.models.mpanet import MPANet
+from mpanet_jax.models.mpanet import MPANet, linear
 from mpanet_jax.optim import create_optimizer, learning_rate_schedule, mean_rate_schedule
 from mpanet_jax.parallel import Parallel, local_devices, on_first_device
 from mpanet_jax.state import create_train_state, init_variables
@@ -112,9 +112,36 @@ def deviation(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
 
 
+def case_name(preset, count, mapping, in_one_call, images_on_device):
+    calls, images = "in one call" if in_one_call else "in three calls", "there" if images_on_device else "sent"
+    return f"{preset}, {count} by {mapping}, {calls}, images {images}"
+
+
+def classifier_gradients(parallel, num_ids, dtype):
+    """Logits, the kernel's gradient and the embeddings' of a classifier that is mapped over the devices."""
+    rng = np.random.default_rng(0)
+    embedding, kernel, weights = (rng.standard_normal(s) for s in ((16, 6), (6, num_ids), (16, num_ids)))
+
+    def gradients(kernel, rows):
+        def share(kernel, embedding):
+            logits = linear(embedding, kernel, dtype, parallel.axis_name)
+            return (jnp.tanh(logits) * rows["weights"]).sum(), logits
+
+        (d_kernel, d_embedding), logits = jax.grad(share, (0, 1), has_aux=True)(kernel, rows["embedding"])
+        # One row for each device: they have to agree.
+        return {"logits": logits, "d_embedding": d_embedding, "d_kernel": d_kernel[None]}
+
+    found = jax.device_get(
+        parallel.map_rows(gradients)(parallel.replicate(kernel), {"embedding": embedding, "weights": weights})
+    )
+    copies = found["d_kernel"]
+    assert len(copies) == parallel.num_devices and (copies == copies[0]).all()
+    return found | {"d_kernel": copies[0]}
+
+
 def main(result):
     devices = tuple(jax.devices())
-    assert len(devices) > 1 and jax.config.jax_enable_x64, "several devices and JAX_ENABLE_X64=1 are needed"
+    assert len(devices) in (2, 4, 8) and jax.config.jax_enable_x64, "2, 4 or 8 devices and JAX_ENABLE_X64=1 are needed"
     expected = {preset: run(preset, Parallel(devices[:1]), False, False)[0] for preset in PRESETS}
     # What a deviation is measured against: how far training went.
     deviations = {
@@ -123,7 +150,7 @@ def main(result):
     for preset, count, mapping, in_one_call, images_on_device in CASES:
         parallel = Parallel(devices[:count], mapping)
         found, state = run(preset, parallel, in_one_call, images_on_device)
-        deviations[f"{preset} {parallel.num_devices} {mapping}"] = {
+        deviations[case_name(preset, parallel.num_devices, mapping, in_one_call, images_on_device)] = {
             name: deviation(expected[preset][name], found[name]) for name in expected[preset]
         }
     variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})
@@ -135,6 +162,12 @@ def main(result):
     assert on_all.sharding.device_set == set(devices)
     on_one = jax.jit(partial(embed_step, model=model))(variables, images)
     deviations["embeddings"] = {"embeddings": deviation(jax.device_get(on_one), jax.device_get(on_all))}
+    for num_ids, way in ((2, "summed"), (40, "product of all")):
+        for dtype in (jnp.float64, jnp.bfloat16):
+            one, all_ = (classifier_gradients(Parallel(d, "shard_map"), num_ids, dtype) for d in (devices[:1], devices))
+            deviations[f"classifier, {way}, {dtype.__name__}"] = {
+                name: deviation(one[name], all_[name]) for name in one
+            }
     result.write_text(json.dumps(deviations, indent=1))
 
 

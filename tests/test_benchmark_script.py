@@ -177,7 +177,7 @@ def test_the_first_call_and_those_that_compile_are_left_out():
 
 
 def test_seconds_per_call_and_rates():
-    seconds = measure.seconds_per_call(lambda: time.sleep(0.02), 4, warm_up=1)
-    assert len(seconds) == 4 and (seconds[:-1] >= 0.019).all()
+    seconds = measure.seconds_per_call(lambda: time.sleep(0.1), 4, warm_up=1)
+    assert len(seconds) == 4 and 0.35 < seconds.sum() < 5  # four calls; each moment may be noted a little late
     rates = measure.rates(np.arange(1.0, 12.0), 12)
     assert rates == {"images_per_second": 2.0, "median_ms": 6000.0, "p10_ms": 2000.0, "p90_ms": 10000.0}

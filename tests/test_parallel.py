@@ -12,7 +12,7 @@ import pytest
 from mpanet_jax.errors import UserError
 from mpanet_jax.parallel import global_num_ids
 from mpanet_jax.train import calls
-from tests.parallel_process import CASES
+from tests.parallel_process import CASES, case_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,9 +31,9 @@ def deviations(tmp_path_factory):
     return json.loads(result.read_text())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case[:3])))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case_name(*case))
 def test_many_devices_give_the_result_of_one(deviations, case):
-    found = deviations[" ".join(map(str, case[:3]))]
+    found = deviations[case_name(*case)]
     # opt_state holds the sums of the gradients and of their squares.
     assert set(found) == {"params", "batch_stats", "opt_state", "mean_classifiers", "metrics"}
     assert max(found.values()) < 1e-9, found
@@ -42,6 +42,16 @@ def test_many_devices_give_the_result_of_one(deviations, case):
 
 def test_embeddings_of_many_devices_are_those_of_one(deviations):
     assert deviations["embeddings"]["embeddings"] < 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("way", ["summed", "product of all"])
+def test_classifiers_gradients_are_global(deviations, way, dtype):
+    found = deviations[f"classifier, {way}, {dtype}"]
+    assert set(found) == {"logits", "d_embedding", "d_kernel"}
+    if way == "summed" and dtype == "bfloat16":
+        assert 0 < found.pop("d_kernel") < 0.02  # of values about 1, each device's part is rounded
+    assert max(found.values()) < 1e-12, found
 
 
 @pytest.mark.parametrize(

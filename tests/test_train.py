@@ -167,7 +167,7 @@ def test_evaluation_does_not_count_as_training_time(config, tmp_path, monkeypatc
         return {"sysu/all/single": {"rank1": 0.0, "mAP": 0.0, "mINP": 0.0}}
 
     monkeypatch.setattr("mpanet_jax.train.evaluate_split", evaluate)
-    monkeypatch.setattr("mpanet_jax.train._time_when_ready", step_done)
+    monkeypatch.setattr("mpanet_jax.train.time_when_ready", step_done)
     monkeypatch.setattr("mpanet_jax.train.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(
         "mpanet_jax.train.MetricLog.scalars",

@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpanet_jax.benchmarks.evaluation import peak_memory_gib
+from mpanet_jax.train import time_when_ready
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 # Reads and writes of every convolution's output in a training step where convolution, batch norm and ReLU are separate
@@ -48,15 +50,14 @@ def seconds_per_call(call: Callable[[], Any], num_calls: int, *, warm_up: int = 
 
     Call n+1 is sent off before call n's result is waited for. The first `warm_up` intervals are left out.
     """
-    finished, waiting = [], call()
-    for _ in range(warm_up + num_calls):
-        following = call()
-        jax.block_until_ready(waiting)
-        finished.append(time.perf_counter())
-        waiting = following
-    jax.block_until_ready(waiting)
-    finished.append(time.perf_counter())
-    return np.diff(finished)[warm_up:]
+    finished: list[Future[float]] = []
+    # In a thread, for sending a call off may take longer than the call before it.
+    with ThreadPoolExecutor(1) as clock:
+        for _ in range(1 + warm_up + num_calls):
+            finished.append(clock.submit(time_when_ready, call()))
+            if len(finished) > 1:
+                finished[-2].result()
+    return np.diff([moment.result() for moment in finished])[warm_up:]
 
 
 def rates(seconds: np.ndarray, images: int) -> dict[str, float]:

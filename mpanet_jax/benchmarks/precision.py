@@ -32,7 +32,8 @@ def benchmark_precision(
     Returns:
       largest_difference: of the mean curves, relative to that of float32.
       final_difference: that of the last `window` steps.
-      spread_float32, spread_bfloat16: the largest relative difference of a single curve from its type's mean.
+      spread_float32, spread_bfloat16: the largest relative difference of a single curve from its type's mean; with one
+        start there are none. The means are uncertain by about spread/√num_starts.
       loss_float32, loss_bfloat16: the mean curves, over consecutive windows.
       steps, window, starts.
     """
@@ -65,7 +66,7 @@ def benchmark_precision(
     return {
         "largest_difference": float(difference.max()),
         "final_difference": float(difference[-1]),
-        **{f"spread_{dtype}": float(np.abs(curves[dtype] / means[dtype] - 1).max()) for dtype in DTYPES},
+        **{f"spread_{name}": float(np.abs(curves[name] / means[name] - 1).max()) for name in DTYPES if num_starts > 1},
         **{f"loss_{dtype}": means[dtype][::window].tolist() for dtype in DTYPES},
         "steps": num_steps,
         "window": window,

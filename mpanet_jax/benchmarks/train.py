@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None =
     def on_steps(step: int, finished_at: float) -> None:
         nonlocal to_first_step
         finished.append((step, finished_at))
-        to_first_step = to_first_step or measure.seconds_since_process_start()
+        since = time.perf_counter() - finished_at
+        to_first_step = to_first_step or measure.seconds_since_process_start() - since
         if step >= num_steps:
             raise _EnoughError
 
@@ -118,7 +120,7 @@ def _timed_calls(finished: list[tuple[int, float]], compiled: list[float]) -> tu
             timed.append((after - before, end - start))
     if not timed:
         raise UserError(
-            "--steps: too few, from the second call on a program was compiled in each; train for more steps "
+            "--steps: too few, there is no call behind the first in which nothing was compiled; train for more steps "
             "(config.train.steps_per_call are one call where images are in device memory)"
         )
     return np.array(timed), compiling

@@ -20,7 +20,7 @@ class BatchNorm(nn.Module):
       momentum: weight of the new batch in the running statistics.
       eps: added to the variance.
       axis_name: the mapped axis over whose devices the statistics are taken and the gradients of scale and bias summed;
-        `step.total_gradients` takes it that layers with running statistics do so, and no others.
+        `step.total_gradients` takes it that layers with running statistics do so, and the classifiers, and no others.
       param_dtype: type of scale, bias and running statistics.
       scale_init: how the scale starts.
     """
