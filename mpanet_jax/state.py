@@ -8,10 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from mpanet_jax.models.mpanet import MPANet
-
-# The classifiers that have a mean classifier; the keys of `TrainState.mean_classifiers`.
-MODALITY_CLASSIFIERS = ("visible_classifier", "infrared_classifier")
+from mpanet_jax.models.mpanet import MODALITY_CLASSIFIERS, MPANet
 
 
 @flax.struct.dataclass

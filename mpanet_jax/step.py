@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt8
 from mpanet_jax import losses
 from mpanet_jax.data.augment import AugmentSettings, augment, normalize
 from mpanet_jax.losses import LossSettings
-from mpanet_jax.models.mpanet import CLASSIFIERS, MPANet, Outputs, linear
+from mpanet_jax.models.mpanet import CLASSIFIERS, MODALITY_CLASSIFIERS, MPANet, Outputs, linear, sum_gradient
 from mpanet_jax.state import TrainState, modality_classifiers
 
 Batch = dict[str, Array]
@@ -57,7 +57,7 @@ def loss_terms(
         # No gradient reaches the features through the mean classifiers' predictions.
         embedding = lax.stop_gradient(outputs.embedding)
         mean_visible, mean_infrared = (
-            linear(embedding, mean_classifiers[name], dtype) for name in ("visible_classifier", "infrared_classifier")
+            linear(embedding, mean_classifiers[name], dtype) for name in MODALITY_CLASSIFIERS
         )
         terms["mutual_mean"] = losses.mutual_mean_loss(
             visible,
@@ -95,7 +95,7 @@ def total_gradients(gradients: Any, batch_stats: Any, dtype: DTypeLike, axis_nam
     def total(path: tuple[str, ...], gradient: Array) -> Array:
         if path[0] in CLASSIFIERS or path[:-1] in batch_norms:
             return gradient
-        return lax.psum(gradient.astype(dtype), axis_name).astype(gradient.dtype)
+        return sum_gradient(gradient, dtype, axis_name)
 
     return path_aware_map(total, gradients)
 

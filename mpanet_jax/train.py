@@ -264,16 +264,16 @@ class _MetricReader:
 
     def read_previous(self, before: int, after: int, metrics: Any) -> None:
         """Reads what was handed in last, and keeps the metrics of the steps before+1 … after for the next time."""
-        finished_at = self._clock.submit(time_when_ready, metrics["loss"])
+        moment = self._clock.submit(time_when_ready, metrics["loss"])
         self.finish()
-        self._unread = (before, after, metrics, finished_at)
+        self._unread = (before, after, metrics, moment)
 
     def finish(self) -> None:
         """Reads what was handed in last."""
         if self._unread is None:
             return
-        before, after, metrics, clock = self._unread
-        self._unread, finished_at = None, clock.result()
+        before, after, metrics, moment = self._unread
+        self._unread, finished_at = None, moment.result()
         losses = jax.device_get(metrics["loss"])
         if not np.isfinite(losses).all():
             step = before + 1 + int(np.isfinite(losses).argmin())

@@ -21,8 +21,8 @@ from orbax.checkpoint import v1 as ocp
 
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.errors import UserError
-from mpanet_jax.models.mpanet import CLASSIFIERS, MPANet
-from mpanet_jax.state import MODALITY_CLASSIFIERS, init_variables
+from mpanet_jax.models.mpanet import CLASSIFIERS, MODALITY_CLASSIFIERS, MPANet
+from mpanet_jax.state import init_variables
 
 StateDict = dict[str, np.ndarray]
 Variables = dict[str, Any]  # {"params", "batch_stats", "mean_classifiers"}, nested

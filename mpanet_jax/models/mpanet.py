@@ -19,8 +19,9 @@ from mpanet_jax.models.stem import Stem
 
 CHANNEL_MODULES = ("mam", "se", "in", "cbam", "none")
 PATTERN_MODULES = ("pam", "non_local", "none")
-# Their kernels' names: C, C_v and C_r.
-CLASSIFIERS = ("classifier", "visible_classifier", "infrared_classifier")
+# The names of the classifiers' kernels: C_v and C_r, which have a mean classifier, and with C all three.
+MODALITY_CLASSIFIERS = ("visible_classifier", "infrared_classifier")
+CLASSIFIERS = ("classifier", *MODALITY_CLASSIFIERS)
 
 
 class Outputs(NamedTuple):
@@ -40,6 +41,11 @@ class Outputs(NamedTuple):
     logits: Float[Array, "b n"]
     visible_logits: Float[Array, "b n"]
     infrared_logits: Float[Array, "b n"]
+
+
+def sum_gradient(gradient: Array, dtype: DTypeLike, axis_name: str) -> Array:
+    """The sum of a gradient over the devices of `axis_name`, computed in `dtype`, in the gradient's type."""
+    return lax.psum(gradient.astype(dtype), axis_name).astype(gradient.dtype)
 
 
 def _gather_factors(num_rows: int, num_ids: int, axis_name: str | None) -> bool:
@@ -89,7 +95,7 @@ def _linear_backward(dtype, axis_name, saved, gradient):
         return d_embedding, product(whole.T, lax.all_gather(narrow, axis_name, tiled=True))
     d_kernel = product(whole.T, narrow)
     if axis_name is not None:
-        d_kernel = lax.psum(d_kernel.astype(dtype), axis_name).astype(gradient.dtype)
+        d_kernel = sum_gradient(d_kernel, dtype, axis_name)
     return d_embedding, d_kernel
 
 

@@ -74,6 +74,7 @@ def test_batches_after_a_kill_are_bit_identical_in_all_modes(tmp_path):
                 workers += children(processes[mode].pid)
                 processes[mode].send_signal(signal.SIGKILL)
                 processes[mode].wait()
+                assert "end" not in lines(folders[mode])
         time.sleep(0.02)
     assert len(workers) >= 2  # those of ("none", 2)
     while any(map(running, workers)):
