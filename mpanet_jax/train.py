@@ -36,16 +36,8 @@ from mpanet_jax.experiment import (
     save_config,
 )
 from mpanet_jax.metric_log import MetricLog
-from mpanet_jax.parallel import (
-    Parallel,
-    all_devices,
-    check_same_workdir,
-    gather,
-    global_num_ids,
-    is_first_process,
-    on_first_device,
-    wait_for_all_processes,
-)
+from mpanet_jax.parallel import Parallel, all_devices, global_num_ids, on_first_device
+from mpanet_jax.processes import check_same_workdir, gather, is_first_process, wait_for_all_processes
 from mpanet_jax.state import TrainState, create_train_state
 from mpanet_jax.step import train_steps
 

@@ -18,11 +18,13 @@ ALLOWED = {
     "state": {"models"},
     "step": {"models", "losses", "optim", "state", "data"},
     "parallel": {"state", "errors"},
+    "processes": {"errors"},
     "weights": {"errors", "models", "state", "checkpoint"},
     "checkpoint": {"state", "errors"},
     "experiment": {"datasets", "data", "losses", "models", "optim", "errors", "state", "weights"},
     "evaluation": {
-        *("datasets", "data", "models", "step", "checkpoint", "experiment", "errors", "cpus", "weights", "parallel")
+        *("datasets", "data", "models", "step", "checkpoint", "experiment", "errors", "cpus", "weights"),
+        *("parallel", "processes"),
     },
 }
 

@@ -20,7 +20,8 @@ from mpanet_jax.evaluation.extract import extract_embeddings
 from mpanet_jax.evaluation.protocols import Embeddings
 from mpanet_jax.experiment import initial_variables, load_config, load_split, make_model
 from mpanet_jax.models.mpanet import MPANet
-from mpanet_jax.parallel import gather_shares, local_devices, share_of_process
+from mpanet_jax.parallel import local_devices
+from mpanet_jax.processes import gather_shares, share_of_process
 from mpanet_jax.step import embed_step
 
 # Where the metrics of each `checkpoint` of `evaluate_workdir` are written, below the workdir.
