@@ -18,13 +18,23 @@ class UserError(Exception):
     """
 
 
+class AbsentProcessError(UserError):
+    """Another process of the run did not come in time.
+
+    Scripts end at once then: JAX would wait for that process once more, and abort this one with a stack trace.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, as one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _fail(message: object) -> None:
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    if isinstance(message, AbsentProcessError):
+        sys.stdout.flush()
+        os._exit(2)
     # What threads and coroutines that were cut short would still say would bury that line.
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = lambda _: None

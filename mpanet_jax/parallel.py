@@ -72,11 +72,13 @@ class Parallel:
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, self._everywhere, lambda _: leaf)
 
-    def map_steps(self, steps: Steps) -> Steps:
+    def map_steps(self, steps: Steps, *, on_compiled: Callable[[], None] = lambda: None) -> Steps:
         """Compiles per-device iterations `(state, batches, images) → (state, metrics)`; the state is donated.
 
         Args:
           steps: per-device code that reduces over `axis_name`, so that all it returns is the same on every device.
+          on_compiled: over several processes, called between a program's compilation (one for every number of steps)
+            and its first call, for some processes compile faster than others.
 
         Returns:
           The same function of a replicated state, NumPy batches [steps, rows, …] (on several hosts this process's rows)
@@ -85,49 +87,43 @@ class Parallel:
         if self.num_devices == 1:
             return jax.jit(steps, donate_argnums=0)
         if self.mapping == "pmap":
-            return self._pmap_steps(steps)
-        everywhere, split = PartitionSpec(), PartitionSpec(None, AXIS)
-        # check_vma=False: psum's transpose is psum, as in pmap; the losses are written for that (see losses.py).
-        mapped = jax.jit(
-            jax.shard_map(
-                steps,
-                mesh=self._mesh,
-                in_specs=(everywhere, split, everywhere),
-                out_specs=everywhere,
-                check_vma=False,
-            ),
-            donate_argnums=0,
-        )
-        sharding = NamedSharding(self._mesh, split)
-        return lambda state, batches, images: mapped(
-            state,
-            {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batches.items()},
-            images,
-        )
-
-    def _pmap_steps(self, steps: Steps) -> Steps:
-        # The key never changes; it goes beside the state because pmap fetches keys to the host where there are several
-        # hosts, and would wait for the call before if the key came out of it.
-        def beside_key(state: TrainState, key: jax.Array, batches: Any, images: Any) -> tuple[TrainState, Any]:
-            state, metrics = steps(state.replace(rng=key), batches, images)
-            return state.replace(rng=None), metrics
-
-        # None: the state is one array on all devices, going in and coming out, not one with a device axis.
-        mapped = jax.pmap(
-            beside_key,
-            axis_name=AXIS,
-            in_axes=(None, None, 1, None),
-            out_axes=None,
-            devices=self.devices,
-            donate_argnums=0,
-        )
+            # None: the state is one array on all devices, going in and coming out, not one with a device axis.
+            mapped = jax.pmap(
+                steps, AXIS, in_axes=(None, 1, None), out_axes=None, devices=self.devices, donate_argnums=0
+            )
+        else:
+            everywhere, split = PartitionSpec(), PartitionSpec(None, AXIS)
+            # check_vma=False: psum's transpose is psum, as in pmap; the losses are written for that (see losses.py).
+            mapped = jax.jit(
+                jax.shard_map(
+                    steps,
+                    mesh=self._mesh,
+                    in_specs=(everywhere, split, everywhere),
+                    out_specs=everywhere,
+                    check_vma=False,
+                ),
+                donate_argnums=0,
+            )
+        programs = {}
 
         def run(state: TrainState, batches: dict[str, np.ndarray], images: Any) -> tuple[TrainState, Any]:
-            split = {name: a.reshape(len(a), self._num_local, -1, *a.shape[2:]) for name, a in batches.items()}
-            next_state, metrics = mapped(state.replace(rng=None), state.rng, split, images)
-            return next_state.replace(rng=state.rng), metrics
+            arguments = state, {name: self._split_rows(rows) for name, rows in batches.items()}, images
+            # Not ahead of the call where it need not be: JAX_ENABLE_PGLE has jit compile again, by a profile.
+            if self._num_local == self.num_devices:
+                return mapped(*arguments)
+            num_steps = len(next(iter(batches.values())))
+            if num_steps not in programs:
+                programs[num_steps] = mapped.lower(*arguments).compile()
+                on_compiled()
+            return programs[num_steps](*arguments)
 
         return run
+
+    def _split_rows(self, rows: np.ndarray) -> jax.Array:
+        """[steps, rows, …] of this process as one array [steps, all rows, …]; for pmap [steps, devices, rows, …]."""
+        if self.mapping == "pmap":
+            rows = rows.reshape(len(rows), self._num_local, -1, *rows.shape[2:])
+        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, PartitionSpec(None, AXIS)), rows)
 
     def map_rows(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, np.ndarray], jax.Array]:
         """Compiles `(variables, rows) → rows` where no row depends on another; the number of rows must divide."""
@@ -141,18 +137,6 @@ class Parallel:
         )
         sharding = NamedSharding(self._mesh, split)
         return lambda variables, rows: mapped(variables, jax.device_put(rows, sharding))
-
-    def to_save(self, tree: Any) -> Any:
-        """Replicated arrays as orbax saves them, once for all processes; no bytes are copied."""
-
-        def over_processes(leaf: jax.Array) -> jax.Array:
-            if not leaf.is_fully_addressable:
-                return leaf
-            # pmap hands out the part of this process only.
-            parts = [shard.data for shard in leaf.addressable_shards]
-            return jax.make_array_from_single_device_arrays(leaf.shape, self._everywhere, parts)
-
-        return tree if self._num_local == self.num_devices else jax.tree.map(over_processes, tree)
 
 
 def all_devices(mapping: str = "pmap") -> Parallel:

@@ -1,20 +1,35 @@
 """The processes of a run over several hosts: how they start together, and what they tell one another."""
 
+import itertools
 import secrets
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
-from mpanet_jax.errors import UserError, first_line
+from mpanet_jax.errors import AbsentProcessError, UserError, first_line
 
 # A process that is lost is noticed after this long; the others are then stopped.
 HEARTBEAT_SECONDS = 20
+# How long processes wait for one that is slower, at the start and later; --process_timeout.
+WAIT_SECONDS = 1800
+
+_wait_seconds = WAIT_SECONDS  # as `start_processes` was told
+_waits = itertools.count()  # every process counts the same
 
 
-def start_processes(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+def start_processes(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    wait_seconds: int = WAIT_SECONDS,
+) -> None:
     """Joins the processes of a run over several hosts; to be called before anything else touches JAX.
 
     Args:
@@ -22,33 +37,97 @@ def start_processes(coordinator_address: str | None, num_processes: int | None, 
         (Slurm, Open MPI, Kubernetes, cloud TPU).
       num_processes: how many there are.
       process_id: which one this is, from 0.
+      wait_seconds: how long this process waits for the others, here and in `wait_for_all_processes`. JAX itself lets
+        them join within an hour.
 
     Raises:
-      UserError: not enough is known, or process 0 cannot be reached.
+      UserError: not enough is known, process 0 cannot be reached, or a process does not come in time.
     """
+    global _wait_seconds
+    _wait_seconds = wait_seconds
     # It would catch SIGTERM, by which schedulers end a run, and wait for somebody to act on it.
     jax.config.update("jax_enable_preemption_service", False)
+    join = partial(
+        jax.distributed.initialize,
+        coordinator_address,
+        num_processes,
+        process_id,
+        initialization_timeout=wait_seconds + HEARTBEAT_SECONDS,  # at which it would abort the process
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+    )
     try:
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            initialization_timeout=120,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        _in_thread(join, wait_seconds)
+    except TimeoutError as error:
+        raise AbsentProcessError(
+            f"--distributed: waited {wait_seconds} s for all processes to join; start each of them, with the "
+            "--coordinator_address and --num_processes of the others, and see whether they reach process 0 there; "
+            "where they only take longer, raise --process_timeout"
+        ) from error
     except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
         raise UserError(
             f"--distributed: the processes cannot be joined ({first_line(error)}); give --coordinator_address="
             "HOST:PORT of process 0, --num_processes and --process_id to every process, or start them by a scheduler "
             "that JAX knows (Slurm, Open MPI)"
         ) from error
+    wait_for_all_processes("the start")
 
 
-def gather(value: int) -> list[int]:
-    """This number of every process."""
+def wait_for_all_processes(place: str) -> None:
+    """Returns when every process has come here; to be called between unequal work and a collective.
+
+    Args:
+      place: what the message calls it.
+
+    Raises:
+      UserError: another process has not come within the `wait_seconds` of `start_processes`.
+    """
+    if jax.process_count() == 1:
+        return
+    # A barrier of JAX's coordination service. Collectives, multihost_utils.sync_global_devices among them, are no place
+    # to wait: on CPUs the first one of a group of devices fails when processes come to it more than 30 s apart, and no
+    # option changes that. JAX has no public function for the barrier; orbax has this one.
+    barrier = multihost.get_barrier_sync_fn()
+    key, milliseconds = f"mpanet_jax {next(_waits)}: {place}", _wait_seconds * 1000
+    try:
+        _in_thread(partial(barrier, key=key, timeout_ms=milliseconds))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise AbsentProcessError(
+            f"process {jax.process_index()} waited {_wait_seconds} s at {place} for a process that has not come; see "
+            "what the others print, and where they only take longer, raise --process_timeout"
+        ) from error
+
+
+def _in_thread(function: Callable[[], None], seconds: float | None = None) -> None:
+    """Calls what waits outside of Python, in a thread, so that Ctrl-C ends the program meanwhile.
+
+    Raises:
+      TimeoutError: it takes more than so many seconds; it is left running.
+    """
+    raised: list[Exception] = []
+
+    def call() -> None:
+        try:
+            function()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError
+    for error in raised:
+        raise error
+
+
+def gather(value: int, what: str) -> list[int]:
+    """This number of every process; `what` it is, for the message where one does not come."""
     if jax.process_count() == 1:
         return [value]
+    wait_for_all_processes(what)
     return multihost_utils.process_allgather(np.array(value)).tolist()
 
 
@@ -63,22 +142,17 @@ def share_of_process(rows: np.ndarray) -> np.ndarray:
     return padded.reshape(count, -1, *rows.shape[1:])[jax.process_index()]
 
 
-def gather_shares(share: np.ndarray, num_rows: int) -> np.ndarray:
-    """The [num_rows, …] whose `share_of_process` every process holds; to be called by all."""
+def gather_shares(share: np.ndarray, num_rows: int, what: str) -> np.ndarray:
+    """The [num_rows, …] whose `share_of_process` every process holds; to be called by all. `what`: as in `gather`."""
     if jax.process_count() == 1:
         return share
+    wait_for_all_processes(what)
     return np.asarray(multihost_utils.process_allgather(share)).reshape(-1, *share.shape[1:])[:num_rows]
 
 
 def is_first_process() -> bool:
     """Whether this process writes what is written once: logs, config.json, metrics.json."""
     return jax.process_index() == 0
-
-
-def wait_for_all_processes(name: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def check_same_workdir(workdir: Path) -> None:
@@ -89,12 +163,13 @@ def check_same_workdir(workdir: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    file = workdir / f".process-0-{gather(secrets.randbelow(2**31))[0]}"
+    file = workdir / f".process-0-{gather(secrets.randbelow(2**31), 'the check of --workdir')[0]}"
     if is_first_process():
         workdir.mkdir(parents=True, exist_ok=True)
         file.touch()
-    wait_for_all_processes("workdir")
-    blind = [process for process, seen in enumerate(gather(int(_appears(file)))) if not seen]
+    wait_for_all_processes("the check of --workdir")
+    seen_by = gather(int(_appears(file)), "the check of --workdir")
+    blind = [process for process, seen in enumerate(seen_by) if not seen]
     if is_first_process():
         file.unlink()
     if blind:

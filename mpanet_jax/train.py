@@ -48,7 +48,7 @@ def make_feed(config: ConfigDict, split: Split, parallel: Parallel, num_ids_per_
     built = open_cache(split, config.data.height, config.data.width, cache_dir(config)) is not None
     chosen = choose_cache(config.data.cache, num_bytes, cache_dir(config), built=built)
     # All processes run the same program, so the one with least room decides.
-    cache = CACHE_MODES[max(gather(CACHE_MODES.index(chosen)))]
+    cache = CACHE_MODES[max(gather(CACHE_MODES.index(chosen), "the choice of config.data.cache"))]
     if cache != chosen and is_first_process():
         print(f"images: cache={cache}, for another process has less room", file=sys.stderr)
     return train_feed(
@@ -92,7 +92,7 @@ def make_train_steps(config: ConfigDict, num_ids: int, steps_per_epoch: int, par
         images_per_id=config.data.images_per_id,
         axis_name=parallel.axis_name,
     )
-    return parallel.map_steps(steps)
+    return parallel.map_steps(steps, on_compiled=partial(wait_for_all_processes, "the first call of the compiled step"))
 
 
 def train(
@@ -129,7 +129,9 @@ def train(
 
     def evaluate(state: TrainState) -> dict[str, dict[str, Any]]:
         variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})
-        return evaluate_split(config, *embed_split(config, test_split, make_embedder(variables)))
+        results = evaluate_split(config, *embed_split(config, test_split, make_embedder(variables)))
+        wait_for_all_processes("the end of an evaluation")
+        return results
 
     total_steps = feed.steps_per_epoch * config.train.num_epochs
     checkpoint_every = config.train.checkpoint_every_epochs * feed.steps_per_epoch
@@ -155,22 +157,22 @@ def train(
                 reader.read_previous(before, step, metrics)
                 if step == total_steps or (checkpoint_every and step % checkpoint_every == 0):
                     reader.finish()  # a diverged state must not take the place of the last good one
-                    checkpoints.save(step, parallel.to_save(state), feed.batches)
+                    checkpoints.save(step, state, feed.batches)
                 if evaluate_every and step % evaluate_every == 0 and step != total_steps:
                     reader.finish()
                     results = evaluate(state)
                     _log_evaluation(log, step, results)
-                    keep_best(workdir, config.eval.best, step, results, parallel.to_save(state), feed.batches)
+                    keep_best(workdir, config.eval.best, step, results, state, feed.batches)
                     reader.restart_timer(step)
             reader.finish()
             results = evaluate(state)
             _log_evaluation(log, total_steps, results)
-            keep_best(workdir, config.eval.best, total_steps, results, parallel.to_save(state), feed.batches)
+            keep_best(workdir, config.eval.best, total_steps, results, state, feed.batches)
     feed.batches.close()
     results = _of_checkpoint(results, "last", total_steps)
     if is_first_process():
         write_metrics(workdir / METRICS_FILES["last"], results)
-    wait_for_all_processes("trained")
+    wait_for_all_processes("the end of the run")
     return results
 
 
@@ -185,11 +187,11 @@ def keep_best(workdir: Path, figure: str, step: int, results: Any, state: TrainS
     setting = next(iter(results))
     better = not record.exists() or json.loads(record.read_text())[setting][figure] < results[setting][figure]
     # All save, or none: process 0 decides, as the others may see an older record.
-    if not gather(int(better))[0]:
+    if not gather(int(better), "the choice of the best checkpoint")[0]:
         return
     with Checkpoints(workdir, keep=1, which="best") as checkpoints:
         # It is there where the run was killed before it wrote the record, or evaluates the same step again.
-        if not gather(int(checkpoints.latest_step == step))[0]:
+        if not gather(int(checkpoints.latest_step == step), "the best checkpoint")[0]:
             checkpoints.save(step, state, batches)
             checkpoints.wait()
     if is_first_process():

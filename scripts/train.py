@@ -27,13 +27,16 @@ distributed_flag = flags.DEFINE_bool(
 coordinator_flag = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0")
 num_processes_flag = flags.DEFINE_integer("num_processes", None, "how many processes there are", lower_bound=1)
 process_flag = flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0)
+timeout_flag = flags.DEFINE_integer(
+    "process_timeout", 1800, "for how many seconds processes wait for one that is slower", lower_bound=1
+)
 flags.mark_flag_as_required("config")
 
 
 def main(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"{arguments[0]}: not a flag; see --help")
-    of_several = [f for f in (coordinator_flag, num_processes_flag, process_flag) if f.value is not None]
+    of_several = [f for f in (coordinator_flag, num_processes_flag, process_flag, timeout_flag) if f.present]
     if of_several and not distributed_flag.value:
         raise UserError(f"--{of_several[0].name} goes with --distributed; without it this process trains alone")
     from mpanet_jax.evaluation.evaluate import format_table
@@ -43,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
     set_compilation_cache(cache_flag.value)
     if distributed_flag.value:
-        start_processes(coordinator_flag.value, num_processes_flag.value, process_flag.value)
+        start_processes(coordinator_flag.value, num_processes_flag.value, process_flag.value, timeout_flag.value)
     config_file, _, options = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     name = "_".join([Path(config_file).stem, *filter(None, options.replace("=", "").split(","))])
     workdir = Path(workdir_flag.value or f"runs/{name}")

@@ -17,6 +17,7 @@ import pytest
 
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.datasets.synthetic import write_dataset
+from tests.limits import HANGS_AFTER
 
 ROOT = Path(__file__).parent.parent
 STEPS_PER_EPOCH = 3
@@ -39,17 +40,20 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(folder, workdir, num_epochs, *more, num_processes=1, of_each=((), ())):
-    """Starts the processes of a run; what they print goes to WORKDIR.<process>.log. `of_each`: further flags."""
+def start(folder, workdir, num_epochs, *more, num_processes=1, of_each=((), ()), late=None):
+    """Starts the processes of a run; what they print goes to WORKDIR.<process>.log.
+
+    `of_each`: further flags of each; `late`: PLACES and SECONDS of each, for tests/late_process.py.
+    """
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "JAX_ENABLE_X64": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={1 if num_processes == 1 else 2} "
-        "--xla_llvm_disable_expensive_passes=true",
+        f"--xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds={HANGS_AFTER}",
     }
-    command = [
-        *(sys.executable, str(ROOT / "scripts/train.py"), f"--config={ROOT}/configs/synthetic.py"),
+    flags = [
+        f"--config={ROOT}/configs/synthetic.py",
         *(f"--workdir={folder / workdir}", f"--compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}"),
         *(f"--config.dataset.source={folder / 'raw'}", f"--config.dataset.data_dir={folder / 'prepared'}"),
         *("--config.data.height=48", "--config.data.width=24", "--config.dtype=float64"),
@@ -61,12 +65,14 @@ def start(folder, workdir, num_epochs, *more, num_processes=1, of_each=((), ()))
     ]
     if num_processes > 1:
         address = f"--coordinator_address=127.0.0.1:{free_port()}"
-        command += ["--distributed", address, f"--num_processes={num_processes}"]
+        flags += ["--distributed", address, f"--num_processes={num_processes}"]
     processes = []
     for number in range(num_processes):
         which = [f"--process_id={number}", *of_each[number]] if num_processes > 1 else []
+        script = ["-m", "tests.late_process", *late[number]] if late else [str(ROOT / "scripts/train.py")]
+        command = [sys.executable, *script, *flags, *which]
         with open(log_file(folder, workdir, number), "w") as log:
-            processes.append(subprocess.Popen(command + which, cwd=ROOT, env=environment, stdout=log, stderr=log))
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     return processes
 
 
@@ -112,18 +118,18 @@ def logged_steps(folder, workdir):
 def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
     processes = start(folder, "two", 10_000, num_processes=2)
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + HANGS_AFTER
         while not checkpoints(folder, "two"):
             assert time.monotonic() < deadline, log_file(folder, "two", 0).read_text()
             assert all(process.poll() is None for process in processes), log_file(folder, "two", 0).read_text()
             time.sleep(0.1)
         processes[1].terminate()  # as a scheduler does; JAX's own service would have it go on
-        assert processes[1].wait(timeout=10) == -signal.SIGTERM
+        assert processes[1].wait(timeout=HANGS_AFTER) == -signal.SIGTERM
         # Meanwhile one device does the same another way: two steps in one call and one in the next.
         (alone,) = start(folder, "one", 1, *ALONE)
         processes.append(alone)
-        assert processes[0].wait(timeout=60) != 0
-        assert alone.wait(timeout=200) == 0, log_file(folder, "one", 0).read_text()
+        assert processes[0].wait(timeout=HANGS_AFTER) != 0
+        assert alone.wait(timeout=HANGS_AFTER) == 0, log_file(folder, "one", 0).read_text()
     finally:
         for process in processes:
             process.kill()
@@ -143,7 +149,7 @@ def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
         more = ALONE if num_processes == 1 else ()
         processes = start(folder, "two", last // STEPS_PER_EPOCH + 1, *more, num_processes=num_processes)
         try:
-            codes = [process.wait(timeout=200) for process in processes]
+            codes = [process.wait(timeout=HANGS_AFTER) for process in processes]
         finally:
             for process in processes:
                 process.kill()
@@ -161,11 +167,58 @@ def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
     assert len(list((folder / "two/logs").iterdir())) == 3  # one for each start
 
 
+def test_processes_wait_for_one_that_reads_or_compiles_for_longer(folder):
+    # A collective that is the first of its devices waits 30 s.
+    late = (("prompt", "0"), ("joined,compiling", "40"))
+    processes = start(folder, "late", 1, "--config.parallel=shard_map", *ALONE, num_processes=2, late=late)
+    processes += start(folder, "prompt", 1, *ALONE, late=late)
+    try:
+        codes = [process.wait(timeout=HANGS_AFTER) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [log_file(folder, *which).read_text() for which in (("late", 0), ("late", 1), ("prompt", 0))]
+    assert codes == [0, 0, 0], logs
+    # A call of two steps, and one of one: what was compiled before the processes met is what ran.
+    for log in logs:
+        assert json.loads(log.splitlines()[-1]) == {"traced": {"2": 1, "1": 1}, "compiled": 2}
+    late, prompt = (re.findall(r"^step (\d) epoch .* loss (\S+)", log, re.M) for log in (logs[0], logs[2]))
+    assert len(late) == STEPS_PER_EPOCH and late == prompt
+
+
+def test_a_process_that_does_not_come_is_waited_for_so_long(folder):
+    late = (("impatient", "2"), ("joined", str(HANGS_AFTER)))
+    processes = start(folder, "absent", 1, num_processes=2, late=late)
+    try:
+        code = processes[0].wait(timeout=HANGS_AFTER)
+    finally:
+        for process in processes:
+            process.kill()
+    message = log_file(folder, "absent", 0).read_text()
+    assert code == 2 and message.splitlines()[-1] == (
+        "error: process 0 waited 2 s at the choice of config.data.cache for a process that has not come; see what the "
+        "others print, and where they only take longer, raise --process_timeout"
+    ), message
+
+
+def test_a_process_that_does_not_join_is_waited_for_so_long(folder):
+    flags = ("--distributed", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=0")
+    (process,) = start(folder, "lonely", 1, *flags, "--process_timeout=2")
+    try:
+        code = process.wait(timeout=HANGS_AFTER)
+    finally:
+        process.kill()
+    message = log_file(folder, "lonely", 0).read_text()
+    assert code == 2 and message.count("\n") == 1 and "waited 2 s for all processes to join" in message, message
+    assert "raise --process_timeout" in message
+    assert not (folder / "lonely").exists()
+
+
 def test_workdirs_that_are_not_one_folder_are_refused_before_the_first_step(folder):
     other = folder / "other"
     processes = start(folder, "split", 1, num_processes=2, of_each=((), (f"--workdir={other}",)))
     try:
-        codes = [process.wait(timeout=120) for process in processes]
+        codes = [process.wait(timeout=HANGS_AFTER) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -53,7 +53,7 @@ def embed_split(config: ConfigDict, split: Split, embed: Embed) -> tuple[Embeddi
             batch_size=batch_size,
         )
         share = extract_embeddings(embed, batches, split.paths)
-        features = gather_shares(share.features, len(images))
+        features = gather_shares(share.features, len(images), "the embeddings of the test set")
         by_modality.append(Embeddings(features, split.pids[images], split.camids[images], split.paths[images]))
     return by_modality[0], by_modality[1]
 
