@@ -12,6 +12,7 @@ import pytest
 from mpanet_jax.errors import UserError
 from mpanet_jax.parallel import global_num_ids
 from mpanet_jax.train import calls
+from tests.limits import HANGS_AFTER
 from tests.parallel_process import CASES, case_name
 
 ROOT = Path(__file__).parent.parent
@@ -23,8 +24,10 @@ def deviations(tmp_path_factory):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_ENABLE_X64": "1",
-        # Without the second flag, most of the time goes into optimising what runs for a second.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true",
+        # Without the second flag, most of the time goes into optimising what runs for a second; without the third, XLA
+        # aborts where a busy machine has some devices wait a minute for others.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
+        f"--xla_cpu_collective_call_terminate_timeout_seconds={HANGS_AFTER}",
     }
     command = [sys.executable, "-m", "tests.parallel_process", str(result)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)

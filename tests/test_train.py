@@ -5,8 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import jax
@@ -24,6 +24,7 @@ from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.workdir import evaluate_workdir
 from mpanet_jax.train import _MetricReader, train
+from tests.limits import HANGS_AFTER
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,7 +178,19 @@ def test_evaluation_does_not_count_as_training_time(config, tmp_path, monkeypatc
     assert len(rates) >= 3 and set(rates) == {12.0}  # P·K
 
 
-def test_rates_are_by_when_steps_were_finished_not_by_when_they_were_read():
+def test_rates_are_by_when_steps_were_finished_not_by_when_they_were_read(monkeypatch):
+    clock, looked_at = [0.0], Event()
+
+    def perf_counter():
+        looked_at.set()
+        return clock[0]
+
+    def time_passes(until):
+        assert looked_at.wait(HANGS_AFTER)  # when the steps were finished: before anything is read
+        looked_at.clear()
+        clock[0] = until
+
+    monkeypatch.setattr("mpanet_jax.train.time", SimpleNamespace(perf_counter=perf_counter))
     written = []
     log = SimpleNamespace(
         advance=lambda _: None, status=lambda _: None, scalars=lambda step, values: written.append(values)
@@ -186,12 +199,12 @@ def test_rates_are_by_when_steps_were_finished_not_by_when_they_were_read():
     reader = _MetricReader(log, 15, 30, 8, lambda step, when: finished.append((step, when)))
     metrics = {"loss": np.ones(15), "accuracy": np.ones(15)}
     reader.read_previous(0, 15, metrics)
-    time.sleep(0.3)  # the second call is sent off
+    time_passes(until=3.0)  # the second call is sent off
     reader.read_previous(15, 30, metrics)
+    time_passes(until=100.0)
     reader.finish()
-    (_, first), (_, second) = finished
-    assert 0.25 < second - first < 10
-    np.testing.assert_allclose(written[1]["train/images_per_second"], 15 * 8 / (second - first))
+    assert finished == [(15, 0.0), (30, 3.0)]
+    assert written[1]["train/images_per_second"] == 15 * 8 / 3
 
 
 def test_no_best_checkpoint_unless_asked(config, tmp_path):

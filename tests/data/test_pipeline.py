@@ -20,6 +20,7 @@ from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.errors import UserError
 from mpanet_jax.experiment import check_config
 from tests.data.toy import PLAN, SIZE, batch_hash, toy_split
+from tests.limits import HANGS_AFTER
 
 MODES = [("none", 0), ("none", 1), ("none", 3), ("none", -1), ("host", 0), ("host", -1), ("device", 0), ("auto", 0)]
 
@@ -288,7 +289,7 @@ def test_batches_are_prepared_while_the_device_works():
     object.__setattr__(split, "encoded", Recorded(split.encoded))
     feed = train_feed(split, **SIZE, **PLAN, cache="none")
     next(feed.batches)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANGS_AFTER
     while len(reads) < 2 * 16:  # the second batch, which nobody has asked for yet
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from mpanet_jax.data.pipeline import train_feed
 from mpanet_jax.errors import UserError
 from tests.data.toy import PLAN, SIZE, batch_hash, toy_split
+from tests.limits import HANGS_AFTER
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = [("none", 0), ("none", 2), ("host", 0), ("device", 0)]
@@ -65,7 +66,7 @@ def test_batches_after_a_kill_are_bit_identical_in_all_modes(tmp_path):
     processes = {mode: start(folders[mode], *mode) for mode in MODES}
     waiting = {mode: 4 + number for number, mode in enumerate(MODES)}
     workers = []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS_AFTER
     while waiting:
         assert time.monotonic() < deadline, f"waited too long for {waiting}"
         for mode, count in list(waiting.items()):
@@ -77,13 +78,14 @@ def test_batches_after_a_kill_are_bit_identical_in_all_modes(tmp_path):
                 assert "end" not in lines(folders[mode])
         time.sleep(0.02)
     assert len(workers) >= 2  # those of ("none", 2)
+    deadline = time.monotonic() + HANGS_AFTER
     while any(map(running, workers)):
-        assert time.monotonic() < deadline + 20, "orphans are left"
+        assert time.monotonic() < deadline, "orphans are left"
         time.sleep(0.02)
 
     for mode, process in {mode: start(folders[mode], *mode) for mode in MODES}.items():
         stderr = folders[mode] / "stderr.txt"
-        assert process.wait(timeout=120) == 0, (mode, stderr.read_text())
+        assert process.wait(timeout=HANGS_AFTER) == 0, (mode, stderr.read_text())
         assert "leaked" not in stderr.read_text()  # the workers' shared memory
         log = lines(folders[mode])
         assert log[-1] == "end"

@@ -3,7 +3,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpanet_jax.data.sampling import BatchPlan, most_batches
@@ -89,7 +89,7 @@ def test_the_most_batches_by_brute_force(groups, p):
     assert most_batches(np.array(groups), p) == brute_force_most_batches(groups, p)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=3, max_size=8), st.integers(0, 99))
 def test_any_counts_give_a_whole_epoch(counts, seed):
     plan = make_plan(counts, 3, 4, seed)
