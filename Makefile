@@ -29,9 +29,11 @@ $(WORKDIR)/raw: | $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The variable: pyright asks the network for newer versions of itself otherwise.
 lint: $(TEST_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 format: $(TEST_INSTALLED)
 	$(BIN)/ruff check --fix .

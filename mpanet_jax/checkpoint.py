@@ -1,6 +1,6 @@
 """Checkpoints with orbax: the model, the rest of the training state, and the data iterator, saved together.
 
-A checkpoint holds three items: `model` (params, batch_stats, mean_classifiers: all that evaluation and export need),
+A checkpoint holds three items: `model` (params, batch_stats, averages: all that evaluation and export need),
 `training` (opt_state, step, rng) and `data` (the position of the batch iterator). Saving is asynchronous and atomic.
 Nothing in it depends on the devices or processes that wrote it: arrays are saved once, as one device would hold them,
 and the position is the same in all processes (grain's own handler writes, and asks for, one file for each process).
@@ -19,8 +19,9 @@ from orbax.checkpoint import v1 as ocp
 from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.state import TrainState
 
-MODEL_FIELDS = ("params", "batch_stats", "mean_classifiers")
+MODEL_FIELDS = ("params", "batch_stats", "averages")
 TRAINING_FIELDS = ("opt_state", "step", "rng")
+OLD_NAMES = {"mean_classifiers": "averages"}  # of items' fields in checkpoints up to version 0.1
 # Which checkpoint a report is about → the folder it lies in.
 FOLDERS = {"last": "checkpoints", "best": "checkpoints_best"}
 
@@ -38,8 +39,9 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int, which: str = "last"):
         """Of the run in `workdir`; the latest `keep` stay. `which` = 'best': those that `train.keep_best` chooses."""
         self._checkpointer = ocp.training.Checkpointer(
-            (workdir / FOLDERS[which]).resolve(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str((workdir / FOLDERS[which]).resolve()),
+            # orbax's protocol and its policies name different types for what a policy is shown.
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
 
@@ -73,21 +75,28 @@ class Checkpoints:
         items = _items(state)
         directory = Path(self._checkpointer.directory) / str(self.latest_step)
         with _readable(directory):
-            missing = {*items, "data"} - set(ocp.checkpointables_metadata(directory).metadata)
+            missing = {*items, "data"} - set(ocp.checkpointables_metadata(str(directory)).metadata)
             if missing:
                 raise UserError(
                     f"{directory}: lacks the {' and '.join(sorted(missing))} that training goes on with; give another "
                     "--workdir (and, to start from weights alone, name them in config.init_from)"
                 )
             # Looked at first: what orbax says, from several threads, buries the reason.
-            if difference := _difference(_stored_model(directory), items["model"]):
+            stored = _stored_model(directory)
+            if difference := _difference(_renamed(stored, OLD_NAMES), items["model"]):
                 raise UserError(
                     f"{directory}: the checkpoint does not fit this config ({difference}); "
                     "continue with the config it was trained with, or give another --workdir"
                 )
+            written = {OLD_NAMES[name]: name for name in stored if name in OLD_NAMES}
+            items["model"] = _renamed(items["model"], written)
             items = self._checkpointer.load_checkpointables(None, {**items, "data": None})
         batches.set_state(items["data"])
-        return TrainState(**items["model"], **items["training"])
+        return TrainState(**_renamed(items["model"], OLD_NAMES), **items["training"])
+
+
+def _renamed(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in fields.items()}
 
 
 @contextlib.contextmanager
@@ -108,7 +117,7 @@ def _readable(directory: Path) -> Iterator[None]:
 
 def _stored_model(directory: Path) -> Any:
     """The item `model` of one checkpoint as a tree of shapes and types."""
-    stored = ocp.metadata(directory, checkpointable_name="model").metadata
+    stored = ocp.metadata(str(directory), checkpointable_name="model").metadata
     if not jax.tree.leaves(stored):
         raise ValueError("its list of arrays is empty")
     return stored
@@ -129,7 +138,7 @@ def _difference(stored: Any, wanted: Any) -> str | None:
 
 
 def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]:
-    """The last (or best) checkpoint's step and model {params, batch_stats, mean_classifiers}, on the first device.
+    """The last (or best) checkpoint's step and model {params, batch_stats, averages}, on the first device.
 
     Raises:
       UserError: the workdir has no such checkpoint, or it is damaged.
@@ -141,7 +150,7 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
     )
     if not directory.is_dir():
         raise missing
-    with ocp.training.Checkpointer(directory) as checkpointer:
+    with ocp.training.Checkpointer(str(directory)) as checkpointer:
         if checkpointer.latest is None:
             raise missing
         step = checkpointer.latest.step
@@ -149,4 +158,5 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
         with _readable(directory / str(step)):
             stored = _stored_model(directory / str(step))
             abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
-            return step, checkpointer.load_checkpointables(step, {"model": abstract})["model"]
+            model = checkpointer.load_checkpointables(step, {"model": abstract})["model"]
+            return step, _renamed(model, OLD_NAMES)

@@ -6,6 +6,8 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -16,6 +18,10 @@ class UserError(Exception):
     The message is one line: it names the field or file, says what was expected and gives the fix.
     Scripts print it without a traceback and exit with code 2.
     """
+
+
+class SettingsError(UserError):
+    """A field of the settings that cannot be as it is; the message begins with the field's path, `data.height`."""
 
 
 class AbsentProcessError(UserError):
@@ -30,7 +36,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _fail(message: object) -> None:
+def _fail(message: object) -> NoReturn:
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     if isinstance(message, AbsentProcessError):
         sys.stdout.flush()
@@ -50,13 +56,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
             getattr(flags.FLAGS.config, "seed", None)
         return positional
     except (AttributeError, KeyError) as error:  # what ml_collections raises for a field that the config lacks
-        name = re.findall(r"\w+", str(error).replace("\\n", " "))[0]
-        _fail(f"unknown config field '{name}'; configs/default.py lists every field")
+        text = str(error).replace("\\n", " ")
+        path, close = re.search(r"Attempting to lookup: ([\w.]+)", text), re.search(r'Did you mean "(\w+)"', text)
+        name = path[1] if path else re.findall(r"\w+", text)[0]
+        _fail(f"unknown config field '{name}'" + (f"; did you mean '{close[1]}'?" if close else ""))
     except (flags.Error, TypeError, ValueError, OSError) as error:
         # A config file that refuses its option arrives as the text of a traceback; its last line is the message.
         text = str(error)
         if "Failed loading config file" in text:  # ends in "No such file or directory: 'NAME'"
             _fail(f"--config: {text.splitlines()[-1].partition('] ')[2]}; expected configs/NAME.py")
+        if field := re.match(r"Unknown command line flag '(config\..*?)'", text):
+            _fail(f"--{field[1]}: fields of a config go with --config=configs/NAME.py")
         _fail(text.splitlines()[-1].partition(": ")[2] if "Traceback" in text else text)
 
 
@@ -78,7 +88,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         try:
             return main(argv[1:]) or 0
         except UserError as error:
-            _fail(error)
+            _fail(f"--config.{error}" if isinstance(error, SettingsError) else error)
         except Exception as error:
             # Libraries wrap it in exceptions of their own, and some leave the file's name out.
             if any(os.strerror(errno.ENOSPC) in str(cause) for cause in _chain(error)):
@@ -87,4 +97,6 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
                 raise
             _fail(f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}); name another place")
 
+    # Beside the folder of scripts lie configs/ and benchmarks/, which are not installed.
+    sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     app.run(guarded, flags_parser=_parse_flags)

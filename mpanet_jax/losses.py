@@ -1,14 +1,12 @@
-"""The five losses of MPANet, eq. 7–13, and their weighted sum.
+"""The five losses of MPANet, eq. 7–13.
 
 Every function returns *this device's share* of the loss: the shares of all devices of `axis_name` add up to the loss
 of the global batch, because every denominator is global. On one device (`axis_name=None`) the share is the loss.
 Differentiating the share and summing the gradients over the devices (`step.total_gradients`) gives the gradient of the
 global loss.
 
-A batch is identity-major: B = P·K, image b belongs to identity slot b // K (DESIGN: "Train batch").
+A batch is identity-major: B = P·K, image b belongs to identity slot b // K (docs/method.md, "A train batch").
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +14,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 VISIBLE = 0  # the value of `modality` for visible images; infrared ones have 1
-
-
-class LossSettings(NamedTuple):
-    """Weights of eq. 14 and the scalars in which the presets `paper` and `official` differ.
-
-    Attributes:
-      identity, center_cluster, separation, modality_identity, mutual_mean: weights of L_id, L_cc, L_sep (λ₁),
-        L_sid (λ₂) and L_MM (λ₃); 0 leaves the term out.
-      margin: ρ of eq. 13.
-      per_modality_identity: L_id as eq. 12's two means, summed; False: one mean over the batch.
-      student_first: L_MM as KL(own ‖ mean classifier) in one mean over the batch; False: eq. 10, KL(mean ‖ own), two
-        means, summed.
-    """
-
-    identity: float = 1.0
-    center_cluster: float = 1.0
-    separation: float = 0.5
-    modality_identity: float = 0.5
-    mutual_mean: float = 2.5
-    margin: float = 0.7
-    per_modality_identity: bool = True
-    student_first: bool = False
 
 
 def _total(values: Array, axis_name: str | None) -> Array:
@@ -157,8 +133,3 @@ def mutual_mean_loss(
     if student_first:
         return _batch_mean((jnp.exp(own) * (own - mean)).sum(-1), axis_name)
     return _modality_means((jnp.exp(mean) * (mean - own)).sum(-1), modality, axis_name)
-
-
-def total_loss(terms: dict[str, Float[Array, ""]], settings: LossSettings) -> Float[Array, ""]:
-    """L, eq. 14: the sum of the terms, each with the weight that `settings` holds under the same name."""
-    return sum(getattr(settings, name) * value for name, value in terms.items())

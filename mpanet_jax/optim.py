@@ -1,15 +1,14 @@
 """Adam with L2 weight decay, and the schedules of learning rate and mean-classifier rate."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 
-def learning_rate_schedule(
-    learning_rate: float, milestones: Sequence[int], decay: float, steps_per_epoch: int
-) -> optax.Schedule:
+def step_decay(learning_rate: float, milestones: Sequence[int], decay: float, steps_per_epoch: int) -> optax.Schedule:
     """Step decay: `learning_rate`, times `decay` once each of the `milestones` (in epochs) has been trained."""
     boundaries = {epoch * steps_per_epoch: decay for epoch in milestones}
     return optax.piecewise_constant_schedule(learning_rate, boundaries)
@@ -25,7 +24,7 @@ def mean_rate_schedule(rate: float, epochs_at_full: int | None, steps_per_epoch:
       steps_per_epoch: steps of an epoch.
     """
 
-    def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
+    def schedule(step: Any) -> Array:
         if epochs_at_full is None:
             return jnp.asarray(rate)
         epoch = step // steps_per_epoch + 1
@@ -34,7 +33,7 @@ def mean_rate_schedule(rate: float, epochs_at_full: int | None, steps_per_epoch:
     return schedule
 
 
-def create_optimizer(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTransformation:
+def adam(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTransformation:
     """Adam as torch.optim.Adam(weight_decay=…): the decay is *L2*, added to the gradient before the moments.
 
     It decays every parameter; the BN neck's bias, which is not trained, is not a parameter here.

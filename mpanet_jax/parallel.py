@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -31,7 +32,7 @@ class Parallel:
       mapping: 'pmap' or 'shard_map'; both give the same program, and one device needs neither.
     """
 
-    devices: tuple[jax.Device, ...]
+    devices: tuple[jax.Device, ...]  # pyright: ignore[reportInvalidTypeForm]: jaxlib has no stubs
     mapping: str = "pmap"
 
     @property
@@ -66,7 +67,7 @@ class Parallel:
         return jax.tree.map(self._replicate_over_processes, tree)
 
     def _replicate_over_processes(self, leaf: Any) -> jax.Array:
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = self._replicate_over_processes(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         leaf = np.asarray(leaf)
@@ -125,7 +126,7 @@ class Parallel:
             rows = rows.reshape(len(rows), self._num_local, -1, *rows.shape[2:])
         return jax.make_array_from_process_local_data(NamedSharding(self._mesh, PartitionSpec(None, AXIS)), rows)
 
-    def map_rows(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, np.ndarray], jax.Array]:
+    def map_rows(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], jax.Array]:
         """Compiles `(variables, rows) → rows` where no row depends on another; the number of rows must divide."""
         if self.num_devices == 1:
             return jax.jit(function)

@@ -2,25 +2,23 @@
 
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from mpanet_jax.models.mpanet import MODALITY_CLASSIFIERS, MPANet
 
-
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """The whole state of training.
 
     Attributes:
       step: optimiser steps done.
       params: the network's trained parameters.
-      batch_stats: running mean and (unbiased) variance of every batch norm.
+      batch_stats: the running statistics of every batch norm; {} for a network without.
       opt_state: the optax chain's state (Adam's moments).
-      mean_classifiers: E[θ_v] and E[θ_r] of eq. 11, under the names of the classifiers they follow.
+      averages: exponential averages of what the method chooses among the parameters, in the same tree; {} for none.
       rng: the key that every step's randomness is folded from; it never changes.
     """
 
@@ -28,31 +26,32 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
-    mean_classifiers: dict[str, Array]
+    averages: Any
     rng: PRNGKeyArray
 
 
-def modality_classifiers(params: Any) -> dict[str, Array]:
-    """θ_v and θ_r."""
-    return {name: params[name] for name in MODALITY_CLASSIFIERS}
+def random_keys(seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    """The keys of initialisation and of the steps."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    return init_key, run_key
 
 
-def init_variables(model: MPANet, key: PRNGKeyArray, height: int, width: int) -> Any:
-    """Random `{"params", "batch_stats"}` of the model for height × width images."""
-    # Statistics need no devices to agree at initialisation, so the mapped axis is left out.
-    images = jnp.zeros((2, height, width, 3), model.param_dtype)
-    return jax.jit(lambda k: model.clone(axis_name=None).init(k, images, train=False))(key)
+def init_variables(network: nn.Module, key: PRNGKeyArray, height: int, width: int) -> dict[str, Any]:
+    """Random `{"params", "batch_stats"}` of a network (built without a mapped axis) for height × width images."""
+    images, modality = jnp.zeros((2, height, width, 3)), jnp.arange(2, dtype=jnp.int32)
+    variables = jax.jit(lambda k: network.init(k, images, modality, train=False))(key)
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
 def create_train_state(
-    params: Any, batch_stats: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+    variables: Any, averaged: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray
 ) -> TrainState:
-    """The state before the first step: the mean classifiers start as copies of C_v and C_r."""
+    """The state before the first step, from {"params", "batch_stats"}; the averages start as copies of `averaged`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
-        mean_classifiers=jax.tree.map(jnp.copy, modality_classifiers(params)),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(variables["params"]),
+        averages=jax.tree.map(jnp.copy, averaged),
         rng=key,
     )

@@ -45,10 +45,12 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in NAMES:
         raise UserError(f"benchmark.py {' '.join(arguments)}: expected one of {', '.join(NAMES)}, then flags")
     # Imports JAX, and with it takes the accelerator.
-    from mpanet_jax.benchmarks import data, evaluation, extract, measure, precision, step, train
-    from mpanet_jax.experiment import set_compilation_cache
+    from benchmarks import data, evaluation, extract, measure, precision, step, train
+    from mpanet_jax.compilation import set_compilation_cache
+    from mpanet_jax.methods import settings_of
+    from mpanet_jax.settings import to_dict
 
-    (name,), config = arguments, CONFIG.value
+    (name,), settings = arguments, settings_of(CONFIG.value.to_dict())
     out = Path(OUT.value or f"runs/benchmark/{name}.json")
     default_cache = "~/.cache/mpanet_jax/xla" if name == "train" else None
     set_compilation_cache(default_cache if CACHE.value is None else CACHE.value)
@@ -57,14 +59,14 @@ def main(arguments: list[str]) -> None:
     number = {"num_steps": STEPS.value} if STEPS.value else {}
     images = {"num_images": IMAGES.value} if IMAGES.value else {}
     benchmarks = {
-        "step": lambda: step.benchmark_step(config, **number, **images, profile=PROFILE.value),
-        "train": lambda: train.benchmark_train(config, out.parent, **number),
-        "extract": lambda: extract.benchmark_extract(config, **number, **images, from_files=FILES.value),
+        "step": lambda: step.benchmark_step(settings, **number, **images, profile=PROFILE.value),
+        "train": lambda: train.benchmark_train(settings, out.parent, **number),
+        "extract": lambda: extract.benchmark_extract(settings, **number, **images, from_files=FILES.value),
         "evaluate": lambda: evaluation.benchmark_all(DIMENSIONS.value, PERMUTATION.value, rerank=RERANK.value),
-        "data": lambda: data.benchmark_dataset(config, **images),
-        "precision": lambda: precision.benchmark_precision(config, **number, num_starts=STARTS.value),
+        "data": lambda: data.benchmark_dataset(settings, **images),
+        "precision": lambda: precision.benchmark_precision(settings, **number, num_starts=STARTS.value),
     }
-    report = {"name": name, **measure.environment(), "config": config.to_dict(), "results": benchmarks[name]()}
+    report = {"name": name, **measure.environment(), "config": to_dict(settings), "results": benchmarks[name]()}
     print(measure.format_report(report))
     measure.write_report(out, report)
 

@@ -64,10 +64,8 @@ def main(files: list[str]) -> None:
         options.update(protocol=PROTOCOL.value, permutation=PERMUTATION.value, rerank=bool(RERANK.value))
         metrics = evaluate_embeddings(query, gallery, **options)
     else:
-        from mpanet_jax.evaluation.workdir import (  # imports JAX, which embeddings do not need
-            METRICS_FILES,
-            evaluate_workdir,
-        )
+        from mpanet_jax.evaluation.workdir import evaluate_workdir  # imports JAX, which embeddings do not need
+        from mpanet_jax.run_files import METRICS_FILES
 
         options.update(checkpoint=CHECKPOINT.value, data_dir=DATA_DIR.value)
         if WORKDIR.value:

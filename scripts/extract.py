@@ -3,6 +3,9 @@
 python scripts/extract.py --workdir=runs/sysu --images=photos --out=photos.npz
 python scripts/extract.py --weights=published.pth --images=list.txt --out=list.npz
 
+Weights that carry no settings are taken for the paper's MPANet; --config names another network, as in
+  --weights=se.pth --config=configs/sysu.py --config.model.channel_module=se
+
 --images is a folder (with all below it; .jpg .jpeg .png .bmp .tif .tiff .webp .gif .ppm .pgm) or a text file with one
 path a line, relative to that file. pids and camids come from paths as SYSU-MM01 (cam3/0007/0003.jpg), LLCM
 (test_vis/cam3/0007/…) and RegDB (Visible/7/…, Thermal/7/…: cameras 1 and 2) have them, and are -1 elsewhere; put your
@@ -23,12 +26,16 @@ import time
 from pathlib import Path
 
 from absl import flags
+from ml_collections import config_flags
 
 from mpanet_jax.errors import UserError, run_script
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run: its model, image size, precision and last checkpoint.")
 WEIGHTS = flags.DEFINE_string(
-    "weights", None, "Or MPANet weights: whatever scripts/convert_weights.py reads or writes."
+    "weights", None, "Or a network's weights: whatever scripts/convert_weights.py reads or writes."
+)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The network of --weights, where they carry no settings.", lock_config=True
 )
 IMAGES = flags.DEFINE_string("images", None, "A folder, or a text file with one path a line.", required=True)
 OUT = flags.DEFINE_string("out", None, "The .npz to write.", required=True)
@@ -46,11 +53,14 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{arguments[0]}: not a flag; see --help")
     if bool(WORKDIR.value) == bool(WEIGHTS.value):
         raise UserError("expected one of --workdir and --weights")
+    if WORKDIR.value and CONFIG.value is not None:
+        raise UserError("--config goes with --weights; --workdir has the config of its run")
     if Path(OUT.value).suffix != ".npz" or Path(OUT.value).is_dir():
         raise UserError(f"--out={OUT.value}: expected the name of a file that ends in .npz")
     from mpanet_jax.evaluation.images import embed_images, list_images  # imports JAX, which --help does not need
     from mpanet_jax.evaluation.network import network_of_weights, network_of_workdir
     from mpanet_jax.evaluation.protocols import check_embeddings, save_embeddings
+    from mpanet_jax.methods import settings_of
 
     def report(fault: str) -> None:
         if STRICT.value:
@@ -58,7 +68,11 @@ def main(arguments: list[str]) -> int:
         print(f"skipped {fault}", file=sys.stderr)
 
     images = list_images(IMAGES.value)
-    network = (network_of_workdir if WORKDIR.value else network_of_weights)(WORKDIR.value or WEIGHTS.value, DTYPE.value)
+    if WORKDIR.value:
+        network = network_of_workdir(WORKDIR.value, DTYPE.value)
+    else:
+        settings = settings_of(CONFIG.value.to_dict()) if CONFIG.value is not None else None
+        network = network_of_weights(WEIGHTS.value, DTYPE.value, settings)
     begin = time.perf_counter()
     embeddings = embed_images(
         network.embed,

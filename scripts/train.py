@@ -39,8 +39,9 @@ def main(arguments: list[str]) -> None:
     of_several = [f for f in (coordinator_flag, num_processes_flag, process_flag, timeout_flag) if f.present]
     if of_several and not distributed_flag.value:
         raise UserError(f"--{of_several[0].name} goes with --distributed; without it this process trains alone")
+    from mpanet_jax.compilation import set_compilation_cache
     from mpanet_jax.evaluation.evaluate import format_table
-    from mpanet_jax.experiment import set_compilation_cache
+    from mpanet_jax.methods import settings_of
     from mpanet_jax.processes import is_first_process, start_processes
     from mpanet_jax.train import train
 
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> None:
     config_file, _, options = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     name = "_".join([Path(config_file).stem, *filter(None, options.replace("=", "").split(","))])
     workdir = Path(workdir_flag.value or f"runs/{name}")
-    results = train(config_flag.value, workdir)
+    results = train(settings_of(config_flag.value.to_dict()), workdir)
     if is_first_process():
         print(format_table(results))
 

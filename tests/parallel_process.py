@@ -7,7 +7,6 @@
 RESULT.json maps a case to the greatest deviation from one device, for every part of the state and for the metrics.
 """
 
-import functools
 import json
 import sys
 from functools import partial
@@ -17,33 +16,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpanet_jax.data.augment import AugmentSettings
-from mpanet_jax.losses import LossSettings
-from mpanet_jax.models.mpanet import MPANet, linear
-from mpanet_jax.optim import create_optimizer, learning_rate_schedule, mean_rate_schedule
+from mpanet_jax.methods.mpanet import MPANet
+from mpanet_jax.models.fused.classifier import linear
 from mpanet_jax.parallel import Parallel, local_devices, on_first_device
-from mpanet_jax.state import create_train_state, init_variables
-from mpanet_jax.step import embed_step, train_steps
+from mpanet_jax.settings import Settings, replace
+from mpanet_jax.step import train_steps
+from tests.methods_in_tests import OFFICIAL, LinenMethod, small_mpanet, start
 
 P, K, HEIGHT, WIDTH, STEPS, NUM_IMAGES = 8, 4, 48, 24, 3, 60
-PRESETS = {
-    "paper": (LossSettings(), AugmentSettings(), None),
-    "ablation": (LossSettings(separation=0.0), AugmentSettings(), None),
-    "official": (
-        LossSettings(modality_identity=1.0, per_modality_identity=False, student_first=True),
-        AugmentSettings(crop_padding=3),
-        100,
-    ),
+COMMON = {
+    "dtype": "float64",
+    "data.images_per_id": K,
+    "optim.milestones": (2,),
 }
 # The non-local block has a batch norm of its own, whose scale starts at 0.
-MODULES = {"ablation": {"channel_module": "cbam", "pattern_module": "non_local"}}
-# preset, devices (as many as there are, if fewer), mapping, all steps in one call, images on the devices
+ABLATION = {"loss.separation": 0.0, "model.channel_module": "cbam", "model.pattern_module": "non_local"}
+
+
+def _mpanet(form, **fields):
+    settings = small_mpanet().settings
+    return MPANet(replace(settings, {**COMMON, "model.fused": form, **fields}))
+
+
+METHODS = {
+    "paper": _mpanet("on"),
+    "paper, plain": _mpanet("off"),
+    "ablation": _mpanet("on", **ABLATION),
+    "ablation, plain": _mpanet("off", **ABLATION),
+    "official": _mpanet("on", **OFFICIAL, **{"augment.crop_padding": 3}),
+    # Layers that know nothing of this package.
+    "flax.linen": LinenMethod(replace(Settings(), COMMON)),
+}
+# method, devices (as many as there are, if fewer), mapping, all steps in one call, images on the devices
 CASES = [
     ("paper", 4, "pmap", False, False),
     ("paper", 4, "shard_map", True, True),
+    ("paper, plain", 4, "pmap", False, True),
     ("official", 4, "pmap", True, True),
     ("official", 4, "shard_map", False, True),
     ("ablation", 4, "shard_map", True, True),
+    ("ablation, plain", 4, "shard_map", False, True),
+    ("flax.linen", 2, "shard_map", False, True),
+    ("flax.linen", 4, "pmap", False, True),
+    ("flax.linen", 4, "shard_map", True, True),
     ("paper", 8, "pmap", True, True),  # the last: its network makes the embeddings
 ]
 
@@ -60,35 +75,12 @@ def make_batches(images_on_device):
     return (batches, images) if images_on_device else (batches | {"images": images[index]}, None)
 
 
-@functools.cache
-def initial_variables(model):
-    return jax.device_get(init_variables(model, jax.random.key(0), HEIGHT, WIDTH))
-
-
-def make_model(preset):
-    options = {"dtype": jnp.float64, "param_dtype": jnp.float64, **MODULES.get(preset, {})}
-    return MPANet(num_ids=P + 2, stage_sizes=(1, 1, 1, 1), width=16, **options)
-
-
-def run(preset, parallel, in_one_call, images_on_device):
-    loss_settings, augment_settings, epochs_at_full = PRESETS[preset]
-    model = make_model(preset)
-    learning_rate = learning_rate_schedule(3.5e-4, (2,), 0.1, 1)
-    optimizer = create_optimizer(learning_rate, 5e-4)
-    variables = initial_variables(model)
-    state = create_train_state(variables["params"], variables["batch_stats"], optimizer, jax.random.key(1))
-    steps = partial(
-        train_steps,
-        model=model.clone(axis_name=parallel.axis_name),
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        mean_rate=mean_rate_schedule(0.2, epochs_at_full, 1),
-        loss_settings=loss_settings,
-        augment_settings=augment_settings,
-        images_per_id=K,
-        axis_name=parallel.axis_name,
-    )
-    mapped = parallel.map_steps(steps)
+def run(name, parallel, in_one_call, images_on_device):
+    method = METHODS[name]
+    state = start(method, P + 2, HEIGHT, WIDTH, steps_per_epoch=1)
+    network = method.build(P + 2, parallel.axis_name)
+    options = {"method": method, "network": network, "steps_per_epoch": 1, "axis_name": parallel.axis_name}
+    mapped = parallel.map_steps(partial(train_steps, **options))
     batches, images = make_batches(images_on_device)
     state = parallel.replicate(state)
     images = None if images is None else parallel.replicate(images)
@@ -102,19 +94,19 @@ def run(preset, parallel, in_one_call, images_on_device):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         assert len(copies) == parallel.num_devices
         assert all((copy == copies[0]).all() for copy in copies)
-    parts = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "mean_classifiers")}
+    parts = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "averages")}
     parts["metrics"] = {name: np.concatenate([taken[name] for taken in metrics]) for name in metrics[0]}
     return {name: jax.device_get(part) for name, part in parts.items()}, state
 
 
 def deviation(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)), default=0.0)
 
 
-def case_name(preset, count, mapping, in_one_call, images_on_device):
+def case_name(name, count, mapping, in_one_call, images_on_device):
     calls, images = "in one call" if in_one_call else "in three calls", "there" if images_on_device else "sent"
-    return f"{preset}, {count} by {mapping}, {calls}, images {images}"
+    return f"{name}, {count} by {mapping}, {calls}, images {images}"
 
 
 def classifier_gradients(parallel, num_ids, dtype):
@@ -142,25 +134,30 @@ def classifier_gradients(parallel, num_ids, dtype):
 def main(result):
     devices = tuple(jax.devices())
     assert len(devices) in (2, 4, 8) and jax.config.jax_enable_x64, "2, 4 or 8 devices and JAX_ENABLE_X64=1 are needed"
-    expected = {preset: run(preset, Parallel(devices[:1]), False, False)[0] for preset in PRESETS}
+    expected = {name: run(name, Parallel(devices[:1]), False, False)[0] for name in METHODS}
+    with_both_forms = [name for name in METHODS if f"{name}, plain" in METHODS]
     # What a deviation is measured against: how far training went.
     deviations = {
-        "paper against official": {"params": deviation(*(expected[name]["params"] for name in ("paper", "official")))}
+        "paper against official": {"params": deviation(*(expected[name]["params"] for name in ("paper", "official")))},
+        "plain against fused": {
+            part: max(deviation(expected[name][part], expected[f"{name}, plain"][part]) for name in with_both_forms)
+            for part in expected["paper"]
+        },
     }
-    for preset, count, mapping, in_one_call, images_on_device in CASES:
+    for name, count, mapping, in_one_call, images_on_device in CASES:
         parallel = Parallel(devices[:count], mapping)
-        found, state = run(preset, parallel, in_one_call, images_on_device)
-        deviations[case_name(preset, parallel.num_devices, mapping, in_one_call, images_on_device)] = {
-            name: deviation(expected[preset][name], found[name]) for name in expected[preset]
+        found, state = run(name, parallel, in_one_call, images_on_device)
+        deviations[case_name(name, parallel.num_devices, mapping, in_one_call, images_on_device)] = {
+            part: deviation(expected[name][part], found[part]) for part in expected[name]
         }
     variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})
     images = make_batches(True)[1][:16]
-    model = make_model("paper")
-    local = local_devices()
-    embed = local.map_rows(lambda variables, images: embed_step(variables, images, model=model))
+    method, local = METHODS["paper"], local_devices()
+    network = method.build(P + 2)
+    embed = local.map_rows(lambda variables, images: method.embed(network, variables, images))
     on_all = embed(local.replicate(variables), images)
     assert on_all.sharding.device_set == set(devices)
-    on_one = jax.jit(partial(embed_step, model=model))(variables, images)
+    on_one = jax.jit(partial(method.embed, network))(variables, images)
     deviations["embeddings"] = {"embeddings": deviation(jax.device_get(on_one), jax.device_get(on_all))}
     for num_ids, way in ((2, "summed"), (40, "product of all")):
         for dtype in (jnp.float64, jnp.bfloat16):

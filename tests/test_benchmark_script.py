@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import measure
+from benchmarks.step import forward_work
+from benchmarks.train import _timed_calls
 from configs import sysu
-from mpanet_jax.benchmarks import measure
-from mpanet_jax.benchmarks.step import forward_work
-from mpanet_jax.benchmarks.train import _timed_calls
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import UserError
+from mpanet_jax.methods import settings_of
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/synthetic.py", "--config.data.height=32", "--config.data.width=16"]
@@ -162,7 +163,7 @@ def test_convolution_work_counts_one_of_several_branches():
 def test_forward_work_is_resnet_50s():
     # ResNet-50's 4.09 G multiply-adds at 224 x 224 are 3.8 G in stages with 1/2 … 1/16 and 0.81 G in the last, which
     # here stays at 1/16 and so does four times as much: about 6.2 G at 384 x 128.
-    operations, outputs = forward_work(sysu.get_config())
+    operations, outputs = forward_work(settings_of(sysu.get_config().to_dict()))
     assert 11.8e9 < operations < 12.8e9
     assert 12e6 < outputs < 13e6
 

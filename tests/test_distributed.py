@@ -196,7 +196,7 @@ def test_a_process_that_does_not_come_is_waited_for_so_long(folder):
             process.kill()
     message = log_file(folder, "absent", 0).read_text()
     assert code == 2 and message.splitlines()[-1] == (
-        "error: process 0 waited 2 s at the choice of config.data.cache for a process that has not come; see what the "
+        "error: process 0 waited 2 s at the choice of data.cache for a process that has not come; see what the "
         "others print, and where they only take longer, raise --process_timeout"
     ), message
 

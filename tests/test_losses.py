@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mpanet_jax import losses
+from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 
 P, K, NUM_IDS, DIM = 3, 4, 5, 7
 LABELS = jnp.repeat(jnp.array([4, 0, 2], jnp.int32), K)
@@ -135,7 +136,8 @@ def test_no_gradient_through_the_mean_classifiers(student_first):
     assert not mean_gradient.any()
 
 
-def test_total_loss_weighs_each_term_by_its_name():
+def test_the_loss_weighs_each_term_by_its_name():
+    # The sum itself is the step's: tests/test_step.py.
     values = {
         "identity": 1.0,
         "center_cluster": 10.0,
@@ -143,5 +145,6 @@ def test_total_loss_weighs_each_term_by_its_name():
         "modality_identity": 1e3,
         "mutual_mean": 1e4,
     }
-    terms = {name: jnp.asarray(value) for name, value in values.items()}
-    assert losses.total_loss(terms, losses.LossSettings()) == 1 + 10 + 50 + 500 + 25_000
+    weights = MPANet(MPANetSettings()).loss_weights()
+    assert set(weights) == set(values)
+    assert sum(weights[name] * value for name, value in values.items()) == 1 + 10 + 50 + 500 + 25_000

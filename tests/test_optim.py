@@ -5,11 +5,11 @@ import optax
 import pytest
 import torch
 
-from mpanet_jax.optim import create_optimizer, learning_rate_schedule, mean_rate_schedule
+from mpanet_jax.optim import adam, mean_rate_schedule, step_decay
 
 
 def test_learning_rate_drops_after_the_milestone_epochs():
-    schedule = learning_rate_schedule(3.5e-4, (80, 120), 0.1, steps_per_epoch=10)
+    schedule = step_decay(3.5e-4, (80, 120), 0.1, steps_per_epoch=10)
     for step, expected in [(0, 3.5e-4), (799, 3.5e-4), (800, 3.5e-5), (1199, 3.5e-5), (1200, 3.5e-6)]:
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-6)
 
@@ -34,7 +34,7 @@ def test_adam_with_l2_equals_torch():
     theirs = torch.nn.Parameter(torch.tensor(start))
     reference = torch.optim.Adam([theirs], lr=1e-2, weight_decay=5e-4)
     with jax.enable_x64(True):
-        optimizer = create_optimizer(1e-2, 5e-4)
+        optimizer = adam(1e-2, 5e-4)
         ours = jnp.asarray(start)
         state = optimizer.init(ours)
         for gradient in gradients:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from mpanet_jax.call_plan import cut_into_calls
 from mpanet_jax.errors import UserError
 from mpanet_jax.parallel import global_num_ids
-from mpanet_jax.train import calls
 from tests.limits import HANGS_AFTER
 from tests.parallel_process import CASES, case_name
 
@@ -38,9 +38,15 @@ def deviations(tmp_path_factory):
 def test_many_devices_give_the_result_of_one(deviations, case):
     found = deviations[case_name(*case)]
     # opt_state holds the sums of the gradients and of their squares.
-    assert set(found) == {"params", "batch_stats", "opt_state", "mean_classifiers", "metrics"}
+    assert set(found) == {"params", "batch_stats", "opt_state", "averages", "metrics"}
     assert max(found.values()) < 1e-9, found
     assert deviations["paper against official"]["params"] > 1e-4
+
+
+def test_plain_and_fused_networks_train_alike(deviations):
+    found = deviations["plain against fused"]
+    assert set(found) == {"params", "batch_stats", "opt_state", "averages", "metrics"}
+    assert max(found.values()) < 1e-8, found
 
 
 def test_embeddings_of_many_devices_are_those_of_one(deviations):
@@ -78,7 +84,7 @@ def _assert_whole(cut, first, stops):
 
 @pytest.mark.parametrize("first", [0, 15, 30])
 def test_calls_end_at_every_stop_and_have_two_lengths(first):
-    cut = list(calls(first, 47, 4, (15, 0)))
+    cut = list(cut_into_calls(first, 47, 4, (15, 0)))
     _assert_whole(cut, first, (15, 30, 45, 47))
     assert {after - before for before, after in cut} == {1, 4}
     # 15 = 3·4 + 3, and so after a resumed stop too.
@@ -97,7 +103,7 @@ def test_calls_end_at_every_stop_and_have_two_lengths(first):
     ],
 )
 def test_calls_have_one_length_where_that_is_not_too_short(total, at_most, stops, length):
-    cut = list(calls(0, total, at_most, stops))
+    cut = list(cut_into_calls(0, total, at_most, stops))
     _assert_whole(cut, 0, [total, *(stop for every in stops if every for stop in range(every, total, every))])
     lengths = {after - before for before, after in cut}
     assert lengths <= {length, 1}
@@ -105,8 +111,8 @@ def test_calls_have_one_length_where_that_is_not_too_short(total, at_most, stops
 
 
 def test_calls_resumed_between_two_calls_get_back_in_step():
-    assert list(calls(7, 20, 5, (10,))) == [(7, 8), (8, 9), (9, 10), (10, 15), (15, 20)]
+    assert list(cut_into_calls(7, 20, 5, (10,))) == [(7, 8), (8, 9), (9, 10), (10, 15), (15, 20)]
 
 
 def test_one_step_a_call_is_one_step_a_call():
-    assert list(calls(2, 5, 1, (3, 2))) == [(2, 3), (3, 4), (4, 5)]
+    assert list(cut_into_calls(2, 5, 1, (3, 2))) == [(2, 3), (3, 4), (4, 5)]

@@ -1,4 +1,4 @@
-"""The whole iteration: it learns, it is deterministic, and each piece of the state moves as METHOD says."""
+"""The whole iteration: it learns, it is deterministic, and each piece of the state moves as docs/method.md says."""
 
 import re
 from functools import partial
@@ -8,19 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpanet_jax.data.augment import AugmentSettings
-from mpanet_jax.losses import LossSettings
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
-from mpanet_jax.optim import create_optimizer, learning_rate_schedule, mean_rate_schedule
-from mpanet_jax.state import create_train_state, init_variables
-from mpanet_jax.step import embed_step, total_gradients, train_step
+from mpanet_jax.models.resnet import BACKBONES, Bottleneck, ResNet
+from mpanet_jax.state import init_variables
+from mpanet_jax.step import total_gradients, train_step
+from tests.methods_in_tests import NO_AUGMENTATION, small_mpanet, start
 
 P, K, HEIGHT, WIDTH = 4, 4, 64, 32
-DEFAULT_LOSSES = LossSettings()
 
 
 def make_model(**options):
-    return MPANet(num_ids=P, stage_sizes=(1, 1, 1, 1), width=16, **options)
+    return MPANet(P, ResNet(Bottleneck, (1, 1, 1, 1), 16), **options)
 
 
 def make_batch(seed=0):
@@ -35,22 +33,15 @@ def make_batch(seed=0):
     }
 
 
-def make_step(model, loss_settings=DEFAULT_LOSSES, augment_settings=None, mean_rate=0.2):
-    learning_rate = learning_rate_schedule(1e-3, (80,), 0.1, 10)
-    optimizer = create_optimizer(learning_rate, 5e-4)
-    variables = init_variables(model, jax.random.key(0), HEIGHT, WIDTH)
-    state = create_train_state(variables["params"], variables["batch_stats"], optimizer, jax.random.key(1))
-    step = partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        mean_rate=mean_rate_schedule(mean_rate, None, 10),
-        loss_settings=loss_settings,
-        augment_settings=augment_settings,
-        images_per_id=K,
+def make_step(*, augment=False, **fields):
+    method = small_mpanet(
+        data__images_per_id=K,
+        optim__learning_rate=1e-3,
+        **({} if augment else {k.replace(".", "__"): v for k, v in NO_AUGMENTATION.items()}),
+        **fields,
     )
-    return jax.jit(step), state
+    options = {"method": method, "network": method.build(P), "steps_per_epoch": 10}
+    return jax.jit(partial(train_step, **options)), start(method, P, HEIGHT, WIDTH)
 
 
 def equal(a, b):
@@ -58,7 +49,7 @@ def equal(a, b):
 
 
 def test_four_steps_train():
-    step, state = make_step(make_model(), augment_settings=AugmentSettings())
+    step, state = make_step(augment=True)
     batch, history = make_batch(), []
     for _ in range(4):
         state, metrics = step(state, batch)
@@ -70,28 +61,29 @@ def test_four_steps_train():
         *("identity", "center_cluster", "separation", "modality_identity", "mutual_mean"),
         *("loss", "accuracy", "learning_rate"),
     }
-    weights = LossSettings()
-    total = sum(getattr(weights, name) * history[0][name] for name in weights._fields if name in history[0])
+    # Eq. 14.
+    weights = {"identity": 1, "center_cluster": 1, "separation": 0.5, "modality_identity": 0.5, "mutual_mean": 2.5}
+    total = sum(weight * history[0][name] for name, weight in weights.items())
     np.testing.assert_allclose(history[0]["loss"], total, rtol=1e-5)
 
 
 def test_mean_classifiers_follow_equation_11():
-    step, state = make_step(make_model(), mean_rate=0.2)
+    step, state = make_step(mean__rate=0.2)
     start = state
     state, _ = step(state, make_batch())
     after_one = state
     # E starts as a copy of θ, so the first update (before the first optimiser step) leaves it where it is.
     for name in ("visible_classifier", "infrared_classifier"):
-        np.testing.assert_allclose(after_one.mean_classifiers[name], start.params[name], rtol=1e-6)
+        np.testing.assert_allclose(after_one.averages[name], start.params[name], rtol=1e-6)
     state, _ = step(state, make_batch())
     for name in ("visible_classifier", "infrared_classifier"):
         expected = 0.8 * start.params[name] + 0.2 * after_one.params[name]
-        np.testing.assert_allclose(state.mean_classifiers[name], expected, rtol=1e-5, atol=1e-8)
-        assert np.abs(state.mean_classifiers[name] - start.params[name]).max() > 0
+        np.testing.assert_allclose(state.averages[name], expected, rtol=1e-5, atol=1e-8)
+        assert np.abs(state.averages[name] - start.params[name]).max() > 0
 
 
 def test_image_cache_gives_the_same_step_as_images():
-    step, state = make_step(make_model(), augment_settings=AugmentSettings())
+    step, state = make_step(augment=True)
     batch = make_batch()
     order = np.random.default_rng(5).permutation(P * K).astype(np.int32)
     cache = np.empty_like(batch["images"])
@@ -103,7 +95,7 @@ def test_image_cache_gives_the_same_step_as_images():
 
 
 def test_randomness_depends_on_seed_and_step_only():
-    step, state = make_step(make_model(), augment_settings=AugmentSettings())
+    step, state = make_step(augment=True)
     first, _ = step(state, make_batch())
     again, _ = step(state, make_batch())
     later, _ = step(state.replace(step=jnp.asarray(7, jnp.int32)), make_batch())
@@ -128,18 +120,19 @@ def test_every_ablation_builds_and_has_its_feature_size(channel_module, pattern_
 
 
 def test_losses_that_are_off_are_not_computed():
-    baseline = LossSettings(center_cluster=0, separation=0, modality_identity=0, mutual_mean=0)
-    step, state = make_step(make_model(channel_module="none", pattern_module="none"), baseline)
+    off = {f"loss__{name}": 0.0 for name in ("center_cluster", "separation", "modality_identity", "mutual_mean")}
+    step, state = make_step(model__channel_module="none", model__pattern_module="none", **off)
     _, metrics = step(state, make_batch())
     assert set(metrics) == {"identity", "loss", "accuracy", "learning_rate"}
 
 
 def test_embedding_does_not_depend_on_the_rest_of_the_batch():
-    model = make_model()
-    variables = init_variables(model, jax.random.key(0), HEIGHT, WIDTH)
+    method = small_mpanet()
+    network = method.build(P)
+    variables = init_variables(network, jax.random.key(0), HEIGHT, WIDTH)
     images = jnp.asarray(make_batch()["images"])
-    together = embed_step(variables, images, model=model)
-    alone = embed_step(variables, images[3:4], model=model)
+    together = method.embed(network, variables, images)
+    alone = method.embed(network, variables, images[3:4])
     np.testing.assert_allclose(together[3:4], alone, rtol=1e-4, atol=1e-5)
     assert together.shape == (P * K, 7 * 512) and together.dtype == jnp.float32
 
@@ -166,7 +159,12 @@ def test_gradients_are_summed_over_devices_in_the_networks_type_and_global_ones_
     everywhere = jax.sharding.PartitionSpec()
     total = jax.jit(
         jax.shard_map(
-            partial(total_gradients, batch_stats={"bn1": {"mean": 0, "var": 0}}, dtype=dtype, axis_name="devices"),
+            partial(
+                total_gradients,
+                summed={"bn1": {"scale": ((),)}, "classifier": ((),)},
+                dtype=dtype,
+                axis_name="devices",
+            ),
             mesh=one_device,
             in_specs=everywhere,
             out_specs=everywhere,
@@ -181,3 +179,17 @@ def test_gradients_are_summed_over_devices_in_the_networks_type_and_global_ones_
     np.testing.assert_array_equal(found["conv1"]["kernel"], np.full((2, 3), jnp.asarray(0.1, dtype), np.float32))
     np.testing.assert_array_equal(found["bn1"]["scale"], gradients["bn1"]["scale"])
     np.testing.assert_array_equal(found["classifier"], gradients["classifier"])
+
+
+def test_modality_alleviation_starts_like_the_convolutions_of_the_backbone():
+    # Kaiming normal, fan-out: √(2/64), √(2/1024) after stage 3 and √(2/128), √(2/2048) after stage 4.
+    variables = jax.eval_shape(lambda k: init_variables(MPANet(395), k, 32, 32), jax.random.key(0))
+    assert variables["params"]["mam3"]["mask"]["w1"].shape == (1024, 64)
+    network = MPANet(2, BACKBONES["resnet50"])
+    params = init_variables(network, jax.random.key(3), 32, 32)["params"]
+    for name, deviations in (("mam3", (0.1768, 0.0442)), ("mam4", (0.125, 0.03125))):
+        for kernel, deviation in zip(("w1", "w2"), deviations, strict=True):
+            found = params[name]["mask"][kernel]
+            np.testing.assert_allclose(found.std(), deviation, rtol=0.02)
+            assert abs(found.mean()) < deviation / 50
+            assert abs(found).max() > 3.5 * deviation  # normal, not uniform

@@ -18,12 +18,17 @@ from ml_collections import config_flags  # noqa: F401 - the scripts' flags come 
 from configs import regdb as regdb_config
 from configs import synthetic as synthetic_config
 from configs import sysu as sysu_config
-from mpanet_jax import experiment
+from mpanet_jax import checkpoint
 from mpanet_jax.checkpoint import Checkpoints, load_model
 from mpanet_jax.datasets.synthetic import write_dataset
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.evaluation.workdir import evaluate_workdir
-from mpanet_jax.train import _MetricReader, train
+from mpanet_jax.methods import METHODS, make_method, settings_of
+from mpanet_jax.methods.mpanet import MPANet
+from mpanet_jax.metric_log import MetricReader
+from mpanet_jax.run_files import load_settings, save_settings
+from mpanet_jax.settings import replace
+from mpanet_jax.train import train
 from tests.limits import HANGS_AFTER
 
 ROOT = Path(__file__).parent.parent
@@ -42,17 +47,21 @@ def prepared(raw, tmp_path_factory):
 
 
 @pytest.fixture
-def config(raw, prepared):
-    config = synthetic_config.get_config()
-    config.dataset.source, config.dataset.data_dir = str(raw), str(prepared)
-    config.data.height, config.data.width = 32, 16
-    config.data.num_ids_per_batch, config.data.images_per_id = 3, 4
-    config.model.width = 16
-    config.train.num_epochs = 1
-    config.train.checkpoint_every_epochs = 1
-    config.train.eval_every_epochs = 0
-    config.eval.batch_size = 16
-    return config
+def settings(raw, prepared):
+    changes = {
+        "dataset.source": str(raw),
+        "dataset.data_dir": str(prepared),
+        "data.height": 32,
+        "data.width": 16,
+        "data.num_ids_per_batch": 3,
+        "data.images_per_id": 4,
+        "model.width": 16,
+        "train.num_epochs": 1,
+        "train.checkpoint_every_epochs": 1,
+        "train.eval_every_epochs": 0,
+        "eval.batch_size": 16,
+    }
+    return replace(settings_of(synthetic_config.get_config().to_dict()), changes)
 
 
 def final_state(workdir):
@@ -64,8 +73,8 @@ def trees_equal(a, b):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
-def test_train_writes_a_whole_workdir_and_evaluate_agrees(config, tmp_path):
-    results = train(config, tmp_path / "run")
+def test_train_writes_a_whole_workdir_and_evaluate_agrees(settings, tmp_path):
+    results = train(settings, tmp_path / "run")
     written = json.loads((tmp_path / "run/metrics.json").read_text())
     assert set(written) == {"sysu/all/single", "sysu/all/multi", "sysu/indoor/single", "sysu/indoor/multi"}
     for setting in written.values():
@@ -88,27 +97,68 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(config, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_resumed_training_is_bit_identical(config, tmp_path, monkeypatch):
-    # Four steps in one go, against two, a stop, and two more from the checkpoint.
-    config.train.num_epochs = 4
+# config.json as version 0.1 wrote it for `settings`; {source} and {data_dir} are filled in.
+OLD_CONFIG = """{
+  "augment": {"crop_fill": 127, "crop_padding": 6, "erase_area": [0.02, 0.33], "erase_aspect": [0.3, 3.3],
+    "erase_probability": 0.0, "flip_probability": 0.5},
+  "batch_scale": "global",
+  "data": {"cache": "auto", "height": 32, "images_per_id": 4, "num_ids_per_batch": 3, "num_workers": -1, "width": 16},
+  "dataset": {"data_dir": "{data_dir}", "name": "sysu_mm01", "source": "{source}", "trial": 1},
+  "dtype": "auto",
+  "eval": {"batch_size": 16, "best": "", "rerank": false},
+  "init_from": "",
+  "loss": {"center_cluster": 1.0, "identity": 1.0, "margin": 0.7, "modality_identity": 0.5, "mutual_mean": 2.5,
+    "per_modality_identity": true, "separation": 0.5, "student_first": false},
+  "mean": {"epochs_at_full": 0, "rate": 0.2},
+  "model": {"channel_module": "mam", "num_patterns": 6, "pattern_module": "pam", "reduction": 16,
+    "stage_sizes": [1, 1, 1, 1], "width": 16},
+  "optim": {"decay": 0.1, "learning_rate": 0.004, "milestones": [29, 38], "weight_decay": 0.0005},
+  "parallel": "pmap",
+  "preset": "paper",
+  "seed": 0,
+  "train": {"checkpoint_every_epochs": 1, "eval_every_epochs": 0, "keep_checkpoints": 2, "log_every_steps": 50,
+    "num_epochs": 4, "steps_per_call": 15}
+}"""
+
+
+@pytest.mark.parametrize("version", ["this", "0.1"])
+def test_resumed_training_is_bit_identical(settings, tmp_path, monkeypatch, version):
+    # Four steps in one go, against two, a stop, and two more from the checkpoint. A run of version 0.1 has the averages
+    # as `mean_classifiers` in its checkpoint, and no method and no backbone in its config.json.
+    settings = replace(settings, {"train.num_epochs": 4})
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
-    train(config, tmp_path / "whole")
+    train(settings, tmp_path / "whole")
     step, whole = final_state(tmp_path / "whole")
     assert step == 4
 
-    save = Checkpoints.save
+    save, items = Checkpoints.save, checkpoint._items
 
     def save_then_stop(self, step, state, batches):
         save(self, step, state, batches)
         if step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpoints, "save", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "halves")
-    assert final_state(tmp_path / "halves")[0] == 2
-    monkeypatch.setattr(Checkpoints, "save", save)
-    train(config, tmp_path / "halves")
+    def old_items(state):
+        model = items(state)["model"]
+        return items(state) | {"model": {"mean_classifiers" if n == "averages" else n: v for n, v in model.items()}}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_then_stop)
+        if version == "0.1":
+            patch.setattr(checkpoint, "_items", old_items)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path / "halves")
+    stored = set(checkpoint._stored_model(tmp_path / "halves/checkpoints/2"))
+    assert stored == {"params", "batch_stats", "mean_classifiers" if version == "0.1" else "averages"}
+    if version == "0.1":
+        config = OLD_CONFIG.replace("{source}", settings.dataset.source)
+        config = config.replace("{data_dir}", settings.dataset.data_dir)
+        (tmp_path / "halves/config.json").write_text(config)
+        assert load_settings(tmp_path / "halves") == settings
+        assert 0 < evaluate_workdir(tmp_path / "halves")["sysu/all/single"]["mAP"] <= 100
+    step, half = final_state(tmp_path / "halves")
+    assert step == 2 and half.keys() == {"params", "batch_stats", "averages"}
+    train(settings, tmp_path / "halves")
     step, halves = final_state(tmp_path / "halves")
     assert step == 4
     assert trees_equal(whole, halves)
@@ -116,9 +166,9 @@ def test_resumed_training_is_bit_identical(config, tmp_path, monkeypatch):
     assert kept == [3, 4]
 
 
-def test_best_checkpoint_is_the_one_with_the_greatest_figure(config, tmp_path, monkeypatch):
+def test_best_checkpoint_is_the_one_with_the_greatest_figure(settings, tmp_path, monkeypatch):
     # The evaluations after epochs 1, 2 and 3 are given; the second is best.
-    config.train.num_epochs, config.train.eval_every_epochs, config.eval.best = 3, 1, "mAP"
+    settings = replace(settings, {"train.num_epochs": 3, "train.eval_every_epochs": 1, "eval.best": "mAP"})
     figures = iter([10.0, 30.0, 20.0])
     steps = []
 
@@ -127,7 +177,7 @@ def test_best_checkpoint_is_the_one_with_the_greatest_figure(config, tmp_path, m
         return {"sysu/all/single": {"rank1": 0.0, "mAP": next(figures), "mINP": 0.0}}
 
     monkeypatch.setattr("mpanet_jax.train.evaluate_split", evaluate)
-    last = train(config, tmp_path / "run")
+    last = train(settings, tmp_path / "run")
     best = json.loads((tmp_path / "run/metrics_best.json").read_text())["sysu/all/single"]
     last_step, last_model = final_state(tmp_path / "run")
     best_step, best_model = load_model(tmp_path / "run", "best")
@@ -137,26 +187,26 @@ def test_best_checkpoint_is_the_one_with_the_greatest_figure(config, tmp_path, m
 
 
 @pytest.mark.parametrize("record", ["kept", "lost"])
-def test_step_of_the_best_checkpoint_may_be_evaluated_again(config, tmp_path, monkeypatch, record):
+def test_step_of_the_best_checkpoint_may_be_evaluated_again(settings, tmp_path, monkeypatch, record):
     # The run is finished, so it is only evaluated: a little better than before, or after a kill before the record.
-    config.eval.best = "mAP"
+    settings = replace(settings, {"eval.best": "mAP"})
     figures = iter([10.0, 10.5])
     monkeypatch.setattr(
         "mpanet_jax.train.evaluate_split",
         lambda *_, **__: {"sysu/all/single": {"rank1": 0.0, "mAP": next(figures), "mINP": 0.0}},
     )
-    train(config, tmp_path / "run")
+    train(settings, tmp_path / "run")
     if record == "lost":
         (tmp_path / "run/metrics_best.json").unlink()
-    train(config, tmp_path / "run")
+    train(settings, tmp_path / "run")
     best = json.loads((tmp_path / "run/metrics_best.json").read_text())["sysu/all/single"]
     assert best["mAP"] == 10.5
     assert load_model(tmp_path / "run", "best")[0] == best["step"]
 
 
-def test_evaluation_does_not_count_as_training_time(config, tmp_path, monkeypatch):
+def test_evaluation_does_not_count_as_training_time(settings, tmp_path, monkeypatch):
     # On a clock by which a step takes a second and an evaluation an hour.
-    config.train.num_epochs, config.train.eval_every_epochs, config.train.log_every_steps = 3, 1, 1
+    changes = {"train.num_epochs": 3, "train.eval_every_epochs": 1, "train.log_every_steps": 1}
     clock, rates = [0.0], []
 
     def step_done(_):
@@ -168,13 +218,13 @@ def test_evaluation_does_not_count_as_training_time(config, tmp_path, monkeypatc
         return {"sysu/all/single": {"rank1": 0.0, "mAP": 0.0, "mINP": 0.0}}
 
     monkeypatch.setattr("mpanet_jax.train.evaluate_split", evaluate)
-    monkeypatch.setattr("mpanet_jax.train.time_when_ready", step_done)
-    monkeypatch.setattr("mpanet_jax.train.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("mpanet_jax.metric_log.time_when_ready", step_done)
+    monkeypatch.setattr("mpanet_jax.metric_log.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(
-        "mpanet_jax.train.MetricLog.scalars",
+        "mpanet_jax.metric_log.MetricLog.scalars",
         lambda self, step, values: rates.extend(v for name, v in values.items() if name.endswith("images_per_second")),
     )
-    train(config, tmp_path / "run")
+    train(replace(settings, changes), tmp_path / "run")
     assert len(rates) >= 3 and set(rates) == {12.0}  # P·K
 
 
@@ -190,13 +240,13 @@ def test_rates_are_by_when_steps_were_finished_not_by_when_they_were_read(monkey
         looked_at.clear()
         clock[0] = until
 
-    monkeypatch.setattr("mpanet_jax.train.time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr("mpanet_jax.metric_log.time", SimpleNamespace(perf_counter=perf_counter))
     written = []
     log = SimpleNamespace(
         advance=lambda _: None, status=lambda _: None, scalars=lambda step, values: written.append(values)
     )
     finished = []
-    reader = _MetricReader(log, 15, 30, 8, lambda step, when: finished.append((step, when)))
+    reader = MetricReader(log, 15, 30, 8, lambda step, when: finished.append((step, when)))
     metrics = {"loss": np.ones(15), "accuracy": np.ones(15)}
     reader.read_previous(0, 15, metrics)
     time_passes(until=3.0)  # the second call is sent off
@@ -207,72 +257,98 @@ def test_rates_are_by_when_steps_were_finished_not_by_when_they_were_read(monkey
     assert written[1]["train/images_per_second"] == 15 * 8 / 3
 
 
-def test_no_best_checkpoint_unless_asked(config, tmp_path):
-    train(config, tmp_path / "run")
+def test_no_best_checkpoint_unless_asked(settings, tmp_path):
+    train(settings, tmp_path / "run")
     with pytest.raises(UserError, match="checkpoints_best"):
         load_model(tmp_path / "run", "best")
 
 
-def test_finished_run_is_evaluated_again_without_training(config, tmp_path):
-    first = train(config, tmp_path / "run")
+def test_finished_run_is_evaluated_again_without_training(settings, tmp_path):
+    first = train(settings, tmp_path / "run")
     before = final_state(tmp_path / "run")
-    again = train(config, tmp_path / "run")
+    again = train(settings, tmp_path / "run")
     assert trees_equal(before[1], final_state(tmp_path / "run")[1])
     assert first["sysu/all/single"]["mAP"] == again["sysu/all/single"]["mAP"]
 
 
-def test_checkpoint_of_another_model_is_refused_and_config_kept(config, tmp_path, capfd):
-    train(config, tmp_path / "run")
+def test_checkpoint_of_another_model_is_refused_and_config_kept(settings, tmp_path, capfd):
+    train(settings, tmp_path / "run")
     before = (tmp_path / "run/config.json").read_text()
     capfd.readouterr()
-    config.model.num_patterns = 3
+    settings = replace(settings, {"model.num_patterns": 3})
     with pytest.raises(UserError, match=r"run: holds a run with another config, config.model.num_patterns = 3 \(6"):
-        train(config, tmp_path / "run")
+        train(settings, tmp_path / "run")
     assert (tmp_path / "run/config.json").read_text() == before
     (tmp_path / "run/config.json").unlink()  # lost: then the shapes tell
     with pytest.raises(UserError, match=r"checkpoints/\d+: .* \(\w+/.*: .*\d.* stored, .*\d.* in the config's model\)"):
-        train(config, tmp_path / "run")
+        train(settings, tmp_path / "run")
     assert "Traceback" not in capfd.readouterr().err
     assert not (tmp_path / "run/config.json").exists()
 
 
-def test_run_goes_on_under_its_own_recipe_only(config, tmp_path):
-    train(config, tmp_path / "run")
-    config.train.num_epochs, config.data.cache, config.eval.rerank = 2, "none", True  # these it may change
-    train(config, tmp_path / "run")
-    config.loss.student_first, config.optim.milestones = True, (1,)
-    with pytest.raises(UserError, match=r"config.loss.student_first = True \(False before\), config.optim.mile"):
-        train(config, tmp_path / "run")
+def test_run_goes_on_under_its_own_recipe_only(settings, tmp_path):
+    train(settings, tmp_path / "run")
+    may_change = {"train.num_epochs": 2, "data.cache": "none", "eval.rerank": True, "model.fused": "off"}
+    settings = replace(settings, may_change)
+    train(settings, tmp_path / "run")
+    settings = replace(settings, {"loss.student_first": True, "optim.milestones": (1,)})
+    with pytest.raises(UserError, match=r"holds a run with another config") as error:
+        train(settings, tmp_path / "run")
+    assert "config.loss.student_first = True (False before)" in str(error.value)
+    assert "config.optim.milestones = (1,) ((29, 38) before)" in str(error.value)
+    assert str(error.value).count(" before)") == 2
 
 
-def test_diverged_run_stops_and_keeps_its_last_good_checkpoint(config, tmp_path, monkeypatch):
-    config.train.num_epochs = 2
+@pytest.mark.parametrize(
+    "field, other, before", [("model.backbone", "resnet18", "resnet50"), ("method", "another", "mpanet")]
+)
+def test_run_of_another_backbone_or_method_is_refused(settings, tmp_path, monkeypatch, field, other, before):
+    monkeypatch.setitem(METHODS, "another", METHODS["mpanet"])
+    train(settings, tmp_path / "run")
+    config = (tmp_path / "run/config.json").read_bytes()
+    model = final_state(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"run: .*, config\.{field} = '{other}' \('{before}' before\); give another"):
+        train(replace(settings, {field: other, "train.num_epochs": 2}), tmp_path / "run")
+    assert (tmp_path / "run/config.json").read_bytes() == config
+    assert trees_equal(model, final_state(tmp_path / "run"))
+
+
+def test_run_of_an_unknown_method_is_refused(settings, tmp_path):
+    save_settings(settings, tmp_path / "run")
+    record = tmp_path / "run/config.json"
+    record.write_text(record.read_text().replace('"mpanet"', '"mpa_net"'))
+    with pytest.raises(UserError, match=r"config\.json: .*method = 'mpa_net': expected one of 'mpanet'"):
+        load_settings(tmp_path / "run")
+
+
+def test_diverged_run_stops_and_keeps_its_last_good_checkpoint(settings, tmp_path, monkeypatch):
+    settings = replace(settings, {"train.num_epochs": 2})
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 2)
-    schedules = experiment.make_schedules
+    schedule = MPANet.learning_rate
 
-    def diverging(*arguments):
-        learning_rate, mean_rate = schedules(*arguments)
-        return lambda step: jnp.where(step < 2, learning_rate(step), jnp.nan), mean_rate
+    def diverging(self, steps_per_epoch):
+        learning_rate = schedule(self, steps_per_epoch)
+        return lambda step: jnp.where(step < 2, learning_rate(step), jnp.nan)
 
-    monkeypatch.setattr("mpanet_jax.train.make_schedules", diverging)
+    monkeypatch.setattr(MPANet, "learning_rate", diverging)
     # Step 3 makes the weights NaN, step 4 is the first to see it, and the last before a checkpoint.
     with pytest.raises(UserError, match=r"step 4: the loss is nan; lower config.optim.learning_rate"):
-        train(config, tmp_path / "run")
+        train(settings, tmp_path / "run")
     assert final_state(tmp_path / "run")[0] == 2
 
 
-def test_weights_alone_are_no_run_to_go_on_with(config, tmp_path):
-    train(config, tmp_path / "run")
+def test_weights_alone_are_no_run_to_go_on_with(settings, tmp_path):
+    train(settings, tmp_path / "run")
     for item in ("training", "data"):
         shutil.rmtree(next((tmp_path / "run/checkpoints").glob(f"[0-9]*/{item}")))
-    config.train.num_epochs = 2
+    settings = replace(settings, {"train.num_epochs": 2})
     with pytest.raises(UserError, match=r"checkpoints/\d+: lacks the data and training .*init_from"):
-        train(config, tmp_path / "run")
+        train(settings, tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", ["cut off", "emptied", "gone"])
-def test_damaged_checkpoint_is_named(config, tmp_path, damage):
-    train(config, tmp_path / "run")
+def test_damaged_checkpoint_is_named(settings, tmp_path, damage):
+    train(settings, tmp_path / "run")
     (model,) = (tmp_path / "run/checkpoints").glob("[0-9]*/model")
     if damage == "gone":
         shutil.rmtree(model)
@@ -282,10 +358,10 @@ def test_damaged_checkpoint_is_named(config, tmp_path, damage):
     assert files or damage == "gone"
     with pytest.raises(UserError, match=rf"{model.parent}: .*cannot be read .* delete it"):
         load_model(tmp_path / "run")
-    config.train.num_epochs = 2
+    settings = replace(settings, {"train.num_epochs": 2})
     said = "lacks the model that training" if damage == "gone" else "this checkpoint cannot be read"
     with pytest.raises(UserError, match=f"{model.parent}: {said}"):
-        train(config, tmp_path / "run")
+        train(settings, tmp_path / "run")
 
 
 def test_official_preset_changes_what_method_lists():
@@ -294,8 +370,9 @@ def test_official_preset_changes_what_method_lists():
     assert (paper.loss.per_modality_identity, official.loss.per_modality_identity) == (True, False)
     assert (paper.loss.student_first, official.loss.student_first) == (False, True)
     assert (paper.augment.crop_padding, official.augment.crop_padding) == (0, 10)
-    _, paper_rate = experiment.make_schedules(paper, 10)
-    _, official_rate = experiment.make_schedules(official, 10)
+    paper_rate, official_rate = (
+        make_method(settings_of(config.to_dict())).average_rate(steps_per_epoch=10) for config in (paper, official)
+    )
     assert float(paper_rate(1395)) == pytest.approx(0.2)
     assert float(official_rate(1395)) == pytest.approx(0.2 * 100 / 141)
     assert paper.init_from == official.init_from == "hf:timm/resnet50.tv_in1k"
@@ -327,10 +404,10 @@ def test_official_preset_changes_what_method_lists():
 )
 def test_values_that_make_no_run_are_refused(section, field, value):
     config = sysu_config.get_config()
-    experiment.check_config(config)
+    settings_of(config.to_dict())
     config[section][field] = value
-    with pytest.raises(UserError, match=rf"^config\.{section}\.{field} = .*(expected|has to divide)"):
-        experiment.check_config(config)
+    with pytest.raises(SettingsError, match=rf"^{section}\.{field} = .*(expected|has to divide)"):
+        settings_of(config.to_dict())
 
 
 def run_script(name, *arguments, cwd):
@@ -346,12 +423,19 @@ def run_script(name, *arguments, cwd):
 BAD_TRAINING = {
     "missing data root": (["--config.dataset.source=/does/not/exist"], "config.dataset.source"),
     "no data root at all": (["--config.dataset.source="], "prepare_data.py"),
-    "unknown field": (["--config.optim.learnin_rate=1"], "learnin_rate"),
+    "unknown field": (["--config.optim.learnin_rate=1"], "'learnin_rate'; did you mean 'learning_rate'?"),
+    "unknown group": (["--config.modle.width=8"], "'modle'; did you mean 'model'?"),
+    "no such method": (["--config.method=mpa_net"], "--config.method = 'mpa_net': expected one of 'mpanet'; did you"),
+    "no such backbone": (["--config.model.backbone=resnet_50"], "; did you mean 'resnet50'?"),
+    "no such data set": (["--config.dataset.name=sysu"], "; did you mean 'sysu_mm01'?"),
     "unknown preset": (["PRESET"], "unknown preset"),
     "P does not fit": (["--config.data.num_ids_per_batch=99"], "config.data.num_ids_per_batch"),
     "K is odd": (["--config.data.images_per_id=5"], "config.data.images_per_id"),
     "value of the wrong type": (["--config.data.height=tall"], "config.data.height"),
-    "no such module": (["--config.model.channel_module=mamm"], "config.model.channel_module"),
+    "no such module": (
+        ["--config.model.channel_module=mamm"],
+        "--config.model.channel_module = 'mamm': expected",
+    ),
     "preset by its field": (["--config.preset=official"], "--config=configs/NAME.py:official"),
     "no such trial": (["--config.dataset.name=regdb", "--config.dataset.trial=11"], "config.dataset.trial"),
     "not a flag": (["extra"], "extra: not a flag"),
@@ -383,6 +467,17 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, named, raw, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_fused_form_that_a_network_lacks_is_refused_before_anything_is_written(raw, tmp_path):
+    config = [f"--config={ROOT}/configs/synthetic.py", f"--config.dataset.source={raw}", "--workdir=run"]
+    result = run_script(
+        "train.py", *config, "--config.model.backbone=resnet18", "--config.model.fused=on", cwd=tmp_path
+    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: --config.model.fused = 'on': the network of method 'mpanet' with backbone")
+    assert "'resnet18' has no fused form; use 'auto' or 'off'" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_config_file_that_is_not_there(tmp_path):
     result = run_script("train.py", "--config=configs/none.py", "--workdir=run", cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
@@ -390,13 +485,13 @@ def test_config_file_that_is_not_there(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_workdir_that_cannot_be_made(config, tmp_path):
+def test_workdir_that_cannot_be_made(settings, tmp_path):
     (tmp_path / "file").touch()
     result = run_script(
         "train.py",
         f"--config={ROOT}/configs/synthetic.py",
-        f"--config.dataset.data_dir={config.dataset.data_dir}",
-        f"--config.dataset.source={config.dataset.source}",
+        f"--config.dataset.data_dir={settings.dataset.data_dir}",
+        f"--config.dataset.source={settings.dataset.source}",
         "--config.data.height=32",
         "--config.data.width=16",
         "--config.data.num_ids_per_batch=3",
@@ -423,9 +518,9 @@ def test_missing_permutation_file_is_named(raw, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["folder", "checkpoint"])
-def test_evaluate_without_a_checkpoint(missing, tmp_path, config):
+def test_evaluate_without_a_checkpoint(missing, tmp_path, settings):
     if missing == "checkpoint":
-        experiment.save_config(config, tmp_path / "run")
+        save_settings(settings, tmp_path / "run")
     result = run_script("evaluate.py", "--workdir=run", cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "run" in result.stderr.strip().splitlines()[-1]

@@ -1,39 +1,19 @@
 """Augmentation and normalisation inside the step: uint8 in, normalised images out.
 
-Order (METHOD): flip, pad-and-crop (preset `official`), normalise, erase. Every image draws from its own key, folded
+Order: flip, pad-and-crop (preset `official`), normalise, erase. Every image draws from its own key, folded
 from its place in the *global* batch, so the augmented batch does not depend on how many devices share it.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from mpanet_jax.settings import AugmentSettings
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ERASE_ATTEMPTS = 10
-
-
-class AugmentSettings(NamedTuple):
-    """What is drawn for an image.
-
-    Attributes:
-      flip_probability: of the horizontal flip.
-      crop_padding: pixels added on every side before a random crop back to the size; 0 leaves the crop out.
-      crop_fill: the padding's value, 0 to 255.
-      erase_probability: of random erasing.
-      erase_area: least and greatest share of the image's area.
-      erase_aspect: least and greatest height/width, drawn log-uniformly.
-    """
-
-    flip_probability: float = 0.5
-    crop_padding: int = 0
-    crop_fill: int = 127
-    erase_probability: float = 0.5
-    erase_area: tuple[float, float] = (0.02, 0.33)
-    erase_aspect: tuple[float, float] = (0.3, 3.3)
 
 
 def normalize(images: UInt8[Array, "*b h w 3"], dtype: DTypeLike) -> Float[Array, "*b h w 3"]:
@@ -77,17 +57,21 @@ def augment_image(
     flip_key, row_key, column_key, erase_key = jax.random.split(key, 4)
     # Flip and crop are one gather: output pixel (i, j) reads source pixel (rows[i], columns[j]).
     pad = settings.crop_padding
-    rows = jnp.arange(height) + jax.random.randint(row_key, (), -pad, pad + 1)
-    columns = jnp.arange(width) + jax.random.randint(column_key, (), -pad, pad + 1)
-    inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
-    flip = jax.random.uniform(flip_key) < settings.flip_probability
-    columns = jnp.where(flip, width - 1 - columns, columns)
-    source = image[jnp.clip(rows, 0, height - 1)][:, jnp.clip(columns, 0, width - 1)]
-    source = jnp.where(inside[..., None], source, jnp.asarray(settings.crop_fill, image.dtype))
+    if pad or settings.flip_probability:
+        rows = jnp.arange(height) + jax.random.randint(row_key, (), -pad, pad + 1)
+        columns = jnp.arange(width) + jax.random.randint(column_key, (), -pad, pad + 1)
+        inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+        flip = jax.random.uniform(flip_key) < settings.flip_probability
+        columns = jnp.where(flip, width - 1 - columns, columns)
+        image_there = image[jnp.clip(rows, 0, height - 1)][:, jnp.clip(columns, 0, width - 1)]
+        image = jnp.where(inside[..., None], image_there, jnp.asarray(settings.crop_fill, image.dtype))
+    normalised = normalize(image, dtype)
+    if not settings.erase_probability:
+        return normalised
     top, left, box_height, box_width = erase_box(erase_key, height, width, settings)
     row, column = jnp.arange(height)[:, None], jnp.arange(width)
     erased = (row >= top) & (row < top + box_height) & (column >= left) & (column < left + box_width)
-    return jnp.where(erased[..., None], jnp.zeros((), dtype), normalize(source, dtype))
+    return jnp.where(erased[..., None], jnp.zeros((), dtype), normalised)
 
 
 def augment(

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 import sys
@@ -94,7 +95,8 @@ def resized_images(
     if (images := open_cache(split, height, width, cache_dir)) is not None:
         return images
     shape = (len(split), height, width, 3)
-    if cache_dir is None or not (must_keep or _has_room(Path(cache_dir), int(np.prod(shape)))):
+    num_bytes = math.prod(shape)
+    if cache_dir is None or not (must_keep or _has_room(Path(cache_dir), num_bytes)):
         images = np.empty(shape, np.uint8)
         _fill(images, split, num_threads)
         return images
@@ -115,10 +117,10 @@ def resized_images(
                     os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"config.dataset.data_dir: can't write the image cache ({_size(np.prod(shape))}) to {cache_dir} ({error}); "
+            f"config.dataset.data_dir: can't write the image cache ({_size(num_bytes)}) to {cache_dir} ({error}); "
             "name a folder with room for it, or set config.data.cache=none"
         ) from error
-    return open_cache(split, height, width, cache_dir)
+    return np.load(path, mmap_mode="r")
 
 
 def _has_room(cache_dir: Path, num_bytes: int) -> bool:
@@ -174,7 +176,7 @@ def _removed_on_error(path: Path) -> Iterator[None]:
 def _free_device_memory() -> int:
     """Bytes free on the fullest local accelerator; 0 on the CPU, which has no memory of its own."""
 
-    def free(device: jax.Device) -> int:
+    def free(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]: jaxlib has no stubs
         stats = device.memory_stats() if device.platform != "cpu" else None
         return stats["bytes_limit"] - stats["bytes_in_use"] if stats else 0
 

@@ -1,4 +1,7 @@
-"""The P×K plan: which images make up every batch of an epoch (METHOD, "Epoch"), as a pure function of (seed, epoch)."""
+"""The P×K plan: which images make up every batch of an epoch, as a pure function of (seed, epoch).
+
+The rule is in docs/method.md, "Epoch".
+"""
 
 import functools
 import zlib
@@ -31,8 +34,7 @@ class BatchPlan:
       images_per_id: K, even.
       seed: of the plan.
 
-    Raises `UserError` if K is odd or less than 2, if there are fewer than P identities, or if one of them has no image
-    in one of the modalities.
+    Raises `UserError` if there are fewer than P identities, or if one of them has no image in one of the modalities.
     """
 
     labels: np.ndarray
@@ -42,12 +44,7 @@ class BatchPlan:
     seed: int
 
     def __post_init__(self):
-        p, k = self.num_ids_per_batch, self.images_per_id
-        if k < 2 or k % 2:
-            raise UserError(
-                f"config.data.images_per_id={k} must be even and at least 2 (half visible, half infrared); "
-                f"the nearest is {max(2, k + k % 2)}"
-            )
+        p = self.num_ids_per_batch
         num_ids = len(np.unique(self.labels))
         if not 1 <= p <= num_ids:
             raise UserError(

@@ -9,9 +9,11 @@ from mpanet_jax.datasets.prepared import (
     is_prepared,
     load_split,
     make_builder,
+    open_split,
     permutation_file,
     prepare,
     prepared_dir,
+    settings_of,
 )
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord, Split
 
@@ -24,8 +26,10 @@ __all__ = [
     "is_prepared",
     "load_split",
     "make_builder",
+    "open_split",
     "permutation_file",
     "prepare",
     "prepared_dir",
     "progress_bar",
+    "settings_of",
 ]

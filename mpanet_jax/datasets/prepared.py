@@ -1,6 +1,7 @@
 """Prepared data sets: build them once, all or nothing, and open their splits quickly."""
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import os
@@ -8,8 +9,9 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,14 +19,41 @@ from absl import logging
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mpanet_jax.datasets import llcm, regdb, sysu_mm01
-from mpanet_jax.datasets.builder import SPLITS, VERSION, RawDatasetBuilder, Track, no_progress
+from mpanet_jax.datasets.builder import SPLITS, VERSION, RawDatasetBuilder, Track, no_progress, progress_bar
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.datasets.verify import require_sound
-from mpanet_jax.errors import UserError, first_line
+from mpanet_jax.errors import SettingsError, UserError, first_line
+from mpanet_jax.settings import DatasetSettings, expected_one_of, from_dict
 
 # In a prepared folder: the raw folder that it was made from.
 SOURCE_FILE = "source.txt"
 BUILDERS = {"sysu_mm01": sysu_mm01.SysuMm01, "regdb": regdb.Regdb, "llcm": llcm.Llcm}
+# The settings of those that have fields of their own.
+SETTINGS = {"regdb": regdb.RegdbSettings}
+
+
+def settings_of(tree: Mapping[str, Any]) -> DatasetSettings:
+    """The settings that plain values describe; they may hold other data sets' own fields, at their defaults.
+
+    Raises:
+      SettingsError: an unknown data set or field, or a value that cannot be.
+    """
+    name = tree.get("name", DatasetSettings.name)
+    if name not in BUILDERS:
+        raise SettingsError(f"dataset.name {expected_one_of(name, BUILDERS)}")
+    chosen = SETTINGS.get(name, DatasetSettings)
+    own = {field.name for field in dataclasses.fields(chosen)}
+    foreign = {
+        field.name: (owner, field.default)
+        for owner, cls in SETTINGS.items()
+        for field in dataclasses.fields(cls)
+        if field.name not in own
+    }
+    for field in foreign.keys() & tree.keys():
+        owner, default = foreign[field]
+        if tree[field] != default:
+            raise SettingsError(f"dataset.{field} = {tree[field]!r}: a field of {owner!r}, not of {name!r}")
+    return from_dict(chosen, {field: value for field, value in tree.items() if field not in foreign}, "dataset.")
 
 
 def make_builder(name: str, data_dir: str | Path, *, trial: int = 1) -> RawDatasetBuilder:
@@ -100,13 +129,13 @@ def prepare(
             return target
         if target.exists():
             raise UserError(f"{target}: not a prepared data set of this program; delete it and run again")
-        incomplete = ("incomplete.", f"_{target.name}")  # tfds's prefix and suffix of directories it is writing
+        prefix, suffix = "incomplete.", f"_{target.name}"  # tfds's, of directories it is writing
         if locked:
-            for remains in target.parent.glob("*".join(incomplete)):
+            for remains in target.parent.glob(f"{prefix}*{suffix}"):
                 shutil.rmtree(remains, ignore_errors=True)
         builder = make_builder(name, data_dir, trial=trial)
         builder.track = track
-        with _quiet(), tempfile.TemporaryDirectory(*reversed(incomplete), target.parent) as downloads:
+        with _quiet(), tempfile.TemporaryDirectory(suffix, prefix, target.parent) as downloads:
             config = tfds.download.DownloadConfig(manual_dir=source, extract_dir=downloads)
             builder.download_and_prepare(download_dir=downloads, download_config=config)
     (target / SOURCE_FILE).write_text(str(source.absolute()))
@@ -122,6 +151,13 @@ def _warn_of_another_source(target: Path, source: Path) -> None:
             "prepared folder, or name another config.dataset.data_dir, to prepare from there)",
             file=sys.stderr,
         )
+
+
+def open_split(dataset: DatasetSettings, split: str) -> Split:
+    """A split, 'train' or 'test', of the data set of the settings, prepared on demand from its source."""
+    trial = dataset.trial or 1
+    prepare(dataset.name, dataset.source, dataset.data_dir, trial=trial, track=progress_bar)
+    return load_split(dataset.name, dataset.data_dir, split, trial=trial)
 
 
 def load_split(name: str, data_dir: str | Path, split: str, *, trial: int = 1) -> Split:
@@ -143,7 +179,9 @@ def load_split(name: str, data_dir: str | Path, split: str, *, trial: int = 1) -
         raise UserError(f"{builder.data_dir}: index_{split}.npz is damaged ({error}); {again}") from error
     try:
         with _quiet():
-            records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+            method = tfds.decode.DeserializeMethod.RAW_BYTES
+            # tfds's decorator hides the parameters from type checkers.
+            records = builder.as_data_source(split, deserialize_method=method)  # pyright: ignore[reportCallIssue]
         if len(records) != len(metadata["pids"]):
             raise UserError(f"{builder.data_dir}: records and index differ; {again}")
         for end in np.cumsum(builder.info.splits[split].shard_lengths):
@@ -177,7 +215,8 @@ class EncodedImages(Sequence):
 
     def __getitem__(self, index: int) -> bytes:
         record = self._records[range(len(self._records))[index]]  # IndexError ends iteration; the source's own is not
-        return tf_example_pb2.Example.FromString(record).features.feature["image"].bytes_list.value[0]
+        # protobuf makes the module's classes when it is imported.
+        return tf_example_pb2.Example.FromString(record).features.feature["image"].bytes_list.value[0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _check_name(name: str, trial: int) -> None:

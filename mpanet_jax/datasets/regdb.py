@@ -5,6 +5,7 @@ like `Visible/285/name.bmp 0`. The number behind the path is the identity's labe
 number here is its folder's, which is the same in every split.
 """
 
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
@@ -13,10 +14,20 @@ import tensorflow_datasets as tfds
 from mpanet_jax.datasets.builder import VERSION, RawDatasetBuilder
 from mpanet_jax.datasets.raw import Report, check_labels, raise_fault, read_index
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord
+from mpanet_jax.settings import DatasetSettings, between, one_of, setting
 
 TRIALS = range(1, 11)
 # The index files' word and the folder of each camera: 1 visible, 2 thermal.
 CAMERAS = {1: ("visible", "Visible", VISIBLE), 2: ("thermal", "Thermal", INFRARED)}
+
+
+@dataclass(frozen=True)
+class RegdbSettings(DatasetSettings):
+    """RegDB's, with a field of its own."""
+
+    name: str = setting("regdb", "the data set", one_of("regdb"))
+    trial: int = setting(1, "which of the ten splits", between(TRIALS[0], TRIALS[-1]))
+
 
 # identities, visible images, infrared images
 PUBLISHED = {"train": (206, 2060, 2060), "test": (206, 2060, 2060)}
@@ -60,4 +71,5 @@ class Regdb(RawDatasetBuilder):
     ]
 
     def list_images(self, source: Path, split: str) -> list[ImageRecord]:
+        assert self.builder_config is not None  # tfds takes one of the above
         return list_images(source, split, trial=int(self.builder_config.name.removeprefix("split_")))

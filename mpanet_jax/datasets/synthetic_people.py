@@ -73,9 +73,22 @@ class Person:
 @functools.lru_cache(maxsize=2048)
 def draw_person(seed: int, pid: int) -> Person:
     """The identity `pid` of the data set with this seed."""
+    # Colours and reflectances come from two separate streams: neither says anything about the other.
+    colours, reflectances = np.random.default_rng([seed, 2, pid]), np.random.default_rng([seed, 3, pid])
+    visible = _tones(colours, skin=colours.uniform(0.38, 0.78))
+    infrared = _tones(reflectances, skin=reflectances.uniform(0.6, 0.7))
+    palette = np.zeros((2, 128, 3))
+    palette[INFRARED, : len(infrared)] = infrared[:, None]
+    palette[VISIBLE, : len(visible)] = [_tint(colours, tone) for tone in visible]
+    palette[VISIBLE, SKIN] = visible[SKIN] * np.array([1.22, 0.95, 0.78])
+    palette[VISIBLE, HAIR] = _tint(
+        colours, visible[HAIR], colours.uniform(0.06, 0.12), colours.choice([0.1, 0.55, 0.65])
+    )
+    palette[:, SHADE : 2 * SHADE] = 0.62 * palette[:, :SHADE]
+    palette[:, WEAVE:] = 0.8 * palette[:, :WEAVE]
     rng = np.random.default_rng([seed, 1, pid])
     pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
-    looks = dict(
+    return Person(
         height=rng.uniform(0.88, 1.0),
         build=rng.uniform(0.82, 1.25),
         hair=pick(HAIRS),
@@ -94,21 +107,8 @@ def draw_person(seed: int, pid: int) -> Person:
         shoes=pick(SHOES),
         light_sole=rng.random() < 0.5,
         bag=pick(BAGS),
+        palette=(255 * palette.clip(0, 1)).astype(np.uint8),
     )
-    # Colours and reflectances come from two separate streams: neither says anything about the other.
-    colours, reflectances = np.random.default_rng([seed, 2, pid]), np.random.default_rng([seed, 3, pid])
-    visible = _tones(colours, skin=colours.uniform(0.38, 0.78))
-    infrared = _tones(reflectances, skin=reflectances.uniform(0.6, 0.7))
-    palette = np.zeros((2, 128, 3))
-    palette[INFRARED, : len(infrared)] = infrared[:, None]
-    palette[VISIBLE, : len(visible)] = [_tint(colours, tone) for tone in visible]
-    palette[VISIBLE, SKIN] = visible[SKIN] * np.array([1.22, 0.95, 0.78])
-    palette[VISIBLE, HAIR] = _tint(
-        colours, visible[HAIR], colours.uniform(0.06, 0.12), colours.choice([0.1, 0.55, 0.65])
-    )
-    palette[:, SHADE : 2 * SHADE] = 0.62 * palette[:, :SHADE]
-    palette[:, WEAVE:] = 0.8 * palette[:, :WEAVE]
-    return Person(palette=(255 * palette.clip(0, 1)).astype(np.uint8), **looks)
 
 
 def _tones(rng: np.random.Generator, skin: float) -> np.ndarray:
@@ -144,8 +144,10 @@ def _tint(
     rng: np.random.Generator, tone: float, hue: float | None = None, saturation: float | None = None
 ) -> np.ndarray:
     """float[3]: a colour whose luminance is `tone`."""
-    hue = rng.random() if hue is None else hue
-    saturation = rng.choice([0.05, 0.3, 0.55, 0.8], p=[0.2, 0.25, 0.3, 0.25]) if saturation is None else saturation
+    if hue is None:
+        hue = rng.random()
+    if saturation is None:
+        saturation = float(rng.choice([0.05, 0.3, 0.55, 0.8], p=[0.2, 0.25, 0.3, 0.25]))
     pure = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     colour = 1 - saturation + saturation * pure
     luminance = colour @ [0.299, 0.587, 0.114]

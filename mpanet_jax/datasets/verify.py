@@ -72,7 +72,9 @@ def require_sound(name: str, source: str | Path, *, trials: Sequence[int] = (1,)
 def format_counts(images: dict[str, list[ImageRecord]]) -> str:
     """A table of identities and images by camera and split."""
     cameras = sorted({(image.camid, image.modality) for split in images.values() for image in split})
-    rows = [("camera", "", *(f"{s} {what}" for s in images for what in ("identities", "images")))]
+    rows: list[tuple[str, ...]] = [
+        ("camera", "", *(f"{s} {what}" for s in images for what in ("identities", "images")))
+    ]
     for camid, modality in [*cameras, (None, VISIBLE), (None, INFRARED), (None, None)]:
         row = [str(camid or "all"), MODALITY_NAMES.get(modality, "both")]
         for split in images.values():

@@ -40,7 +40,7 @@ def evaluate_embeddings(
     rerank: bool = False,
     trial: int | None = None,
 ) -> dict[str, dict]:
-    """Evaluate `query` against `gallery` by a named protocol (METHOD: SYSU-MM01, RegDB, LLCM).
+    """Evaluate `query` against `gallery` by a named protocol (docs/method.md).
 
     Args:
       query, gallery: SYSU-MM01: every test image of cameras 3 and 6, and of cameras 1, 2, 4 and 5. RegDB and LLCM: the

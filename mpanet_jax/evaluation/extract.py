@@ -1,15 +1,19 @@
 """Embeddings of a list of images: the network over padded, masked batches of one shape."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array
 
 from mpanet_jax.evaluation.protocols import Embeddings
 
+# (images uint8[b, h, w, 3], modality int32[b] or None) → embeddings float[b, d] on the device
+Embed = Callable[[Any, Any], Array]
+
 
 def extract_embeddings(
-    embed: Callable[[UInt8[np.ndarray, "b h w 3"]], Float[Array, "b d"]],
+    embed: Embed,
     batches: Iterable[dict[str, np.ndarray]],
     paths: np.ndarray,
 ) -> Embeddings:
@@ -17,7 +21,7 @@ def extract_embeddings(
 
     Args:
       embed: resized bytes to embeddings; compiled once, since all batches have one shape.
-      batches: eval batches (DESIGN: "Eval batch"); rows whose `mask` is False are padding and dropped.
+      batches: eval batches (docs/method.md); rows whose `mask` is False are padding and dropped.
       paths: str[N] of the whole split, indexed by the batches' `index`.
 
     Returns:
@@ -35,7 +39,7 @@ def extract_embeddings(
 
     for batch in batches:
         # The previous result is fetched only after the next batch has been sent off, so the device never waits.
-        result = embed(batch["images"])
+        result = embed(batch["images"], batch.get("modality"))
         if waiting is not None:
             collect(*waiting)
         waiting = (batch, result)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import UInt8
 from PIL import UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.decode import decode_and_resize
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.extract import extract_embeddings
+from mpanet_jax.evaluation.extract import Embed, extract_embeddings
 from mpanet_jax.evaluation.protocols import Embeddings
 
 # What counts as an image in a folder; in a list every line does.
@@ -135,7 +135,7 @@ def _decode(image: ImageFile, out: UInt8[np.ndarray, "h w 3"]) -> str | None:
 def image_batches(
     images: list[ImageFile], *, height: int, width: int, batch_size: int, report: Report
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Eval batches (DESIGN: "Eval batch") of image files, in order.
+    """Eval batches (docs/method.md, "An eval batch") of image files, in order.
 
     Threads decode `BATCHES_IN_FLIGHT` batches ahead. Every batch has `batch_size` rows; those after the last image and
     those of images that cannot be read are zeros, with `mask` False. `report` is told each of the latter in one line,
@@ -170,7 +170,7 @@ def image_batches(
 
 
 def embed_images(
-    embed: Callable[[UInt8[np.ndarray, "b h w 3"]], Float[Array, "b d"]],
+    embed: Embed,
     images: list[ImageFile],
     *,
     height: int,

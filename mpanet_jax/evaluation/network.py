@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpanet_jax.checkpoint import load_model
-from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.workdir import Embed, make_embed
-from mpanet_jax.experiment import CONFIG_FILE, compute_dtype, load_config, make_model
-from mpanet_jax.weights import embedding_network, read_weights
+from mpanet_jax.evaluation.extract import Embed
+from mpanet_jax.evaluation.workdir import embed_of
+from mpanet_jax.methods import make_method
+from mpanet_jax.run_files import load_settings
+from mpanet_jax.settings import Settings, replace
+from mpanet_jax.weights.convert import read_weights
+from mpanet_jax.weights.names import Variables
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Network:
     """What it takes to embed images.
 
     Attributes:
-      embed: uint8[b, height, width, 3] → float[b, d], compiled, on all devices of this process; b divides over them.
+      embed: see `Embed`; compiled, on all devices of this process, which divide the rows.
       height, width: pixels of the images that it was trained with.
       batch_size: b, or near it.
     """
@@ -32,31 +35,27 @@ def network_of_workdir(workdir: str | Path, dtype: str | None = None) -> Network
     `dtype` is another precision ('auto', 'float32', 'bfloat16').
 
     Raises:
-      UserError: no config.json or no checkpoint.
+      UserError: no config.json, no checkpoint, or one of a backbone alone.
     """
-    config = load_config(Path(workdir))
+    settings = load_settings(workdir)
     _, variables = load_model(Path(workdir))
-    if dtype is not None:
-        config.dtype = dtype
-    model = make_model(config, num_ids=variables["params"]["classifier"].shape[-1])
-    embed = make_embed(model)({name: variables[name] for name in ("params", "batch_stats")})
-    return Network(embed, config.data.height, config.data.width, config.eval.batch_size)
+    return _network(settings, variables, dtype, f"--workdir={workdir}")
 
 
-def network_of_weights(weights: str | Path, dtype: str | None = None) -> Network:
-    """The MPANet of `weights`, which is anything that `weights.read_weights` reads.
+def network_of_weights(weights: str | Path, dtype: str | None = None, settings: Settings | None = None) -> Network:
+    """The network of `weights`, which is anything that `read_weights` reads.
 
-    `dtype` is the precision of convolutions and matrix products ('auto', 'float32', 'bfloat16'); None is 'auto'.
+    `dtype` is the precision of convolutions and matrix products ('auto', 'float32', 'bfloat16'); None is that of the
+    settings. `settings` are those of weights that carry none; None takes the paper's.
 
     Raises:
-      UserError: not there, not readable, not an MPANet (a bare ResNet-50 has no embedding), or a training run.
+      UserError: not there, not readable, not of this network, or of a backbone alone, which has no embedding.
     """
-    if (Path(weights) / CONFIG_FILE).exists():
-        # Its arrays do not tell all of its modules apart (MAM from SE); its config does.
-        raise UserError(f"--weights={weights}: this is a training run; use --workdir={weights}")
-    variables, _ = read_weights(weights, drop_classifiers=True)
-    try:
-        model, variables = embedding_network(variables)
-    except UserError as error:
-        raise UserError(f"--weights={weights}: {error}; to train one from these, set config.init_from") from error
-    return Network(make_embed(model.clone(dtype=compute_dtype(dtype or "auto")))(variables))
+    settings, variables, _ = read_weights(weights, settings=settings, drop_classifiers=True)
+    return _network(settings, variables, dtype, f"--weights={weights}")
+
+
+def _network(settings: Settings, variables: Variables, dtype: str | None, source: str) -> Network:
+    settings = settings if dtype is None else replace(settings, {"dtype": dtype})
+    embed = embed_of(make_method(settings), variables, source)
+    return Network(embed, settings.data.height, settings.data.width, settings.eval.batch_size)

@@ -189,15 +189,15 @@ def comparisons(
                 f"{embeddings.source}: {len(unknown)} of {len(embeddings)} pids are negative (unknown), the first of "
                 f"{embeddings.paths[unknown[0]]}; store every image's identity"
             )
-    if protocol == "sysu_mm01" and permutation is None:
-        raise UserError(
-            "--permutation: protocol sysu_mm01 needs the data set's exp/rand_perm_cam.mat; name that file, "
-            "or take --protocol sysu_mm01_random for a seeded random gallery"
-        )
-    if protocol != "sysu_mm01" and permutation is not None:
-        raise UserError(f"--permutation: only protocol sysu_mm01 reads one; drop it for {protocol}")
     if protocol == "sysu_mm01":
+        if permutation is None:
+            raise UserError(
+                "--permutation: protocol sysu_mm01 needs the data set's exp/rand_perm_cam.mat; name that file, "
+                "or take --protocol sysu_mm01_random for a seeded random gallery"
+            )
         return [_sysu(query, gallery, load_permutation(permutation), str(permutation))]
+    if permutation is not None:
+        raise UserError(f"--permutation: only protocol sysu_mm01 reads one; drop it for {protocol}")
     if protocol == "sysu_mm01_random":
         return [_sysu(query, gallery, None, "")]
     visible, infrared = _visible_and_infrared(query, gallery)
@@ -280,7 +280,8 @@ def _images_by_identity_and_camera(embeddings: Embeddings, order: np.ndarray) ->
     keys = np.stack([embeddings.pids[ranked], embeddings.camids[ranked]], axis=1)
     starts = np.flatnonzero(np.any(np.diff(keys, axis=0, prepend=keys[:1] - 1) != 0, axis=1))
     return {
-        tuple(map(int, keys[start])): rows for start, rows in zip(starts, np.split(ranked, starts[1:]), strict=True)
+        (int(pid), int(camid)): rows
+        for (pid, camid), rows in zip(keys[starts], np.split(ranked, starts[1:]), strict=True)
     }
 
 

@@ -1,1 +1,1 @@
-"""The network: ResNet, the attention modules and MPANet itself. Imports nothing else of this package."""
+"""The network: ResNet, the attention modules and MPANet itself. Of this package it imports only the errors."""

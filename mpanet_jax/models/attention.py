@@ -11,16 +11,16 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mpanet_jax.models.batch_norm import statistics_dtype, two_sums
-from mpanet_jax.models.normalization import BatchNorm
+from mpanet_jax.models.layers import BatchNorm, kaiming_fan_out, statistics_dtype, torch_uniform
 
-# PyTorch's default for nn.Conv2d and nn.Linear: uniform in ±1/√fan_in.
-torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 INSTANCE_NORM_EPS = 1e-5
 
 
 class ChannelMask(nn.Module):
-    """The two bias-free layers of eq. 2, W₂ δ(W₁ ·), shared by MAM, SE and CBAM; no sigmoid yet."""
+    """The two bias-free layers of eq. 2, W₂ δ(W₁ ·), shared by MAM, SE and CBAM; no sigmoid yet.
+
+    They start like the backbone's convolutions, as in the published program (docs/method.md).
+    """
 
     reduction: int
     param_dtype: DTypeLike
@@ -28,13 +28,13 @@ class ChannelMask(nn.Module):
     @nn.compact
     def __call__(self, pooled: Float[Array, "b c"]) -> Float[Array, "b c"]:
         channels = pooled.shape[-1]
-        squeeze = self.param("w1", torch_uniform, (channels, channels // self.reduction), self.param_dtype)
-        excite = self.param("w2", torch_uniform, (channels // self.reduction, channels), self.param_dtype)
+        squeeze = self.param("w1", kaiming_fan_out, (channels, channels // self.reduction), self.param_dtype)
+        excite = self.param("w2", kaiming_fan_out, (channels // self.reduction, channels), self.param_dtype)
         dtype = pooled.dtype
         return jax.nn.relu(pooled @ squeeze.astype(dtype)) @ excite.astype(dtype)
 
 
-def _instance_statistics(z: Float[Array, "b h w c"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+def instance_statistics(z: Float[Array, "b h w c"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
     """Mean and 1/√(variance + eps) per image and channel, biased variance over h×w (eq. 3)."""
     wide = z.astype(statistics_dtype(z))
     mean = wide.mean((1, 2))
@@ -44,33 +44,8 @@ def _instance_statistics(z: Float[Array, "b h w c"]) -> tuple[Float[Array, "b c"
     return mean, lax.rsqrt(variance + INSTANCE_NORM_EPS)
 
 
-@jax.custom_vjp
-def _affine(
-    z: Float[Array, "b h w c"], factor: Float[Array, "b c"], offset: Float[Array, "b c"]
-) -> Float[Array, "b h w c"]:
-    """factor·z + offset, with one factor and offset per image and channel; the gradients of both in one pass."""
-    return (z * factor[:, None, None] + offset[:, None, None]).astype(z.dtype)
-
-
-def _affine_forward(z, factor, offset):
-    return _affine(z, factor, offset), (z, factor)
-
-
-def _affine_backward(saved, dy):
-    z, factor = saved
-    wide = dy.astype(factor.dtype)
-    d_factor, d_offset = two_sums(wide * z, wide, (1, 2))
-    return (wide * factor[:, None, None]).astype(z.dtype), d_factor, d_offset
-
-
-_affine.defvjp(_affine_forward, _affine_backward)
-
-
 class ModalityAlleviation(nn.Module):
-    """MAM, eq. 1–3: F = m⊙Z + (1−m)⊙IN(Z) with m = σ(W₂ δ(W₁ g(Z))).
-
-    IN has no parameters and shares its mean with g(Z), so F is one affine map of Z per image and channel:
-    F = (m + (1−m)/σ)·Z − (1−m)·μ/σ.
+    """MAM, eq. 1–3: F = m⊙Z + (1−m)⊙IN(Z) with m = σ(W₂ δ(W₁ g(Z))); IN has no parameters.
 
     Attributes:
       kind: 'mam'; 'se' leaves the instance norm out (F = m⊙Z), 'in' leaves the mask out (F = IN(Z)).
@@ -83,14 +58,18 @@ class ModalityAlleviation(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        mean, inverse_deviation = _instance_statistics(z)
+        wide = z.astype(statistics_dtype(z))
+        mean, inverse_deviation = instance_statistics(z)  # g(Z) is the mean
+        normalised = (wide - mean[:, None, None]) * inverse_deviation[:, None, None]
         if self.kind == "in":
-            return _affine(z, inverse_deviation, -mean * inverse_deviation)
-        mask = jax.nn.sigmoid(ChannelMask(self.reduction, self.param_dtype, name="mask")(mean))
-        if self.kind == "se":
-            return _affine(z, mask, jnp.zeros_like(mask))
-        rest = (1 - mask) * inverse_deviation
-        return _affine(z, mask + rest, -rest * mean)
+            return normalised.astype(z.dtype)
+        mask = self.mask(mean)[:, None, None]
+        alleviated = mask * wide if self.kind == "se" else mask * wide + (1 - mask) * normalised
+        return alleviated.astype(z.dtype)
+
+    def mask(self, pooled: Float[Array, "b c"]) -> Float[Array, "b c"]:
+        """m of eq. 2, from g(Z)."""
+        return jax.nn.sigmoid(ChannelMask(self.reduction, self.param_dtype, name="mask")(pooled))
 
 
 def _largest(x: Array, axis: int) -> Array:
@@ -145,16 +124,20 @@ class PatternAlignment(nn.Module):
         self, feature_map: Float[Array, "b h w c"]
     ) -> tuple[Float[Array, "b d"], Float[Array, "b positions l"]]:
         batch, height, width, channels = feature_map.shape
-        wide = statistics_dtype(feature_map)
         flat = feature_map.reshape(batch, height * width, channels)
-        kernel = self.param("kernel", torch_uniform, (channels, self.num_patterns), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.num_patterns,), self.param_dtype)
-        logits = jnp.einsum("bnc,cl->bnl", flat, kernel.astype(flat.dtype), preferred_element_type=wide)
-        maps = jax.nn.sigmoid(logits + bias)
-        # The global feature g(F) is the pattern whose map is 1 everywhere, so one product pools all of them.
-        weights = jnp.concatenate([maps, jnp.ones((batch, height * width, 1), wide)], axis=-1).astype(flat.dtype)
-        pooled = jnp.einsum("bnl,bnc->blc", weights, flat, preferred_element_type=wide) / (height * width)
+        maps = self.maps(flat)
+        wide = flat.astype(maps.dtype)
+        patterns = jnp.einsum("bnl,bnc->blc", maps, wide) / (height * width)
+        pooled = jnp.concatenate([patterns, wide.mean(1, keepdims=True)], axis=1)
         return pooled.reshape(batch, -1), maps
+
+    def maps(self, flat: Float[Array, "b n c"]) -> Float[Array, "b n l"]:
+        """M = σ(A(F)): A is a 1×1 convolution with bias, i.e. the same matrix at every position."""
+        kernel = self.param("kernel", torch_uniform, (flat.shape[-1], self.num_patterns), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.num_patterns,), self.param_dtype)
+        kernel = kernel.astype(flat.dtype)
+        logits = jnp.einsum("bnc,cl->bnl", flat, kernel, preferred_element_type=statistics_dtype(flat))
+        return jax.nn.sigmoid(logits + bias)
 
 
 class NonLocal(nn.Module):

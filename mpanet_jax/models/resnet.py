@@ -1,36 +1,83 @@
-"""ResNet-50 as torchvision defines it (v1.5: the stride sits on the 3×3 convolution), NHWC."""
+"""ResNet as torchvision defines it (v1.5: the stride sits on the 3×3 convolution), NHWC; 18, 34, 50, 101 and 152.
 
+torchvision's padding is symmetric: half the kernel's size, never "SAME". In person re-identification stage 4 keeps the
+resolution of stage 3 (its stride is 1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
-from jax import lax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mpanet_jax.models.normalization import BatchNorm
+from mpanet_jax.errors import UserError
+from mpanet_jax.models.layers import BatchNorm, kaiming_fan_out
 
-# torchvision's initialisation of every convolution when no weights are loaded.
-kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# Flax path → torchvision's name, "/" for "."; applied one after the other.
+TORCHVISION_NAMES = (
+    (r"\bstem/", ""),
+    (r"\bstage(\d)/block(\d+)/", r"layer\1/\2/"),
+    (r"/downsample_conv/", "/downsample/0/"),
+    (r"/downsample_bn/", "/downsample/1/"),
+)
 
 
-class Kernel(nn.Module):
-    """The kernel of a convolution without bias, which something else carries out; x gives only its channels."""
+def convolution(features: int, size: int, stride: int = 1, **options: Any) -> nn.Conv:
+    """A convolution without bias, size × size, with torchvision's padding and start."""
+    return nn.Conv(
+        features, (size, size), stride, padding=size // 2, use_bias=False, kernel_init=kaiming_fan_out, **options
+    )
 
-    size: int
-    width: int
-    param_dtype: DTypeLike
+
+class Stem(nn.Module):
+    """7×7 convolution with stride 2, batch norm, ReLU, 3×3 max-pool with stride 2: a quarter of the resolution."""
+
+    width: int = 64
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "s s c o"]:
-        return self.param("kernel", kaiming_fan_out, (self.size, self.size, x.shape[-1], self.width), self.param_dtype)
+    def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
+        x = convolution(self.width, 7, 2, dtype=self.dtype, param_dtype=self.param_dtype, name="conv1")(images)
+        x = BatchNorm(axis_name=self.axis_name, param_dtype=self.param_dtype, name="bn1")(x, train=train)
+        # flax has no types here; a checker infers padding's from its default, a string.
+        return nn.max_pool(nn.relu(x), (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
 
-def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "s s c o"], stride: int = 1) -> Float[Array, "b h2 w2 o"]:
-    """A convolution without bias; padding s // 2 as in torchvision's ResNet."""
-    padding = len(kernel) // 2
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+class BasicBlock(nn.Module):
+    """3×3 → 3×3 with a shortcut; projects the shortcut where the shape changes.
+
+    Attributes:
+      width: channels of both convolutions.
+      stride: of the first convolution and of the projected shortcut.
+    """
+
+    expansion: ClassVar[int] = 1  # output channels / width
+
+    width: int
+    stride: int = 1
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
+        conv = partial(convolution, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = partial(BatchNorm, axis_name=self.axis_name, param_dtype=self.param_dtype)
+        shortcut = x
+        if self.stride != 1 or x.shape[-1] != self.width:
+            shortcut = conv(self.width, 1, self.stride, name="downsample_conv")(x)
+            shortcut = norm(name="downsample_bn")(shortcut, train=train)
+        y = conv(self.width, 3, self.stride, name="conv1")(x)
+        y = nn.relu(norm(name="bn1")(y, train=train))
+        y = conv(self.width, 3, name="conv2")(y)
+        y = norm(name="bn2")(y, train=train)
+        return nn.relu(y + shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -41,46 +88,124 @@ class Bottleneck(nn.Module):
       stride: of the 3×3 convolution and of the projected shortcut.
     """
 
+    expansion: ClassVar[int] = 4
+
     width: int
-    stride: int
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    axis_name: str | None
+    stride: int = 1
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
-        kernel = partial(Kernel, param_dtype=self.param_dtype)
+        conv = partial(convolution, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(BatchNorm, axis_name=self.axis_name, param_dtype=self.param_dtype)
-        out = 4 * self.width
+        out = self.expansion * self.width
         shortcut = x
         if self.stride != 1 or x.shape[-1] != out:
-            shortcut = x[:, :: self.stride, :: self.stride]
-            downsample = kernel(1, out, name="downsample_conv")(shortcut)
-            shortcut = norm(name="downsample_bn")(shortcut, train=train, kernel=downsample[0, 0])
-        y = convolve(x, kernel(1, self.width, name="conv1")(x).astype(self.dtype))
-        conv2 = kernel(3, self.width, name="conv2")(y).astype(self.dtype)
-        # Not so behind bn2: there the product with the kernel's gradient comes before the sums.
-        y, conv2 = norm(relu=True, name="bn1")(y, train=train, next_kernel=conv2)
-        y = convolve(y, conv2, self.stride)
-        y = norm(relu=True, name="bn2")(y, train=train)
-        conv3 = kernel(1, out, name="conv3")(y)
-        return norm(relu=True, name="bn3")(y, train=train, kernel=conv3[0, 0], residual=shortcut)
+            shortcut = conv(out, 1, self.stride, name="downsample_conv")(x)
+            shortcut = norm(name="downsample_bn")(shortcut, train=train)
+        y = conv(self.width, 1, name="conv1")(x)
+        y = nn.relu(norm(name="bn1")(y, train=train))
+        y = conv(self.width, 3, self.stride, name="conv2")(y)
+        y = nn.relu(norm(name="bn2")(y, train=train))
+        y = conv(out, 1, name="conv3")(y)
+        y = norm(name="bn3")(y, train=train)
+        return nn.relu(y + shortcut)
 
 
 class Stage(nn.Module):
-    """`num_blocks` bottlenecks named block0, block1, …; the first one has the stride."""
+    """Blocks named block0, block1, …; the first one has the stride. `options` are the blocks' further fields."""
 
+    block: type[nn.Module]
     num_blocks: int
     width: int
     stride: int
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    axis_name: str | None
+    options: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
         for i in range(self.num_blocks):
-            stride = self.stride if i == 0 else 1
-            block = Bottleneck(self.width, stride, self.dtype, self.param_dtype, self.axis_name, name=f"block{i}")
+            block = self.block(self.width, self.stride if i == 0 else 1, **self.options, name=f"block{i}")
             x = block(x, train=train)
         return x
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A stem and four stages, and the names of their weights in PyTorch; a frozen dataclass.
+
+    `options` are dtype, param_dtype and axis_name, as for the modules of this file. In `published_names` a path is
+    joined by "/", and comes with a method's prefix or without.
+    """
+
+    published_names: ClassVar[Sequence[tuple[str, str]]]
+
+    def channels(self, number: int) -> int:
+        """How many channels stage `number`, 1 to 4, puts out."""
+        ...
+
+    def stem(self, **options: Any) -> nn.Module:
+        """The module `stem`, from images b×h×w×3 to what stage 1 takes, called as `stem(images, train=…)`."""
+        ...
+
+    def stage(self, number: int, **options: Any) -> nn.Module:
+        """The module `stage{number}`, called as `stage(x, train=…)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ResNet:
+    """The backbone of torchvision: a quarter of the resolution after the stem, half as much after stages 2 and 3 each.
+
+    Attributes:
+      block: BasicBlock or Bottleneck.
+      stage_sizes: blocks of the four stages.
+      width: channels of the stem.
+    """
+
+    block: type[BasicBlock] | type[Bottleneck]
+    stage_sizes: Sequence[int]
+    width: int = 64
+
+    published_names: ClassVar[Sequence[tuple[str, str]]] = TORCHVISION_NAMES
+
+    def channels(self, number: int) -> int:
+        """How many channels stage `number` puts out."""
+        return self.block.expansion * self.width * 2 ** (number - 1)
+
+    def stem(self, **options: Any) -> nn.Module:
+        """The module `stem`."""
+        return Stem(self.width, **options, name="stem")
+
+    def stage(self, number: int, **options: Any) -> nn.Module:
+        """The module `stage{number}`."""
+        stride = 2 if number in (2, 3) else 1
+        width, num_blocks = self.width * 2 ** (number - 1), self.stage_sizes[number - 1]
+        return Stage(self.block, num_blocks, width, stride, options, name=f"stage{number}")
+
+
+# The backbones that `model.backbone` names, by torchvision's names.
+BACKBONES: dict[str, Backbone] = {
+    "resnet18": ResNet(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": ResNet(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": ResNet(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": ResNet(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": ResNet(Bottleneck, (3, 8, 36, 3)),
+}
+
+
+def make_backbone(name: str, stage_sizes: Sequence[int] = (), width: int = 64) -> Backbone:
+    """The backbone of that name; with other blocks in its stages, or another stem, where they are given.
+
+    Raises:
+      UserError: no backbone of that name, or one that is not a ResNet and takes no other size.
+    """
+    if name not in BACKBONES:
+        raise UserError(f"model.backbone = {name!r}: expected one of {', '.join(map(repr, BACKBONES))}")
+    backbone = BACKBONES[name]
+    if not stage_sizes and width == 64:
+        return backbone
+    if not isinstance(backbone, ResNet):
+        raise UserError(f"model.backbone = {name!r}: takes no model.stage_sizes and model.width; leave them unset")
+    return replace(backbone, stage_sizes=tuple(stage_sizes) or backbone.stage_sizes, width=width)

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from mpanet_jax.data.pipeline import train_feed
-from tests.data.toy import PLAN, SIZE, batch_hash, toy_split
+from tests.data.toy import batch_hash, toy_feed, toy_split
 
 
 def main(folder: Path, cache: str, num_workers: int) -> None:
-    feed = train_feed(toy_split(), **SIZE, **PLAN, cache=cache, cache_dir=folder / "cache", num_workers=num_workers)
+    feed = toy_feed(toy_split(), cache=cache, cache_dir=folder / "cache", num_workers=num_workers)
     step = 0
     with (
         ocp.training.Checkpointer(folder / "checkpoints", cleanup_tmp_directories=True) as checkpointer,

@@ -1,5 +1,7 @@
 """Each augmentation: its distribution over many draws, and its geometry on hand-made images."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,12 @@ import pytest
 from mpanet_jax.data.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    AugmentSettings,
     augment,
     augment_image,
     erase_box,
     normalize,
 )
+from mpanet_jax.settings import AugmentSettings
 
 NOTHING = AugmentSettings(flip_probability=0.0, crop_padding=0, erase_probability=0.0)
 HEIGHT, WIDTH = 24, 10
@@ -43,11 +45,25 @@ def test_normalize_by_hand():
 def test_without_draws_it_only_normalises():
     image = draw_image()
     assert same(augment_many(image, NOTHING, 2), normalize(image, jnp.float32)).all()
+    program = jax.make_jaxpr(lambda key: augment_image(key, image, NOTHING, jnp.float32))(jax.random.key(0))
+    assert "random_bits" not in str(program)  # what is left out costs nothing
+
+
+def test_leaving_an_operation_out_changes_no_draw_of_the_others():
+    image = draw_image()
+    moved = replace(NOTHING, flip_probability=0.5, crop_padding=2)
+    results = augment_many(image, moved, 200)
+    erased_too = augment_many(image, replace(moved, erase_probability=1.0), 200)
+    erased = erased_too == 0
+    assert 0.02 < erased.mean() < 0.33
+    np.testing.assert_allclose(erased_too[~erased], results[~erased], atol=1e-6)
+    only_erased = augment_many(image, replace(NOTHING, erase_probability=1.0), 200)
+    np.testing.assert_array_equal(only_erased == 0, erased)
 
 
 def test_flip_mirrors_columns_at_its_rate():
     image = draw_image()
-    results = augment_many(image, NOTHING._replace(flip_probability=0.3))
+    results = augment_many(image, replace(NOTHING, flip_probability=0.3))
     plain, mirrored = normalize(image, jnp.float32), normalize(image[:, ::-1], jnp.float32)
     is_plain, is_mirrored = same(results, plain), same(results, mirrored)
     assert (is_plain ^ is_mirrored).all()
@@ -58,7 +74,7 @@ def test_flip_mirrors_columns_at_its_rate():
 def test_crop_offsets_are_uniform_and_the_padding_is_127():
     pad = 2
     image = draw_image()
-    results = augment_many(image, NOTHING._replace(crop_padding=pad))
+    results = augment_many(image, replace(NOTHING, crop_padding=pad))
     padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)), constant_values=127)
     counts = {}
     for top in range(2 * pad + 1):
@@ -74,7 +90,7 @@ def test_crop_offsets_are_uniform_and_the_padding_is_127():
 
 def test_flip_comes_before_the_crop():
     # In a mirrored image the padding's side tells the order: cropping first would mirror the padding too.
-    settings = NOTHING._replace(flip_probability=1.0, crop_padding=3)
+    settings = replace(NOTHING, flip_probability=1.0, crop_padding=3)
     image = draw_image()
     padded = jnp.pad(image[:, ::-1], ((3, 3), (3, 3), (0, 0)), constant_values=127)
     for result in augment_many(image, settings, 20):
@@ -88,7 +104,7 @@ def test_flip_comes_before_the_crop():
 
 def test_erased_pixels_are_zero_after_normalisation_and_form_one_box():
     image = draw_image()
-    results = augment_many(image, NOTHING._replace(erase_probability=1.0), 200)
+    results = augment_many(image, replace(NOTHING, erase_probability=1.0), 200)
     plain = np.asarray(normalize(image, jnp.float32))
     for result in results:
         changed = (np.abs(result - plain) > 1e-4).any(-1)
@@ -98,14 +114,14 @@ def test_erased_pixels_are_zero_after_normalisation_and_form_one_box():
 
 
 def test_erasing_happens_at_its_rate():
-    results = augment_many(draw_image(), NOTHING._replace(erase_probability=0.5))
+    results = augment_many(draw_image(), replace(NOTHING, erase_probability=0.5))
     erased = (results == 0).all(-1).any((1, 2))
     assert abs(erased.mean() - 0.5) < 5 * np.sqrt(0.25 / DRAWS)
 
 
 def test_erase_boxes_keep_to_area_and_aspect():
     height, width = 384, 128
-    settings = NOTHING._replace(erase_probability=1.0)
+    settings = replace(NOTHING, erase_probability=1.0)
     keys = jax.random.split(jax.random.key(1), DRAWS)
     top, left, box_height, box_width = (
         np.asarray(v) for v in jax.vmap(lambda key: erase_box(key, height, width, settings))(keys)
@@ -127,7 +143,7 @@ def test_erase_boxes_keep_to_area_and_aspect():
 
 
 def test_places_of_the_box_are_uniform():
-    settings = NOTHING._replace(erase_probability=1.0, erase_area=(0.04, 0.04), erase_aspect=(1.0, 1.0))
+    settings = replace(NOTHING, erase_probability=1.0, erase_area=(0.04, 0.04), erase_aspect=(1.0, 1.0))
     keys = jax.random.split(jax.random.key(2), DRAWS)
     top, left, box_height, box_width = (
         np.asarray(v) for v in jax.vmap(lambda key: erase_box(key, 50, 50, settings))(keys)

@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import default as default_config
 from mpanet_jax.data import cache as cache_module
-from mpanet_jax.data import pipeline as pipeline_module
+from mpanet_jax.data import grain_batches as grain_batches_module
 from mpanet_jax.data.cache import cache_path, choose_cache, open_cache, resized_images
-from mpanet_jax.data.pipeline import choose_num_workers, eval_batches, train_feed
-from mpanet_jax.data.sampling import BatchPlan
+from mpanet_jax.data.grain_batches import choose_num_workers
+from mpanet_jax.data.pipeline import eval_batches
 from mpanet_jax.errors import UserError
-from mpanet_jax.experiment import check_config
-from tests.data.toy import PLAN, SIZE, batch_hash, toy_split
+from tests.data.toy import NUM_EPOCHS, SIZE, batch_hash, toy_feed, toy_plan, toy_split
 from tests.limits import HANGS_AFTER
 
 MODES = [("none", 0), ("none", 1), ("none", 3), ("none", -1), ("host", 0), ("host", -1), ("device", 0), ("auto", 0)]
@@ -34,7 +32,7 @@ def test_all_modes_give_the_same_bits(tmp_path):
     split = toy_split()
     hashes = {}
     for cache, num_workers in MODES:
-        feed = train_feed(split, **SIZE, **PLAN, cache=cache, cache_dir=tmp_path, num_workers=num_workers)
+        feed = toy_feed(split, cache=cache, cache_dir=tmp_path, num_workers=num_workers)
         hashes[cache, num_workers] = [batch_hash(batch, feed.images) for batch in feed.batches]
         feed.batches.close()
         assert (feed.images is not None) == (feed.cache == "device")
@@ -45,11 +43,10 @@ def test_all_modes_give_the_same_bits(tmp_path):
 
 def test_a_batch_is_what_the_plan_says():
     split = toy_split()
-    feed = train_feed(split, **SIZE, **PLAN, cache="none")
-    plan = BatchPlan(split.pids, split.modality, PLAN["num_ids_per_batch"], PLAN["images_per_id"], PLAN["seed"])
-    expected = np.concatenate([plan.epoch(epoch) for epoch in range(PLAN["num_epochs"])])
+    feed = toy_feed(split, cache="none")
+    expected = np.concatenate([toy_plan(split).epoch(epoch) for epoch in range(NUM_EPOCHS)])
     batches = list(feed.batches)
-    assert len(batches) == PLAN["num_epochs"] * feed.steps_per_epoch == len(expected)
+    assert len(batches) == NUM_EPOCHS * feed.steps_per_epoch == len(expected)
     for batch, index in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(batch["index"], index)
         # pids 11, 21, ... are the labels 0, 1, ...
@@ -64,22 +61,21 @@ def test_a_batch_is_what_the_plan_says():
 
 def test_hosts_share_the_identity_slots():
     split = toy_split()
-    whole = train_feed(split, **SIZE, **PLAN, cache="none")
-    shares = [train_feed(split, **SIZE, **PLAN, cache="none", process_index=i, process_count=2) for i in range(2)]
+    whole = toy_feed(split, cache="none")
+    shares = [toy_feed(split, cache="none", process_index=i, process_count=2) for i in range(2)]
     assert {share.steps_per_epoch for share in shares} == {whole.steps_per_epoch}
+    assert {share.batch_size for share in shares} == {whole.batch_size} == {16}
     for all_of_it, *parts in itertools.islice(zip(whole.batches, *(s.batches for s in shares), strict=True), 5):
         for name, values in all_of_it.items():
             np.testing.assert_array_equal(values, np.concatenate([part[name] for part in parts]))
             assert len(parts[0][name]) == 8
     with pytest.raises(UserError, match=r"config\.data\.num_ids_per_batch=4 must be a multiple of the 3 .* next is 6"):
-        train_feed(split, **SIZE, **PLAN, cache="none", process_count=3)
+        toy_feed(split, cache="none", process_count=3)
 
 
 def test_device_images_go_where_they_are_put(tmp_path):
     put = []
-    feed = train_feed(
-        toy_split(), **SIZE, **PLAN, cache="device", put_images=lambda images: put.append(images) or "there"
-    )
+    feed = toy_feed(toy_split(), cache="device", put_images=lambda images: put.append(images) or "there")
     assert feed.images == "there"
     assert put[0].shape == (len(toy_split()), 24, 12, 3)
     assert "images" not in next(feed.batches)
@@ -89,7 +85,7 @@ def test_device_images_go_where_they_are_put(tmp_path):
 def test_device_mode_does_not_need_the_disk(tmp_path, monkeypatch, capsys, room):
     if not room:
         monkeypatch.setattr(cache_module, "_free_disk", lambda path: 1000)
-    feed = train_feed(toy_split(), **SIZE, **PLAN, cache="device", cache_dir=tmp_path / "cache")
+    feed = toy_feed(toy_split(), cache="device", cache_dir=tmp_path / "cache")
     assert feed.images.shape == (len(toy_split()), 24, 12, 3)
     assert cache_path(toy_split(), **SIZE, cache_dir=tmp_path / "cache").exists() == room
     assert ("not kept for the next run" in capsys.readouterr().err) != room
@@ -105,8 +101,9 @@ def test_evaluation_batches_have_one_shape_and_the_asked_order():
     np.testing.assert_array_equal(real["index"], indices)
     np.testing.assert_array_equal(real["pids"], split.pids[indices])
     np.testing.assert_array_equal(real["camids"], split.camids[indices])
+    np.testing.assert_array_equal(real["modality"], split.modality[indices])
     train = {}
-    for batch in train_feed(split, **SIZE, **PLAN, cache="none").batches:
+    for batch in toy_feed(split, cache="none").batches:
         train |= dict(zip(batch["index"].tolist(), batch["images"], strict=True))
     for image, i in zip(real["images"], indices.tolist(), strict=True):
         np.testing.assert_array_equal(image, train[i])  # evaluation sees training's pixels
@@ -119,7 +116,7 @@ def test_a_damaged_image_is_named_and_leaves_nothing(tmp_path, cache, num_worker
     split = toy_split()
     split.encoded[17] = split.encoded[17][:150]
     with pytest.raises(UserError, match=r"image cam/0017\.jpg can't be decoded"):
-        feed = train_feed(split, **SIZE, **PLAN, cache=cache, cache_dir=tmp_path, num_workers=num_workers)
+        feed = toy_feed(split, cache=cache, cache_dir=tmp_path, num_workers=num_workers)
         list(feed.batches)
     assert not list(tmp_path.glob("*.npy*"))
 
@@ -128,8 +125,8 @@ def test_a_damaged_image_is_named_and_leaves_nothing(tmp_path, cache, num_worker
     ("cpus", "chosen"), [(1, 0), (2, 0), (4, 0), (7, 0), (8, 4), (15, 7), (16, 8), (32, 16), (128, 16)]
 )
 def test_many_cpus_decode_in_processes(monkeypatch, capsys, cpus, chosen):
-    monkeypatch.setattr(pipeline_module, "available_cpus", lambda: cpus)
-    monkeypatch.setattr(pipeline_module, "_free_shared_memory", lambda: chosen * 40 * 2**20)
+    monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: cpus)
+    monkeypatch.setattr(grain_batches_module, "_free_shared_memory", lambda: chosen * 40 * 2**20)
     assert choose_num_workers(-1, 10 * 2**20) == chosen
     for asked in range(chosen + 1):
         assert choose_num_workers(asked, 10 * 2**20) == asked
@@ -137,24 +134,13 @@ def test_many_cpus_decode_in_processes(monkeypatch, capsys, cpus, chosen):
 
 
 def test_short_shared_memory_is_found_before_a_worker_dies_of_it(monkeypatch, capsys):
-    monkeypatch.setattr(pipeline_module, "available_cpus", lambda: 16)
-    monkeypatch.setattr(pipeline_module, "_free_shared_memory", lambda: 64 * 2**20)
+    monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 16)
+    monkeypatch.setattr(grain_batches_module, "_free_shared_memory", lambda: 64 * 2**20)
     assert choose_num_workers(-1, 18 * 2**20) == 0
     assert "decoded in threads, for 8 processes that decode need 576 MiB" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"config\.data\.num_workers = 2: .* need 144 MiB of .*, 64 are free"):
         choose_num_workers(2, 18 * 2**20)
     assert choose_num_workers(0, 2**40) == 0 and choose_num_workers(1, 16 * 2**20) == 1
-
-
-@pytest.mark.parametrize(("num_workers", "valid"), [(-1, True), (0, True), (12, True), (-2, False)])
-def test_the_config_says_how_many_workers(num_workers, valid):
-    config = default_config.get_config()
-    config.data.num_workers = num_workers
-    if valid:
-        check_config(config)
-    else:
-        with pytest.raises(UserError, match=r"^config\.data\.num_workers = -2: expected .* -1 to choose"):
-            check_config(config)
 
 
 class ReadInWorkers(list):
@@ -171,7 +157,7 @@ def test_workers_leave_the_accelerator_alone_and_end_with_the_parent_only():
     split = toy_split()
     object.__setattr__(split, "encoded", ReadInWorkers(split.encoded))
     before = set(multiprocessing.active_children())
-    feed = train_feed(split, **SIZE, **PLAN, cache="none", num_workers=2)
+    feed = toy_feed(split, cache="none", num_workers=2)
     for _ in range(2):  # one of each worker: both are up
         next(feed.batches)
     workers = set(multiprocessing.active_children()) - before
@@ -287,7 +273,7 @@ def test_batches_are_prepared_while_the_device_works():
             return super().__getitem__(i)
 
     object.__setattr__(split, "encoded", Recorded(split.encoded))
-    feed = train_feed(split, **SIZE, **PLAN, cache="none")
+    feed = toy_feed(split, cache="none")
     next(feed.batches)
     deadline = time.monotonic() + HANGS_AFTER
     while len(reads) < 2 * 16:  # the second batch, which nobody has asked for yet

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from mpanet_jax.data.pipeline import train_feed
 from mpanet_jax.errors import UserError
-from tests.data.toy import PLAN, SIZE, batch_hash, toy_split
+from tests.data.toy import batch_hash, toy_feed, toy_plan, toy_split
 from tests.limits import HANGS_AFTER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +54,7 @@ def running(pid: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="watches processes through /proc")
 def test_batches_after_a_kill_are_bit_identical_in_all_modes(tmp_path):
-    feed = train_feed(toy_split(), **SIZE, **PLAN, cache="none")
+    feed = toy_feed(toy_split(), cache="none")
     expected = [batch_hash(batch) for batch in feed.batches]
     assert len(expected) == 3 * feed.steps_per_epoch == len(set(expected))
     folders = {mode: tmp_path / f"{mode[0]}{mode[1]}" for mode in MODES}
@@ -109,15 +108,15 @@ def load(folder, batches):
 
 @pytest.mark.parametrize("taken", [0, 5, 9, 21])
 def test_a_checkpoint_resumes_in_another_mode(tmp_path, taken):
-    feed = train_feed(toy_split(), **SIZE, **PLAN, cache="none")
+    feed = toy_feed(toy_split(), cache="none")
     expected = [batch_hash(batch) for batch in feed.batches]
     assert len(expected) == 21
-    feed = train_feed(toy_split(), **SIZE, **PLAN, cache="none")
+    feed = toy_feed(toy_split(), cache="none")
     for _ in range(taken):
         next(feed.batches)
     save(tmp_path / "checkpoint", feed.batches)
     for cache in ("host", "device"):
-        other = train_feed(toy_split(), **SIZE, **PLAN, cache=cache, cache_dir=tmp_path)
+        other = toy_feed(toy_split(), cache=cache, cache_dir=tmp_path)
         if taken == 5:  # an iterator that is already under way is put back too
             for _ in range(8):
                 next(other.batches)
@@ -129,21 +128,21 @@ def test_a_checkpoint_resumes_in_another_mode(tmp_path, taken):
     "change", [dict(seed=4), dict(num_ids_per_batch=5), dict(images_per_id=2), dict(counts=[(5, 5)] * 6)]
 )
 def test_a_checkpoint_of_another_plan_is_refused(change):
-    state = train_feed(toy_split(), **SIZE, **PLAN, cache="none").batches.get_state()
-    plan = PLAN | change
-    split = toy_split(plan.pop("counts")) if "counts" in change else toy_split()
+    state = toy_feed(toy_split(), cache="none").batches.get_state()
+    change = dict(change)
+    split = toy_split(change.pop("counts")) if "counts" in change else toy_split()
     fix = (
         "the same config.data, config.seed and data set (and as many devices, with config.batch_scale=per_device), or "
         "start in a new workdir"
     )
     with pytest.raises(UserError, match=re.escape(fix)):
-        train_feed(split, **SIZE, **plan, cache="none").batches.set_state(state)
+        toy_feed(split, toy_plan(split, **change), cache="none").batches.set_state(state)
 
 
 def test_a_checkpoint_beyond_the_last_epoch_is_refused():
-    feed = train_feed(toy_split(), **SIZE, **PLAN, cache="none")
+    feed = toy_feed(toy_split(), cache="none")
     for _ in range(20):
         next(feed.batches)
-    shorter = train_feed(toy_split(), **SIZE, **(PLAN | dict(num_epochs=2)), cache="none")
+    shorter = toy_feed(toy_split(), num_epochs=2, cache="none")
     with pytest.raises(UserError, match=r"before batch 20, this run has 14; raise config\.train\.num_epochs"):
         shorter.batches.set_state(feed.batches.get_state())

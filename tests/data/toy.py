@@ -6,10 +6,13 @@ import io
 import numpy as np
 from PIL import Image
 
+from mpanet_jax.data.pipeline import TrainFeed, train_feed
+from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, Split
+from mpanet_jax.settings import DataSettings
 
 SIZE = dict(height=24, width=12)
-PLAN = dict(num_ids_per_batch=4, images_per_id=4, seed=3, num_epochs=3)
+NUM_EPOCHS = 3
 
 
 def jpeg(pixels: np.ndarray, **options) -> bytes:
@@ -21,7 +24,7 @@ def jpeg(pixels: np.ndarray, **options) -> bytes:
 def toy_split(counts: list[tuple[int, int]] = ((10, 13), (12, 11), (11, 11), (1, 4), (15, 10), (14, 14))) -> Split:
     """One identity for each pair (visible images, infrared images); pids are 11, 21, 31, ...
 
-    By default they have 5, 5, 5, 1, 5 and 7 groups of `PLAN`: 7 batches an epoch.
+    By default they have 5, 5, 5, 1, 5 and 7 groups of `toy_plan`: 7 batches an epoch.
     """
     generator = np.random.default_rng(0)
     pids, modality, encoded = [], [], []
@@ -42,6 +45,31 @@ def toy_split(counts: list[tuple[int, int]] = ((10, 13), (12, 11), (11, 11), (1,
         encoded=encoded,
         fingerprint="toy0",
     )
+
+
+def toy_plan(split: Split, *, num_ids_per_batch: int = 4, images_per_id: int = 4, seed: int = 3) -> BatchPlan:
+    return BatchPlan(split.pids, split.modality, num_ids_per_batch, images_per_id, seed)
+
+
+def toy_feed(
+    split: Split,
+    plan: BatchPlan | None = None,
+    *,
+    cache: str = "auto",
+    num_workers: int = 0,
+    num_epochs: int = NUM_EPOCHS,
+    **options,
+) -> TrainFeed:
+    """`train_feed` of small images by `toy_plan`, or by another plan."""
+    plan = plan or toy_plan(split)
+    data = DataSettings(
+        **SIZE,
+        num_ids_per_batch=plan.num_ids_per_batch,
+        images_per_id=plan.images_per_id,
+        cache=cache,
+        num_workers=num_workers,
+    )
+    return train_feed(split, plan, data, num_epochs=num_epochs, **options)
 
 
 def batch_hash(batch: dict[str, np.ndarray], device_images=None) -> str:

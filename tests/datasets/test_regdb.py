@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mpanet_jax.datasets import INFRARED, VISIBLE, ImageRecord, load_split, prepare, prepared_dir, regdb
+from mpanet_jax.datasets import INFRARED, VISIBLE, ImageRecord, load_split, open_split, prepare, prepared_dir, regdb
 from mpanet_jax.errors import UserError
 
 
@@ -71,6 +72,14 @@ def test_ten_splits_are_prepared_apart(layout, tmp_path):
         load_split("regdb", tmp_path / "data", "train", trial=5)
     with pytest.raises(UserError, match="1 to 10"):
         prepare("regdb", layout, tmp_path / "data", trial=11)
+
+
+def test_settings_open_their_own_split(layout, tmp_path):
+    dataset = regdb.RegdbSettings(source=str(layout), data_dir=str(tmp_path / "data"), trial=4)
+    assert set(open_split(dataset, "train").pids) == {7}  # prepared on demand
+    assert set(open_split(dataclasses.replace(dataset, source=""), "test").pids) == {285}
+    with pytest.raises(UserError, match=r"trial 3 is not prepared.*--trial 3"):
+        open_split(dataclasses.replace(dataset, source="", trial=3), "train")
 
 
 def test_bmp_becomes_lossless_png(tiny_sources, tmp_path):

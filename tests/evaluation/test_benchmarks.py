@@ -1,7 +1,7 @@
 import numpy as np
 
-from mpanet_jax.benchmarks.evaluation import benchmark_top_k, random_embeddings
-from mpanet_jax.benchmarks.evaluation import test_set_counts as counts_of_test_set
+from benchmarks.evaluation import benchmark_top_k, random_embeddings
+from benchmarks.evaluation import test_set_counts as counts_of_test_set
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from tests.evaluation import cases
 

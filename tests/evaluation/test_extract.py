@@ -15,7 +15,6 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 from configs import synthetic as synthetic_config  # noqa: E402
-from mpanet_jax import weights  # noqa: E402
 from mpanet_jax.datasets.synthetic import write_dataset  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings  # noqa: E402
@@ -23,14 +22,18 @@ from mpanet_jax.evaluation.images import embed_images, image_batches, list_image
 from mpanet_jax.evaluation.network import network_of_weights, network_of_workdir  # noqa: E402
 from mpanet_jax.evaluation.protocols import load_embeddings, save_embeddings  # noqa: E402
 from mpanet_jax.evaluation.workdir import evaluate_workdir  # noqa: E402
-from mpanet_jax.experiment import save_config  # noqa: E402
-from mpanet_jax.models.mpanet import MPANet as FlaxMPANet  # noqa: E402
-from mpanet_jax.state import init_variables  # noqa: E402
-from tests.reference.compare import numpy_state_dict  # noqa: E402
+from mpanet_jax.methods import make_method, settings_of  # noqa: E402
+from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
+from mpanet_jax.run_files import save_settings  # noqa: E402
+from mpanet_jax.settings import replace  # noqa: E402
+from mpanet_jax.weights.convert import convert, template_of  # noqa: E402
+from mpanet_jax.weights.files import write_state_dict  # noqa: E402
+from mpanet_jax.weights.names import to_state_dict  # noqa: E402
 from tests.reference.model import MPANet, randomise  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = {"stage_sizes": (1, 1, 1, 1), "width": 16}
+SETTINGS = replace(MPANetSettings(), {f"model.{name}": value for name, value in SIZE.items()})
 GENERATOR = np.random.default_rng(0)
 
 
@@ -43,8 +46,13 @@ def run_extract(*arguments):
     )
 
 
-def picture(height=32, width=16):
-    return Image.fromarray(GENERATOR.integers(0, 256, (height, width, 3), dtype=np.uint8))
+def write_weights(path, network):
+    """PyTorch's weights as a file without settings."""
+    write_state_dict(path, {name: value.detach().numpy().copy() for name, value in network.state_dict().items()})
+
+
+def picture(height=32, width=16, generator=GENERATOR):
+    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def grey16(path, values):
@@ -60,8 +68,8 @@ def network():
 def folder_of_weights(network, tmp_path_factory):
     """The PyTorch network as scripts/convert_weights.py leaves it."""
     folder = tmp_path_factory.mktemp("weights")
-    weights.write_state_dict(folder / "published.safetensors", numpy_state_dict(network))
-    weights.convert(folder / "published.safetensors", folder / "converted", **SIZE)
+    write_weights(folder / "published.safetensors", network)
+    convert(folder / "published.safetensors", folder / "converted", settings=SETTINGS)
     return folder / "converted"
 
 
@@ -125,8 +133,9 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path):
 
 def damage(folder):
     """Three good images among seven that are not; returns {name: a word of the reason}."""
+    generator = np.random.default_rng(1)  # the same three, whatever other tests have drawn
     for name in ("1.png", "5.png", "9.png"):
-        picture(64, 32).save(folder / name)
+        picture(64, 32, generator).save(folder / name)
     picture(64, 32).save(folder / "2.jpg")
     (folder / "2.jpg").write_bytes((folder / "2.jpg").read_bytes()[:900])
     (folder / "3.jpg").write_bytes(b"")
@@ -178,7 +187,7 @@ def test_nothing_readable_is_an_error(tmp_path):
     faults = []
     with pytest.raises(UserError, match="none of the 1 images"):
         embed_images(
-            lambda images: np.zeros((len(images), 2), np.float32),
+            lambda images, modality: np.zeros((len(images), 2), np.float32),
             list_images(tmp_path),
             height=32,
             width=16,
@@ -197,7 +206,7 @@ def test_many_batches_have_one_shape_and_keep_the_order(tmp_path):
     assert batches[-1]["mask"].tolist() == [True, True, True, False]
     seen = []
 
-    def embed(images):
+    def embed(images, modality):
         seen.append(images.shape)
         return images[:, 0, 0, :2].astype(np.float32)
 
@@ -268,7 +277,7 @@ def workdir(sysu, folder_of_weights, tmp_path_factory):
     config.model.width, config.model.stage_sizes = SIZE["width"], SIZE["stage_sizes"]
     config.eval.batch_size = 16
     config.dtype = "float32"
-    save_config(config, workdir)
+    save_settings(settings_of(config.to_dict()), workdir)
     return workdir
 
 
@@ -303,10 +312,67 @@ def test_unknown_identities_are_not_evaluated(kinds, folder_of_weights):
             evaluate_embeddings(embeddings, embeddings, protocol=protocol)
 
 
-def test_the_config_says_what_arrays_do_not(workdir):
-    # SE and MAM have the same arrays; only the run's config tells them apart.
-    with pytest.raises(UserError, match="--workdir="):
-        network_of_weights(workdir)
+def images_for(network):
+    shape = (4 * jax.local_device_count(), network.height, network.width, 3)
+    return GENERATOR.integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_a_folder_with_a_config_is_taken_as_weights_too(workdir):
+    as_weights, as_run = network_of_weights(workdir), network_of_workdir(workdir)
+    assert (as_weights.height, as_weights.width, as_weights.batch_size) == (32, 16, 16)
+    images = images_for(as_run)
+    np.testing.assert_array_equal(as_weights.embed(images), as_run.embed(images))
+
+
+def test_settings_say_what_arrays_do_not(network, tmp_path):
+    # SE and MAM have the same arrays; only the settings that come with the weights tell them apart.
+    squeeze_excite = replace(SETTINGS, {"model.channel_module": "se", "data.height": 64, "data.width": 32})
+    write_weights(tmp_path / "bare.safetensors", network)
+    for name, settings in (("mam", SETTINGS), ("se", squeeze_excite)):
+        convert(tmp_path / "bare.safetensors", tmp_path / f"{name}.safetensors", settings=settings)
+    networks = {name: network_of_weights(tmp_path / f"{name}.safetensors") for name in ("mam", "se")}
+    networks["told"] = network_of_weights(tmp_path / "bare.safetensors", settings=squeeze_excite)
+    images = images_for(networks["se"])
+    assert images.shape[1:] == (64, 32, 3)
+    embeddings = {name: np.asarray(network.embed(images)) for name, network in networks.items()}
+    np.testing.assert_array_equal(embeddings["told"], embeddings["se"])
+    assert np.abs(embeddings["mam"] - embeddings["se"]).max() > 0.1
+    with pytest.raises(UserError, match=r"se\.safetensors: .*model\.channel_module = 'mam' \('se' there\)"):
+        network_of_weights(tmp_path / "se.safetensors", settings=SETTINGS)
+
+
+def test_script_takes_the_network_of_bare_weights_from_a_config(kinds, tmp_path):
+    network = randomise(MPANet(5, **SIZE, mam="none"), 0)
+    write_weights(tmp_path / "bare.safetensors", network)
+    arguments = ("--weights", tmp_path / "bare.safetensors", "--images", kinds, "--out", tmp_path / "f.npz")
+    size = ("--height", 64, "--width", 32)
+    refused = run_extract(*arguments, *size)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert "bare.safetensors: does not fit the model" in refused.stderr
+    assert "another network with --config=configs/NAME.py" in refused.stderr
+    config = (f"--config={ROOT}/configs/synthetic.py", "--config.model.channel_module=none")
+    result = run_extract(*arguments, *size, *config)
+    assert (result.returncode, result.stderr) == (0, "")
+    settings = replace(SETTINGS, {"model.channel_module": "none"})
+    expected = embed_images(
+        network_of_weights(tmp_path / "bare.safetensors", settings=settings).embed,
+        list_images(kinds),
+        height=64,
+        width=32,
+        batch_size=256,
+        report=pytest.fail,
+    )
+    np.testing.assert_array_equal(load_embeddings(tmp_path / "f.npz").features, expected.features)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_classifiers_may_have_been_left_out(workdir, tmp_path, kind):
+    target = tmp_path / ("small" if kind == "folder" else "small.safetensors")
+    convert(workdir, target, drop_classifiers=True)
+    network = network_of_workdir(workdir)
+    images = images_for(network)
+    for network_of in [network_of_weights, network_of_workdir] if kind == "folder" else [network_of_weights]:
+        np.testing.assert_array_equal(network_of(target).embed(images), network.embed(images))
 
 
 def test_bfloat16_is_near_float32(workdir):
@@ -318,16 +384,19 @@ def test_bfloat16_is_near_float32(workdir):
 
 
 def test_a_bare_resnet_is_refused(tmp_path):
-    model = FlaxMPANet(num_ids=1)
-    variables = jax.eval_shape(lambda key: init_variables(model, key, 32, 32), jax.random.key(0))
-    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
+    method = make_method(MPANetSettings())
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template_of(method, 1))
     resnet = {
         collection: {name: tree for name, tree in variables[collection].items() if name.startswith("st")}
         for collection in ("params", "batch_stats")
     }
-    weights.write_state_dict(tmp_path / "resnet50.safetensors", weights.from_flax(resnet))
-    with pytest.raises(UserError, match=r"resnet50.safetensors: these weights are a bare ResNet's"):
+    write_state_dict(tmp_path / "resnet50.safetensors", to_state_dict(resnet, method.names()))
+    with pytest.raises(UserError, match=r"resnet50.safetensors: these weights are a bare backbone's"):
         network_of_weights(tmp_path / "resnet50.safetensors")
+    convert(tmp_path / "resnet50.safetensors", tmp_path / "folder")
+    for network_of in (network_of_weights, network_of_workdir):
+        with pytest.raises(UserError, match=r"folder: these weights are a bare backbone's"):
+            network_of(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(
@@ -338,6 +407,7 @@ def test_a_bare_resnet_is_refused(tmp_path):
         (["--out", "f.txt", "--weights", "b"], "ends in .npz"),
         (["--out", "f.npz", "--weights", "none.safetensors"], "none.safetensors: no such weights file"),
         (["--out", "f.npz", "--workdir", "nowhere"], "config.json: not found"),
+        (["--out", "f.npz", "--workdir", "a", f"--config={ROOT}/configs/sysu.py"], "--config goes with --weights"),
     ],
 )
 def test_bad_flags_end_with_one_line_and_code_2(kinds, tmp_path, arguments, message):

@@ -1,4 +1,4 @@
-"""MPANet's losses in PyTorch, eq. 7 to 14, in the paper's form and in the published program's (METHOD.md)."""
+"""MPANet's losses in PyTorch, eq. 7 to 14, in the paper's form and in the published program's (docs/method.md)."""
 
 import torch
 from torch import Tensor

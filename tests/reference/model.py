@@ -1,6 +1,6 @@
-"""MPANet in PyTorch, from METHOD.md and sections 3.2 to 3.4 of the paper; an independent check of the Flax model.
+"""MPANet in PyTorch, from docs/method.md and sections 3.2 to 3.4 of the paper; an independent check of the Flax model.
 
-State-dict names are those of the published checkpoints (METHOD.md, "Weights"). Everything is NCHW here.
+State-dict names are those of the published checkpoints (docs/method.md, "Data sets on disk"). Everything is NCHW here.
 
 The ablation variants of tables 3 and 4, exactly (σ sigmoid, δ ReLU, g global average pooling, Z a stage's output):
 
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tests.reference.resnet import ResNet, initialise
+from tests.reference.resnet import BasicBlock, Bottleneck, ResNet, initialise
 
 REDUCTION = 16
 
@@ -125,11 +125,12 @@ class MPANet(nn.Module):
         mam: str = "mam",
         pam: str = "pam",
         modality_learning: bool = True,
+        block_type: type[BasicBlock] | type[Bottleneck] = Bottleneck,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
         self.mam, self.pam, self.modality_learning = mam, pam, modality_learning
-        self.backbone = ResNet(stage_sizes, width, last_stride=1)
+        self.backbone = ResNet(stage_sizes, width, last_stride=1, block_type=block_type)
         channels3, channels4 = self.backbone.out_channels
         prefix = "CBAM" if mam == "cbam" else "MAM"
         self.backbone.add_module(f"{prefix}3", _attention_after_stage(mam, channels3))

@@ -1,9 +1,9 @@
-"""ResNet-50's convolutional trunk in PyTorch, written out so that no torchvision is needed.
+"""The convolutional trunk of a ResNet in PyTorch, written out so that no torchvision is needed.
 
-Names and arithmetic are those of torchvision's `resnet50` ("v1.5": the stride sits on the 3×3 convolution): explicit
-symmetric padding 3 in the stem and 1 in the 3×3 convolutions and the max-pool, BatchNorm with eps 1e-5 and momentum
-0.1, no biases in the convolutions. Two liberties, both by argument: the number of blocks and the width, for fast tests,
-and a last stage with stride 1 (METHOD.md, Z4), where torchvision's is 2.
+Names and arithmetic are those of torchvision's `resnet18` … `resnet152` ("v1.5": the stride sits on the 3×3
+convolution): explicit symmetric padding 3 in the stem and 1 in the 3×3 convolutions and the max-pool, BatchNorm with
+eps 1e-5 and momentum 0.1, no biases in the convolutions. Two liberties, both by argument: the number of blocks and
+the width, for fast tests, and a last stage with stride 1 (the Z₄ of docs/method.md), where torchvision's is 2.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,15 +12,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EXPANSION = 4
+
+class BasicBlock(nn.Module):
+    """3×3 (carries the stride), 3×3; the sum with the shortcut goes through the last ReLU."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width, eps=1e-5, momentum=0.1)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width, eps=1e-5, momentum=0.1)
+        self.downsample = None
+        if stride != 1 or in_channels != width:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, width, kernel_size=1, stride=stride, bias=False),
+                nn.BatchNorm2d(width, eps=1e-5, momentum=0.1),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + shortcut)
 
 
 class Bottleneck(nn.Module):
     """1×1 reduce, 3×3 (carries the stride), 1×1 expand; the sum with the shortcut goes through the last ReLU."""
 
+    expansion = 4
+
     def __init__(self, in_channels: int, width: int, stride: int):
         super().__init__()
-        out_channels = EXPANSION * width
+        out_channels = self.expansion * width
         self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width, eps=1e-5, momentum=0.1)
         self.conv2 = nn.Conv2d(width, width, kernel_size=3, stride=stride, padding=1, bias=False)
@@ -44,11 +68,17 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Stem and four stages, without the pooling and the `fc` at the end.
 
-    `stage_sizes` (3, 4, 6, 3) and `width` 64 are ResNet-50; the stages have 4·width·{1, 2, 4, 8} channels.
-    `last_stride` is the stride of stage 4: 1 in MPANet, 2 in torchvision.
+    `stage_sizes` (3, 4, 6, 3) of bottlenecks and `width` 64 are ResNet-50; the stages have expansion·width·{1, 2, 4, 8}
+    channels. `last_stride` is the stride of stage 4: 1 in MPANet, 2 in torchvision.
     """
 
-    def __init__(self, stage_sizes: Sequence[int] = (3, 4, 6, 3), width: int = 64, last_stride: int = 1):
+    def __init__(
+        self,
+        stage_sizes: Sequence[int] = (3, 4, 6, 3),
+        width: int = 64,
+        last_stride: int = 1,
+        block_type: type[BasicBlock] | type[Bottleneck] = Bottleneck,
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width, eps=1e-5, momentum=0.1)
@@ -57,8 +87,8 @@ class ResNet(nn.Module):
             stage_width = width * 2**stage
             layers = []
             for block in range(blocks):
-                layers.append(Bottleneck(channels, stage_width, stride if block == 0 else 1))
-                channels = EXPANSION * stage_width
+                layers.append(block_type(channels, stage_width, stride if block == 0 else 1))
+                channels = block_type.expansion * stage_width
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.out_channels = (channels // 2, channels)  # of stages 3 and 4
 

@@ -1,39 +1,13 @@
-"""Batch norm against PyTorch (forward, running statistics) and against autodiff of the plain formula (gradients)."""
+"""The fused batch norms against autodiff of the plain formula, values and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
-from mpanet_jax.models.batch_norm import _sums_together, batch_norm
-from mpanet_jax.models.normalization import BatchNorm
-from mpanet_jax.models.projection import _convolution, project_and_normalize
-
-
-def test_train_and_eval_equal_torch_with_unbiased_running_variance():
-    rng = np.random.default_rng(0)
-    theirs = torch.nn.BatchNorm2d(5).double()
-    theirs.weight.data = torch.tensor(rng.normal(size=5))
-    theirs.bias.data = torch.tensor(rng.normal(size=5))
-    batches = rng.normal(2.0, 3.0, size=(3, 4, 3, 2, 5))
-    with jax.enable_x64(True):
-        module = BatchNorm(param_dtype=jnp.float64)
-        variables = {
-            "params": {"scale": jnp.asarray(theirs.weight.data.numpy()), "bias": jnp.asarray(theirs.bias.data.numpy())},
-            "batch_stats": {"mean": jnp.zeros(5, jnp.float64), "var": jnp.ones(5, jnp.float64)},
-        }
-        for batch in batches:
-            expected = theirs(torch.tensor(batch).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach().numpy()
-            actual, mutated = module.apply(variables, jnp.asarray(batch), train=True, mutable=["batch_stats"])
-            np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
-            variables |= mutated
-        np.testing.assert_allclose(variables["batch_stats"]["mean"], theirs.running_mean.numpy(), rtol=1e-12)
-        np.testing.assert_allclose(variables["batch_stats"]["var"], theirs.running_var.numpy(), rtol=1e-12)
-        theirs.eval()
-        expected = theirs(torch.tensor(batches[0]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach().numpy()
-        actual = module.apply(variables, jnp.asarray(batches[0]), train=False)
-        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
+from mpanet_jax.models.fused.batch_norm import _sums_together, batch_norm
+from mpanet_jax.models.fused.projection import _convolution, project, project_and_normalize
+from mpanet_jax.models.layers import BatchNorm
 
 
 def plain(x, scale, bias, residual=None):
@@ -106,32 +80,6 @@ def test_operations_of_accelerators_equal_those_of_the_cpu():
         np.testing.assert_allclose(_convolution(x, kernel), np.asarray(x) @ np.asarray(kernel), rtol=1e-12)
 
 
-@pytest.mark.parametrize("wrong", [{"residual": 1}, {"pool": True}, {"kernel": 1, "pool": True}])
-def test_combinations_that_would_be_ignored_are_refused(wrong):
-    x, relu = jnp.ones((2, 4, 4, 3)), "kernel" in wrong
-    arrays = {"residual": x, "kernel": jnp.ones((3, 3)), "pool": True}
-    with pytest.raises(ValueError, match="residual goes with a kernel"):
-        BatchNorm(relu=relu).init(jax.random.key(0), x, train=False, **{name: arrays[name] for name in wrong})
-
-
-@pytest.mark.parametrize("wrong", [{"kernel": jnp.ones((3, 3))}, {"pool": True}])
-def test_a_next_kernel_is_refused_where_it_would_not_be_handed_through(wrong):
-    x = jnp.ones((2, 4, 4, 3))
-    with pytest.raises(ValueError, match="next_kernel goes without"):
-        BatchNorm(relu=True).init(jax.random.key(0), x, train=False, next_kernel=x, **wrong)
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_a_next_kernel_is_handed_through(train):
-    x, kernel = jnp.arange(24.0).reshape(2, 2, 2, 3), jnp.arange(6.0)
-    module = BatchNorm()
-    variables = module.init(jax.random.key(0), x, train=False)
-    (y, handed), _ = module.apply(variables, x, train=train, next_kernel=kernel, mutable=["batch_stats"])
-    expected, _ = module.apply(variables, x, train=train, mutable=["batch_stats"])
-    assert (y == expected).all()
-    assert (handed == kernel).all()
-
-
 def test_projection_of_the_running_statistics_equals_convolution_and_batch_norm():
     rng = np.random.default_rng(3)
     with jax.enable_x64(True):
@@ -141,9 +89,12 @@ def test_projection_of_the_running_statistics_equals_convolution_and_batch_norm(
             "params": {"scale": jnp.asarray(rng.normal(size=7)), "bias": jnp.asarray(rng.normal(size=7))},
             "batch_stats": {"mean": jnp.asarray(rng.normal(size=7)), "var": jnp.asarray(rng.uniform(0.5, 2, size=7))},
         }
-        plain_norm, norm = (BatchNorm(relu=relu, param_dtype=jnp.float64) for relu in (False, True))
-        expected = jax.nn.relu(plain_norm.apply(variables, x @ kernel, train=False) + residual)
-        actual = norm.apply(variables, x, train=False, kernel=kernel, residual=residual)
+        norm = BatchNorm(param_dtype=jnp.float64)
+        expected = jax.nn.relu(norm.apply(variables, x @ kernel, train=False) + residual)
+        mean, variance = variables["batch_stats"]["mean"], variables["batch_stats"]["var"]
+        factor = variables["params"]["scale"] / jnp.sqrt(variance + norm.eps)
+        offset = variables["params"]["bias"] - mean * factor
+        actual = project(x, kernel * factor, offset, residual, True)
         np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -173,8 +124,3 @@ def test_bfloat16_statistics_are_float32():
     assert mean.dtype == variance.dtype == jnp.float32
     np.testing.assert_allclose(mean, wide.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(variance, wide.var((0, 1, 2)), rtol=1e-3)
-
-
-def test_no_bias_parameter_when_it_is_fixed_at_zero():
-    variables = BatchNorm(use_bias=False).init(jax.random.key(0), jnp.ones((2, 3)), train=False)
-    assert set(variables["params"]) == {"scale"}

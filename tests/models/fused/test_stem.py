@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpanet_jax.models.stem import stem_convolution
+from mpanet_jax.models.fused.resnet import stem_convolution
 from tests.models.layout import from_torch, to_torch
 
 

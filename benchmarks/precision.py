@@ -4,18 +4,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from mpanet_jax import datasets
+from mpanet_jax.call_plan import cut_into_calls, stack_batches
 from mpanet_jax.data.pipeline import TrainFeed
-from mpanet_jax.experiment import check_config, initial_variables, load_split
-from mpanet_jax.parallel import Parallel, all_devices, global_num_ids
-from mpanet_jax.train import calls, initial_state, make_feed, make_train_steps, stack_batches
+from mpanet_jax.methods import make_method
+from mpanet_jax.methods.method import Method
+from mpanet_jax.parallel import Parallel, all_devices
+from mpanet_jax.settings import Settings, replace
+from mpanet_jax.train import initial_state, make_feed, make_train_steps
+from mpanet_jax.weights.convert import initial_variables
 
 DTYPES = ("float32", "bfloat16")
 
 
 def benchmark_precision(
-    config: ConfigDict, *, num_steps: int = 200, num_starts: int = 4, window: int = 20
+    settings: Settings, *, num_steps: int = 200, num_starts: int = 4, window: int = 20
 ) -> dict[str, Any]:
     """Train `num_steps` steps in float32 and in bfloat16, with the same batches and draws.
 
@@ -24,8 +28,8 @@ def benchmark_precision(
     one in a million, and the means over the starts are compared.
 
     Args:
-      config: the run; its data set has to be prepared, or config.dataset.source named. config.dtype is not read.
-      num_steps: of each run; at most those of config.train.num_epochs.
+      settings: the run; its data set has to be prepared, or config.dataset.source named. dtype is not read.
+      num_steps: of each run; at most those of train.num_epochs.
       num_starts: runs of each type.
       window: the loss curves are smoothed by the mean over so many steps.
 
@@ -37,26 +41,23 @@ def benchmark_precision(
       loss_float32, loss_bfloat16: the mean curves, over consecutive windows.
       steps, window, starts.
     """
-    config = ConfigDict(config.to_dict())
-    config.init_from = ""
-    check_config(config)
-    parallel = all_devices(config.parallel)
-    num_ids_per_batch = global_num_ids(config.data.num_ids_per_batch, parallel.num_devices, config.batch_scale)
-    split = load_split(config, "train")
-    feed = make_feed(config, split, parallel, num_ids_per_batch)
-    num_steps = min(num_steps, config.train.num_epochs * feed.steps_per_epoch)
+    settings = replace(settings, {"init_from": ""})
+    parallel = all_devices(settings.parallel)
+    split = datasets.open_split(settings.dataset, "train")
+    feed = make_feed(make_method(settings), split, parallel)
+    num_steps = min(num_steps, settings.train.num_epochs * feed.steps_per_epoch)
     window = min(window, num_steps)
     first_batch = feed.batches.get_state()
     curves = {}
     try:
         for dtype in DTYPES:
-            config.dtype = dtype
-            variables = jax.device_get(initial_variables(config, split.num_ids))
-            run_steps = make_train_steps(config, split.num_ids, feed.steps_per_epoch, parallel)
+            method = make_method(replace(settings, {"dtype": dtype}))
+            variables = jax.device_get(initial_variables(method, split.num_ids))
+            run_steps = make_train_steps(method, split.num_ids, feed.steps_per_epoch, parallel)
             of_starts = []
             for start in range(num_starts):
                 feed.batches.set_state(first_batch)
-                losses = _losses(config, parallel, feed, _start(variables, start), run_steps, num_steps)
+                losses = _losses(method, parallel, feed, _start(variables, start), run_steps, num_steps)
                 of_starts.append(np.convolve(losses, np.full(window, 1 / window), mode="valid"))
             curves[dtype] = np.array(of_starts)
     finally:
@@ -86,12 +87,13 @@ def _start(variables: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _losses(
-    config: ConfigDict, parallel: Parallel, feed: TrainFeed, variables: dict[str, Any], run_steps: Any, num_steps: int
+    method: Method, parallel: Parallel, feed: TrainFeed, variables: dict[str, Any], run_steps: Any, num_steps: int
 ) -> list[float]:
     """The total loss of every step."""
-    state = parallel.replicate(initial_state(config, variables, feed.steps_per_epoch))
+    state = parallel.replicate(initial_state(method, variables, feed.steps_per_epoch))
     losses = []
-    for before, after in calls(0, num_steps, 1 if feed.images is None else config.train.steps_per_call, ()):
+    steps_per_call = 1 if feed.images is None else method.settings.train.steps_per_call
+    for before, after in cut_into_calls(0, num_steps, steps_per_call, ()):
         state, metrics = run_steps(state, stack_batches(feed.batches, after - before), feed.images)
         losses.extend(jax.device_get(metrics["loss"]).tolist())
     return losses

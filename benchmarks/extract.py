@@ -6,23 +6,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from mpanet_jax.benchmarks import measure
-from mpanet_jax.benchmarks.step import NUM_IDS, forward_work, random_images
+from benchmarks import measure
+from benchmarks.step import NUM_IDS, forward_work, random_images
+from mpanet_jax import datasets
 from mpanet_jax.evaluation.extract import extract_embeddings
 from mpanet_jax.evaluation.workdir import embed_split, make_embed
-from mpanet_jax.experiment import check_config, compute_dtype, load_split, make_model
+from mpanet_jax.methods import make_method
+from mpanet_jax.methods.method import compute_dtype
+from mpanet_jax.settings import Settings
 from mpanet_jax.state import init_variables
 
 
 def benchmark_extract(
-    config: ConfigDict, *, num_steps: int = 60, num_images: int = 2048, from_files: bool = False
+    settings: Settings, *, num_steps: int = 60, num_images: int = 2048, from_files: bool = False
 ) -> dict[str, Any]:
-    """Measure the embedding of batches of config.eval.batch_size, by a random network, as `evaluate` runs it.
+    """Measure the embedding of batches of settings.eval.batch_size, by a random network, as `evaluate` runs it.
 
     Args:
-      config: the run whose network is measured.
+      settings: the run whose network is measured.
       num_steps: timed batches, out of device memory.
       num_images: random images in device memory; at least one batch.
       from_files: also embed the test split of config.dataset through the host's pipeline.
@@ -34,20 +36,20 @@ def benchmark_extract(
       compile_seconds, programs_from_cache, peak_gib: as for `benchmark_step`; peak_gib before files are read.
       tflops, share_of_arithmetic: of convolutions and matrix products, and over the measured ceiling.
     """
-    check_config(config)
     compiled = measure.CompileLog()
     num_devices = jax.local_device_count()
-    batch_size = -(-config.eval.batch_size // num_devices) * num_devices
+    batch_size = -(-settings.eval.batch_size // num_devices) * num_devices
     num_images = max(num_images, batch_size) // batch_size * batch_size
-    model = make_model(config, NUM_IDS)
-    variables = init_variables(model, jax.random.key(config.seed), config.data.height, config.data.width)
-    embed = make_embed(model)(variables)
-    images = jax.device_put(random_images(config, num_images))
+    method, data = make_method(settings), settings.data
+    variables = init_variables(method.network(NUM_IDS), jax.random.key(settings.seed), data.height, data.width)
+    embed = make_embed(method, NUM_IDS)(variables)
+    images = jax.device_put(random_images(settings, num_images))
+    modality = np.arange(batch_size, dtype=np.int32) % 2
     starts = itertools.cycle(range(0, num_images, batch_size))
 
     def call() -> jax.Array:
         start = next(starts)
-        return embed(images[start : start + batch_size])
+        return embed(images[start : start + batch_size], modality)
 
     jax.block_until_ready(images[:batch_size])
     from_cache, started = compiled.from_cache, time.perf_counter()
@@ -61,19 +63,19 @@ def benchmark_extract(
         "timed_batches": num_steps,
         "batch_size": batch_size,
         "dimension": dimension,
-        "dtype": compute_dtype(config.dtype).name,
+        "dtype": compute_dtype(settings.dtype).name,
         "compile_seconds": float(first_call - np.median(seconds)),
         "programs_from_cache": from_cache,
         "peak_gib": measure.peak_device_memory_gib(),
         "image_set_gib": images.nbytes / 2**30,
     }
     if from_files:
-        split = load_split(config, "test")
+        split = datasets.open_split(settings.dataset, "test")
         started = time.perf_counter()
-        embed_split(config, split, embed)
+        embed_split(settings, split, embed)
         results["files_images_per_second"] = len(split) / (time.perf_counter() - started)
-    ceilings = measure.ceilings(compute_dtype(config.dtype))
-    tflops = forward_work(config)[0] * results["images_per_second"] / 1e12
+    ceilings = measure.ceilings(compute_dtype(settings.dtype))
+    tflops = forward_work(settings)[0] * results["images_per_second"] / 1e12
     share = tflops / ceilings["matmul_ceiling_tflops"] / num_devices
     return results | {"tflops": tflops, **ceilings, "share_of_arithmetic": share}
 
@@ -83,5 +85,5 @@ def _fetched_rate(call: Any, batch_size: int, num_batches: int) -> float:
     rows = np.arange(batch_size)
     batch = {"images": None, "pids": rows, "camids": rows, "index": rows, "mask": np.ones(batch_size, bool)}
     started = time.perf_counter()
-    extract_embeddings(lambda _: call(), itertools.repeat(batch, num_batches), np.full(batch_size, ""))
+    extract_embeddings(lambda *_: call(), itertools.repeat(batch, num_batches), np.full(batch_size, ""))
     return batch_size * num_batches / (time.perf_counter() - started)

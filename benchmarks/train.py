@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from mpanet_jax.benchmarks import measure
-from mpanet_jax.benchmarks.step import benchmark_step
-from mpanet_jax.data.cache import choose_cache, open_cache
-from mpanet_jax.data.sampling import BatchPlan
+from benchmarks import measure
+from benchmarks.step import benchmark_step
+from mpanet_jax import datasets
 from mpanet_jax.errors import UserError
-from mpanet_jax.experiment import cache_dir, check_config, compute_dtype, load_split
-from mpanet_jax.parallel import all_devices, global_num_ids
-from mpanet_jax.train import train
+from mpanet_jax.methods import make_method
+from mpanet_jax.methods.method import compute_dtype
+from mpanet_jax.parallel import all_devices
+from mpanet_jax.settings import Settings, replace
+from mpanet_jax.train import make_feed, train
 
 RECIPE_IMAGES = 140 * 183 * 128  # SYSU-MM01: epochs, steps, images a step
 
@@ -26,14 +26,14 @@ class _EnoughError(Exception):
     """Ends a training run from within."""
 
 
-def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None = None) -> dict[str, Any]:
+def benchmark_train(settings: Settings, folder: Path, *, num_steps: int | None = None) -> dict[str, Any]:
     """Run `train` for some steps in a temporary workdir below `folder`, then `benchmark_step` in the same process.
 
     The first call and all in which a program was compiled are left out (seconds_compiling says for how long one was);
     everything else that the loop does counts, checkpoints and logs among it. Nothing is evaluated.
 
     Args:
-      config: the run; its data set has to be prepared, or config.dataset.source named.
+      settings: the run; its data set has to be prepared, or config.dataset.source named.
       folder: where the temporary workdir is made: a place on the disk that runs are written to.
       num_steps: steps to train; by default a tenth of the config's epochs.
 
@@ -45,23 +45,17 @@ def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None =
       timed_steps, timed_seconds, seconds_compiling, checkpoints: what the rate is made of.
       cache: where the images were; programs_from_cache: compiled programs that the compilation cache held.
     """
-    config = ConfigDict(config.to_dict())
-    config.init_from, config.train.eval_every_epochs = "", 0
-    check_config(config)
-    num_ids = global_num_ids(
-        config.data.num_ids_per_batch, all_devices(config.parallel).num_devices, config.batch_scale
-    )
-    batch_size = num_ids * config.data.images_per_id
-    split = load_split(config, "train")
-    steps_per_epoch = BatchPlan(
-        split.pids, split.modality, num_ids, config.data.images_per_id, config.seed
-    ).steps_per_epoch
+    settings = replace(settings, {"init_from": "", "train.eval_every_epochs": 0})
+    split = datasets.open_split(settings.dataset, "train")
+    feed = make_feed(make_method(settings), split, all_devices(settings.parallel))
+    feed.batches.close()
+    batch_size, steps_per_epoch = feed.batch_size, feed.steps_per_epoch
+    settings = replace(settings, {"data.cache": feed.cache})
+    del feed  # and with it the images
     if num_steps is None:
-        num_steps = -(-config.train.num_epochs // 10) * steps_per_epoch
-    num_steps = min(num_steps, config.train.num_epochs * steps_per_epoch)
-    num_bytes = len(split) * config.data.height * config.data.width * 3
-    built = open_cache(split, config.data.height, config.data.width, cache_dir(config)) is not None
-    config.data.cache = choose_cache(config.data.cache, num_bytes, cache_dir(config), built=built)
+        num_steps = -(-settings.train.num_epochs // 10) * steps_per_epoch
+    num_steps = min(num_steps, settings.train.num_epochs * steps_per_epoch)
+    num_bytes = len(split) * settings.data.height * settings.data.width * 3
 
     compiled = measure.CompileLog()
     finished: list[tuple[int, float]] = []
@@ -77,14 +71,14 @@ def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None =
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="train-", dir=folder) as workdir, contextlib.suppress(_EnoughError):
-        train(config, Path(workdir), on_steps=on_steps)
+        train(settings, Path(workdir), on_steps=on_steps)
     peak = measure.peak_device_memory_gib()
 
     timed, compiling = _timed_calls(finished, compiled.times)
     steps, seconds = timed.sum(axis=0)
     rate = float(steps * batch_size / seconds)
-    checkpoint_every = config.train.checkpoint_every_epochs * steps_per_epoch
-    step_results = benchmark_step(config, num_steps=min(num_steps, 240))
+    checkpoint_every = settings.train.checkpoint_every_epochs * steps_per_epoch
+    step_results = benchmark_step(settings, num_steps=min(num_steps, 240))
     return {
         **measure.rates(timed[:, 1] / timed[:, 0], batch_size),
         "images_per_second": rate,
@@ -99,8 +93,8 @@ def benchmark_train(config: ConfigDict, folder: Path, *, num_steps: int | None =
         "checkpoints": num_steps // checkpoint_every if checkpoint_every else 0,
         "steps_per_epoch": steps_per_epoch,
         "batch_size": batch_size,
-        "dtype": compute_dtype(config.dtype).name,
-        "cache": config.data.cache,
+        "dtype": compute_dtype(settings.dtype).name,
+        "cache": settings.data.cache,
         "images": len(split),
         "peak_gib": peak,
         "image_set_gib": num_bytes / 2**30,

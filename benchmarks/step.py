@@ -6,35 +6,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from mpanet_jax.benchmarks import measure
-from mpanet_jax.experiment import check_config, compute_dtype, initial_variables, make_model
+from benchmarks import measure
+from mpanet_jax.methods import make_method
+from mpanet_jax.methods.method import compute_dtype
 from mpanet_jax.parallel import all_devices, global_num_ids
+from mpanet_jax.settings import Settings, replace
 from mpanet_jax.state import init_variables
 from mpanet_jax.train import initial_state, make_train_steps
+from mpanet_jax.weights.convert import initial_variables
 
 NUM_IDS = 395  # identities and steps an epoch of SYSU-MM01's training set
 STEPS_PER_EPOCH = 183
 
 
-def random_images(config: ConfigDict, num_images: int) -> np.ndarray:
+def random_images(settings: Settings, num_images: int) -> np.ndarray:
     """uint8[N, height, width, 3]; random, since zeros make an accelerator faster than it is."""
-    shape = (num_images, config.data.height, config.data.width, 3)
+    shape = (num_images, settings.data.height, settings.data.width, 3)
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
 def benchmark_step(
-    config: ConfigDict, *, num_steps: int = 240, num_images: int = 2048, profile: str | None = None
+    settings: Settings, *, num_steps: int = 240, num_images: int = 2048, profile: str | None = None
 ) -> dict[str, Any]:
     """Measure the training step on a random image set in device memory, as `train` runs it, in steady state.
 
-    On accelerators config.train.steps_per_call steps are one program, so a call is the smallest thing that can be
-    timed; its time is shared out evenly. The network is random (config.init_from is not read); nothing is logged or
+    On accelerators train.steps_per_call steps are one program, so a call is the smallest thing that can be
+    timed; its time is shared out evenly. The network is random (init_from is not read); nothing is logged or
     saved.
 
     Args:
-      config: the run whose step is measured.
+      settings: the run whose step is measured.
       num_steps: timed steps, after two calls of warm-up; raised to a whole number of calls, five at least.
       num_images: images in device memory.
       profile: a folder that a `jax.profiler` trace of three further calls is written to.
@@ -49,21 +51,19 @@ def benchmark_step(
       arithmetic_floor_ms, memory_floor_ms: the step's work at the ceilings; memory: all convolution outputs moved eight
         times, as separate layers would at the least. share_of_…: floor / median.
     """
-    config = ConfigDict(config.to_dict())
-    config.init_from = ""
-    check_config(config)
+    method = make_method(replace(settings, {"init_from": ""}))
     compiled = measure.CompileLog()
-    parallel = all_devices(config.parallel)
-    num_ids_per_batch = global_num_ids(config.data.num_ids_per_batch, parallel.num_devices, config.batch_scale)
+    parallel = all_devices(settings.parallel)
+    num_ids_per_batch = global_num_ids(settings.data.num_ids_per_batch, parallel.num_devices, settings.batch_scale)
     # On the CPU training feeds from the host, a step a call: in a loop of several convolutions would run on one thread.
-    steps_per_call = 1 if jax.default_backend() == "cpu" else config.train.steps_per_call
-    images_per_id = config.data.images_per_id
+    steps_per_call = 1 if jax.default_backend() == "cpu" else settings.train.steps_per_call
+    images_per_id = settings.data.images_per_id
     batch_size = num_ids_per_batch * images_per_id
 
-    images = parallel.replicate(random_images(config, num_images))
-    variables = initial_variables(config, NUM_IDS)
-    state = parallel.replicate(initial_state(config, variables, STEPS_PER_EPOCH))
-    run_steps = make_train_steps(config, NUM_IDS, STEPS_PER_EPOCH, parallel)
+    images = parallel.replicate(random_images(settings, num_images))
+    variables = initial_variables(method, NUM_IDS)
+    state = parallel.replicate(initial_state(method, variables, STEPS_PER_EPOCH))
+    run_steps = make_train_steps(method, NUM_IDS, STEPS_PER_EPOCH, parallel)
     batches = _random_batches(steps_per_call, num_ids_per_batch, images_per_id, num_images)
 
     def call() -> Any:
@@ -85,14 +85,14 @@ def benchmark_step(
         "timed_steps": len(seconds) * steps_per_call,
         "steps_per_call": steps_per_call,
         "batch_size": batch_size,
-        "dtype": compute_dtype(config.dtype).name,
+        "dtype": compute_dtype(settings.dtype).name,
         "compile_seconds": float(first_call - np.median(seconds) * steps_per_call),
         "programs_from_cache": from_cache,
         "peak_gib": measure.peak_device_memory_gib(),
         "image_set_gib": images.nbytes / 2**30,
         "first_loss": float(losses[0]),
     }
-    return results | _shares(config, batch_size, parallel.num_devices, results["median_ms"])
+    return results | _shares(settings, batch_size, parallel.num_devices, results["median_ms"])
 
 
 def _random_batches(steps: int, num_ids: int, images_per_id: int, num_images: int) -> dict[str, np.ndarray]:
@@ -106,9 +106,9 @@ def _random_batches(steps: int, num_ids: int, images_per_id: int, num_images: in
     }
 
 
-def _shares(config: ConfigDict, batch_size: int, num_devices: int, median_ms: float) -> dict[str, float]:
-    dtype = compute_dtype(config.dtype)
-    forward, outputs = forward_work(config)
+def _shares(settings: Settings, batch_size: int, num_devices: int, median_ms: float) -> dict[str, float]:
+    dtype = compute_dtype(settings.dtype)
+    forward, outputs = forward_work(settings)
     ceilings = {name: value * num_devices for name, value in measure.ceilings(dtype).items()}
     step_tflop = 3 * forward * batch_size / 1e12
     moved_gb = measure.ACTIVATION_MOVES * outputs * batch_size * dtype.itemsize / 1e9
@@ -125,16 +125,14 @@ def _shares(config: ConfigDict, batch_size: int, num_devices: int, median_ms: fl
     }
 
 
-def forward_work(config: ConfigDict) -> tuple[float, float]:
+def forward_work(settings: Settings) -> tuple[float, float]:
     """(floating-point operations, output values) of the forward pass's convolutions and matrix products, an image.
 
     As they are computed: the stem's convolution over blocks counts the zeros that fill its kernel, 1.4 % of the whole.
     """
-    model = make_model(config, NUM_IDS)
-    variables = jax.eval_shape(
-        lambda key: init_variables(model, key, config.data.height, config.data.width), jax.random.key(0)
-    )
-    image = jax.ShapeDtypeStruct((2, config.data.height, config.data.width, 3), jnp.float32)
+    network, data = make_method(settings).build(NUM_IDS), settings.data
+    variables = jax.eval_shape(lambda key: init_variables(network, key, data.height, data.width), jax.random.key(0))
+    image = jax.ShapeDtypeStruct((2, data.height, data.width, 3), jnp.float32)
     # With running statistics, so that how a program comes by those of the batch does not count.
-    work = measure.convolution_work(lambda v, x: model.apply(v, x, train=False), variables, image)
+    work = measure.convolution_work(lambda v, x: network.apply(v, x, jnp.arange(2), train=False), variables, image)
     return work[0] / 2, work[1] / 2

@@ -15,10 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-
-def statistics_dtype(x: Array) -> jnp.dtype:
-    """The type that statistics of x are computed in: float32, or float64 for float64 input."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+from mpanet_jax.models.layers import statistics_dtype
 
 
 def sum_over_devices(values: tuple[Array, ...], axis_name: str | None) -> tuple[Array, ...]:

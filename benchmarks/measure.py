@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpanet_jax.benchmarks.evaluation import peak_memory_gib
-from mpanet_jax.train import time_when_ready
+from benchmarks.evaluation import peak_memory_gib
+from mpanet_jax.metric_log import time_when_ready
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 # Reads and writes of every convolution's output in a training step where convolution, batch norm and ReLU are separate

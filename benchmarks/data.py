@@ -1,5 +1,6 @@
 """How fast images reach the network: a plain Pillow loop, the decoders, streaming, and the host cache, in one run."""
 
+import dataclasses
 import io
 import tempfile
 import time
@@ -8,63 +9,54 @@ from collections.abc import Callable, Iterator
 import cv2
 import numpy as np
 import simplejpeg
-from ml_collections import ConfigDict
 from PIL import Image
 
 from mpanet_jax import datasets
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.cache import resized_images
 from mpanet_jax.data.decode import decode_and_resize, resize_bilinear
-from mpanet_jax.data.pipeline import choose_num_workers, train_feed
+from mpanet_jax.data.grain_batches import choose_num_workers
+from mpanet_jax.data.pipeline import TrainFeed, train_feed
+from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.datasets.synthetic import write_dataset
-from mpanet_jax.experiment import load_split
+from mpanet_jax.settings import DataSettings, Settings, replace
 
 
-def benchmark_dataset(config: ConfigDict, *, num_images: int = 1000, num_batches: int = 12) -> dict[str, float | str]:
-    """`benchmark_data` on the training split of config.dataset; where it names none, on a small drawn one.
+def benchmark_dataset(settings: Settings, *, num_images: int = 1000, num_batches: int = 12) -> dict[str, float | str]:
+    """`benchmark_data` on the training split of dataset; where it names none, on a small drawn one.
 
-    With config.dataset.source the raw folder is prepared anew in a temporary folder, and the result has `preparation`:
+    With dataset.source the raw folder is prepared anew in a temporary folder, and the result has `preparation`:
     images/s by the clock on all cores, both splits, every image decoded for verification and then written.
 
     Raises:
-      UserError: config.dataset.source cannot be prepared.
+      UserError: dataset.source cannot be prepared.
     """
-    dataset = config.dataset
+    dataset = settings.dataset
     with tempfile.TemporaryDirectory() as folder:
-        drawn = not (dataset.source or datasets.is_prepared(dataset.name, dataset.data_dir, trial=dataset.trial))
-        config = ConfigDict(config.to_dict())
+        prepared = datasets.is_prepared(dataset.name, dataset.data_dir, trial=dataset.trial or 1)
+        drawn = not (dataset.source or prepared)
         if drawn:
-            config.dataset.source = f"{folder}/raw"
+            settings = replace(settings, {"dataset.source": f"{folder}/raw"})
             # Enough for some batches; the images' size is that of the small synthetic set.
-            write_dataset(dataset.name, config.dataset.source, num_train_ids=40, num_test_ids=2)
+            write_dataset(dataset.name, f"{folder}/raw", num_train_ids=40, num_test_ids=2)
         preparation = {}
-        if config.dataset.source:
-            config.dataset.data_dir = f"{folder}/prepared"
+        if settings.dataset.source:
+            settings = replace(settings, {"dataset.data_dir": f"{folder}/prepared"})
             started = time.perf_counter()
-            num_prepared = len(load_split(config, "train")) + len(load_split(config, "test"))
+            num_prepared = sum(len(datasets.open_split(settings.dataset, split)) for split in ("train", "test"))
             preparation = {"preparation": num_prepared / (time.perf_counter() - started)}
-        split = load_split(config, "train")
+        split = datasets.open_split(settings.dataset, "train")
         results = benchmark_data(
-            split,
-            height=config.data.height,
-            width=config.data.width,
-            num_ids_per_batch=config.data.num_ids_per_batch,
-            images_per_id=config.data.images_per_id,
-            num_images=num_images,
-            num_batches=num_batches,
-            seed=config.seed,
+            split, settings.data, num_images=num_images, num_batches=num_batches, seed=settings.seed
         )
     return {"data_set": f"{dataset.name}, drawn" if drawn else split.name, **preparation, **results}
 
 
 def benchmark_data(
     split: Split,
+    data: DataSettings,
     *,
-    height: int = 384,
-    width: int = 128,
-    num_ids_per_batch: int = 16,
-    images_per_id: int = 8,
     num_images: int = 1000,
     num_batches: int = 12,
     repeats: int = 3,
@@ -88,7 +80,7 @@ def benchmark_data(
       difference_mean, difference_worst: the images' mean absolute difference from Pillow's, of 255: mean and worst.
       streaming, streaming_per_core: images/s with cache 'none' and threads, by the clock, and per core.
       streaming_over_pillow: streaming_per_core / pillow_loop.
-      workers, streaming_workers: where config.data.num_workers = -1 chooses processes: how many, and images/s by the
+      workers, streaming_workers: where data.num_workers = -1 chooses processes: how many, and images/s by the
         clock with them.
       cache_build: images/s of building the host cache, by the clock on all cores.
       host_cache, host_cache_batches: images/s and batches/s out of the finished cache, by the clock.
@@ -98,6 +90,7 @@ def benchmark_data(
     chosen = chosen.tolist()
     files = [split.encoded[i] for i in chosen]
     decoded = [_decode_pillow(file) for file in files]
+    height, width = data.height, data.width
     size = dict(height=height, width=width)
     loops = {
         "pillow_loop": (lambda i: _pillow(split.encoded[i], **size), chosen),
@@ -117,14 +110,19 @@ def benchmark_data(
     ]
     results |= {"difference_mean": float(np.mean(differences)), "difference_worst": float(np.max(differences))}
 
-    plan = dict(num_ids_per_batch=num_ids_per_batch, images_per_id=images_per_id, seed=seed, num_epochs=10_000)
-    batch = num_ids_per_batch * images_per_id
-    feed = train_feed(split, **size, **plan, cache="none")
+    plan = BatchPlan(split.pids, split.modality, data.num_ids_per_batch, data.images_per_id, seed)
+    batch = data.num_ids_per_batch * data.images_per_id
+
+    def feed_by(cache: str, num_workers: int = 0, cache_dir: str | None = None) -> TrainFeed:
+        by = dataclasses.replace(data, cache=cache, num_workers=num_workers)
+        return train_feed(split, plan, by, num_epochs=10_000, cache_dir=cache_dir)
+
+    feed = feed_by("none")
     by_clock, by_cpu = _batches_per_second(feed.batches, num_batches, repeats, skip=available_cpus() + 2)
     results |= {"streaming": by_clock * batch, "streaming_per_core": by_cpu * batch}
     results["streaming_over_pillow"] = results["streaming_per_core"] / results["pillow_loop"]
     if workers := choose_num_workers(-1, batch * height * width * 3):
-        feed = train_feed(split, **size, **plan, cache="none", num_workers=workers)
+        feed = feed_by("none", workers)
         by_clock, _ = _batches_per_second(feed.batches, num_batches, repeats, skip=3 * workers)
         results |= {"workers": workers, "streaming_workers": by_clock * batch}
 
@@ -132,7 +130,7 @@ def benchmark_data(
         started = time.perf_counter()
         resized_images(split, **size, cache_dir=cache_dir)
         results["cache_build"] = len(split) / (time.perf_counter() - started)
-        feed = train_feed(split, **size, **plan, cache="host", cache_dir=cache_dir)
+        feed = feed_by("host", cache_dir=cache_dir)
         by_clock, _ = _batches_per_second(feed.batches, num_batches, repeats, skip=available_cpus() + 2)
     results |= {"host_cache": by_clock * batch, "host_cache_batches": by_clock}
     return results

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mpanet_jax.models.batch_norm import count_positions, statistics_dtype, sum_beside, sum_over_devices
+from mpanet_jax.models.fused.batch_norm import count_positions, sum_beside, sum_over_devices
+from mpanet_jax.models.layers import statistics_dtype
 
 EXACT = lax.Precision.HIGHEST
 
@@ -36,9 +37,18 @@ def _sums(x: Float[Array, "b h w c"]) -> Float[Array, "c"]:
 
 
 def _sums_of_products(x: Float[Array, "b h w i"], y: Float[Array, "b h w o"], precision=None) -> Float[Array, "i o"]:
-    """Σ x yᵀ over all positions."""
-    axes = (0, 1, 2)
-    return jnp.tensordot(x, y, (axes, axes), precision=precision, preferred_element_type=statistics_dtype(x))
+    """Σ x yᵀ over all positions.
+
+    On the CPU by images first: one long product adds position after position there, and its rounding is the largest of
+    the whole network then.
+    """
+    options = {"precision": precision, "preferred_element_type": statistics_dtype(x)}
+    return lax.platform_dependent(
+        x,
+        y,
+        cpu=lambda x, y: jnp.einsum("bhwi,bhwo->bio", x, y, **options).sum(0),
+        default=lambda x, y: jnp.tensordot(x, y, ((0, 1, 2), (0, 1, 2)), **options),
+    )
 
 
 def project(

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from mpanet_jax.models.batch_norm import (
+from mpanet_jax.models.fused.batch_norm import (
     batch_statistics,
     channel_sums,
     input_gradient,
-    statistics_dtype,
     sum_over_devices,
 )
+from mpanet_jax.models.layers import statistics_dtype
 
 # The nine places of a 3×3 window in PyTorch's order.
 TAPS = [(row, column) for row in range(3) for column in range(3)]
@@ -86,7 +86,7 @@ def _forward(x, scale, bias, eps, axis_name):
 def normalize_and_pool(
     x: Float[Array, "b h w c"], scale: Float[Array, "c"], bias: Float[Array, "c"], eps: float, axis_name: str | None
 ) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, "c"], Float[Array, "c"]]:
-    """`max_pool` of `batch_norm` with its ReLU, and mean and variance as there, of which it also takes the arguments.
+    """Batch norm, ReLU and max-pool in one; takes the arguments of `batch_norm`, returns its mean and variance too.
 
     The normalised array, four times the result, is never written, and the sums of the backward pass run over the
     result's positions: at the others the gradient is 0. (Where the scale is 0, or too small to change the bias, all of

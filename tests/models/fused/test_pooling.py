@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpanet_jax.models.pooling import max_pool, normalize_and_pool
+from mpanet_jax.models.fused.pooling import max_pool, normalize_and_pool
 from tests.models.layout import from_torch, to_torch
 
 

@@ -1,0 +1,70 @@
+"""The fast forms of the plain layers: the same parameters, running statistics and numbers, less memory traffic.
+
+`fuse(network)` is the network with every layer that has a fused form computed in it. The plain layers know nothing of
+this: flax calls the fused form in their place. Custom gradients, barriers and work that is placed beside the sums of
+several devices live in this package only. Why each form is as it is, with the measurements: docs/performance.md.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.module import InterceptorContext
+
+from mpanet_jax.models.attention import ModalityAlleviation, PatternAlignment
+from mpanet_jax.models.fused.attention import align_patterns, alleviate
+from mpanet_jax.models.fused.classifier import classify
+from mpanet_jax.models.fused.normalization import normalize
+from mpanet_jax.models.fused.resnet import bottleneck, stem
+from mpanet_jax.models.layers import BatchNorm, Classifier
+from mpanet_jax.models.resnet import Bottleneck, Stem
+
+# The plain layer → its fused form, called with the layer and the arguments of the layer's __call__.
+FUSED_FORMS: dict[type[nn.Module], Callable[..., Any]] = {
+    BatchNorm: normalize,
+    Bottleneck: bottleneck,
+    Classifier: classify,
+    ModalityAlleviation: alleviate,
+    PatternAlignment: align_patterns,
+    Stem: stem,
+}
+# The platforms on which the fused network was measured to be the faster one (docs/performance.md).
+FASTER_ON = ("cpu", "gpu")
+
+
+class Fused(nn.Module):
+    """A network with its layers in their fused forms; its variables are those of the plain network."""
+
+    network: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.network)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        def call(plain: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext) -> Any:
+            form = FUSED_FORMS.get(type(context.module)) if context.method_name == "__call__" else None
+            return plain(*args, **kwargs) if form is None else form(context.module, *args, **kwargs)
+
+        with nn.intercept_methods(call):
+            return self.network(*arguments, **options)
+
+
+def fuse(network: nn.Module) -> nn.Module:
+    """`network` with every layer that has a fused form computed in it."""
+    return Fused(network)
+
+
+def has_fused_blocks(network: nn.Module) -> bool:
+    """Whether the network has bottlenecks, whose fused form is most of what `fuse` gains."""
+    found = set()
+
+    def note(plain: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext) -> Any:
+        found.add(type(context.module))
+        return plain(*args, **kwargs)
+
+    images, modality = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda x, m: network.init(jax.random.key(0), x, m, train=False), images, modality)
+    return Bottleneck in found

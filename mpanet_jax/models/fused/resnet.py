@@ -1,0 +1,126 @@
+"""The stem and the bottleneck, their convolutions fused with the batch norms, ReLUs and shortcuts around them."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from mpanet_jax.models.fused.batch_norm import batch_norm, count_positions
+from mpanet_jax.models.fused.normalization import Norm, affine
+from mpanet_jax.models.fused.pooling import max_pool, normalize_and_pool
+from mpanet_jax.models.fused.projection import project, project_and_normalize
+from mpanet_jax.models.layers import kaiming_fan_out
+from mpanet_jax.models.resnet import Bottleneck, Stem
+
+
+class Kernel(nn.Module):
+    """The kernel of a convolution without bias, which something else carries out; x gives only its channels."""
+
+    size: int
+    width: int
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "s s c o"]:
+        return self.param("kernel", kaiming_fan_out, (self.size, self.size, x.shape[-1], self.width), self.param_dtype)
+
+
+def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "s s c o"], stride: int = 1) -> Float[Array, "b h2 w2 o"]:
+    """A convolution without bias; padding s // 2 as in torchvision's ResNet."""
+    padding = len(kernel) // 2
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def stem_convolution(
+    images: Float[Array, "b h w 3"], kernel: Float[Array, "7 7 3 c"], dtype: DTypeLike
+) -> Float[Array, "b h2 w2 c"]:
+    """The 7×7 convolution with stride 2 and padding 3, in `dtype`.
+
+    For even sizes it is computed as a 4×4 convolution with stride 1 over 2×2 blocks of pixels: with a fourth channel of
+    zeros that makes 16 channels instead of 3. The kernel gets a first row and a first column of zeros, so that its 8×8
+    taps are 4×4 blocks.
+    """
+    batch, height, width, _ = images.shape
+    images, kernel = images.astype(dtype), kernel.astype(dtype)
+    if height % 2 or width % 2:
+        return convolve(images, kernel, 2)
+    images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    blocks = images.reshape(batch, height // 2, 2, width // 2, 2, 4).transpose(0, 1, 3, 2, 4, 5)
+    blocks = blocks.reshape(batch, height // 2, width // 2, 16)
+    taps = jnp.pad(kernel, ((1, 0), (1, 0), (0, 1), (0, 0))).reshape(4, 2, 4, 2, 4, -1).transpose(0, 2, 1, 3, 4, 5)
+    taps = taps.reshape(4, 4, 16, -1)
+    # Output row i reads the pixel rows 2i−4 … 2i+3, the first of them with weight 0: blocks i−2 … i+1.
+    return lax.conv_general_dilated(blocks, taps, (1, 1), ((2, 1), (2, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
+    """The form of `Stem`: the normalised array, its largest, is never written."""
+    kernel = Kernel(7, module.width, module.param_dtype, name="conv1")(images)
+    x = stem_convolution(images, kernel, module.dtype)
+    norm = Norm(axis_name=module.axis_name, param_dtype=module.param_dtype, name="bn1")
+    return norm(
+        module.width,
+        count_positions(x, module.axis_name),
+        lambda scale, bias: normalize_and_pool(x, scale, bias, norm.eps, module.axis_name),
+        lambda *running: max_pool(nn.relu(affine(x, *running))),
+        train=train,
+    )
+
+
+def bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
+    """The form of `Bottleneck`: behind the 1×1 convolutions that widen, batch norm follows from their input."""
+    axis_name, dtype, stride = module.axis_name, module.dtype, module.stride
+    kernel = partial(Kernel, param_dtype=module.param_dtype)
+    norm = partial(Norm, axis_name=axis_name, param_dtype=module.param_dtype)
+    out = module.expansion * module.width
+
+    def widen(u: Array, names: tuple[str, str], residual: Array | None) -> Array:
+        """1×1 convolution and batch norm; with a residual its addition and the ReLU too."""
+        weights, bn, relu = kernel(1, out, name=names[0])(u)[0, 0], norm(name=names[1]), residual is not None
+
+        def by_running(mean: Array, factor: Array, bias: Array) -> Array:
+            return project(u, (weights * factor).astype(u.dtype), bias - mean * factor, residual, relu)
+
+        return bn(
+            out,
+            count_positions(u, axis_name),
+            lambda scale, bias: project_and_normalize(u, weights, residual, scale, bias, bn.eps, relu, axis_name),
+            by_running,
+            train=train,
+        )
+
+    def norm_and_relu(x: Array, name: str, next_kernel: Any = None) -> tuple[Array, Any]:
+        """And `next_kernel`, to be used from here on: see `batch_norm`."""
+        bn = norm(name=name)
+
+        def by_batch(scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+            nonlocal next_kernel
+            outputs: Any = batch_norm(x, scale, bias, next_kernel, bn.eps, True, axis_name)  # custom_vjp loses the type
+            normalised, next_kernel = outputs
+            return normalised
+
+        y = bn(
+            module.width,
+            count_positions(x, axis_name),
+            by_batch,
+            lambda *running: nn.relu(affine(x, *running)),
+            train=train,
+        )
+        return y, next_kernel
+
+    shortcut = x
+    if stride != 1 or x.shape[-1] != out:
+        shortcut = widen(x[:, ::stride, ::stride], ("downsample_conv", "downsample_bn"), None)
+    y = convolve(x, kernel(1, module.width, name="conv1")(x).astype(dtype))
+    conv2 = kernel(3, module.width, name="conv2")(y).astype(dtype)
+    # Not so behind bn2: there the product with the kernel's gradient comes before the sums.
+    y, conv2 = norm_and_relu(y, "bn1", conv2)
+    y = convolve(y, conv2, stride)
+    y, _ = norm_and_relu(y, "bn2")
+    return widen(y, ("conv3", "bn3"), shortcut)

@@ -1,0 +1,64 @@
+"""The files of a run's folder: which there are, and config.json, from which everything else rebuilds the run."""
+
+import json
+from pathlib import Path
+
+from mpanet_jax.errors import UserError
+from mpanet_jax.methods import settings_of
+from mpanet_jax.settings import Settings, flat, to_dict
+
+CONFIG_FILE = "config.json"
+# Where the metrics of each `checkpoint` that can be evaluated are written.
+METRICS_FILES = {"last": "metrics.json", "best": "metrics_best.json", "untrained": "metrics_untrained.json"}
+# Fields, and groups of them, that a resumed run may change: its length, its reports, and what alters no number of it.
+FREE_TO_CHANGE = (
+    *("train.", "eval.", "parallel", "init_from", "model.fused"),
+    *("data.cache", "data.num_workers", "dataset.source", "dataset.data_dir"),
+)
+
+
+def save_settings(settings: Settings, workdir: Path) -> None:
+    """Writes config.json, whole or not at all."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / (CONFIG_FILE + ".tmp")
+    unfinished.write_text(json.dumps(to_dict(settings), indent=2) + "\n")
+    unfinished.rename(workdir / CONFIG_FILE)
+
+
+def load_settings(workdir: str | Path) -> Settings:
+    """The settings that `workdir` was trained with.
+
+    Raises:
+      UserError: the folder holds no readable config.json.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    try:
+        tree = json.loads(path.read_text())
+        if not isinstance(tree, dict) or not {"dataset", "model", "data"} <= set(tree):
+            raise ValueError("the sections dataset, model and data are not in it")
+        return settings_of(tree)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; expected a folder that training has written") from None
+    except (ValueError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"{path}: not a run's settings ({error}); restore it or train again") from None
+
+
+def check_same_run(settings: Settings, workdir: Path) -> None:
+    """Refuses to go on with a run in `workdir` by settings under which it would be another.
+
+    Raises:
+      UserError: names the fields that differ from the run's config.json and matter for its result.
+    """
+    if not (workdir / CONFIG_FILE).exists():
+        return
+    before, now = flat(to_dict(load_settings(workdir))), flat(to_dict(settings))
+    differing = [
+        f"config.{name} = {now.get(name)!r} ({before.get(name)!r} before)"
+        for name in now | before
+        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir}: holds a run with another config, {', '.join(differing)}; "
+            "give another --workdir, or set the fields back to go on with it"
+        )

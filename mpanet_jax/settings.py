@@ -1,0 +1,323 @@
+"""The settings of a run: frozen dataclasses whose fields say their type, default, meaning and rule.
+
+Here are the fields that all methods share. What a method adds lies in its own file, as a subclass of `Settings` whose
+defaults are its recipe (`methods/mpanet.py`: the paper's, on SYSU-MM01). Scripts read a config file (ml_collections)
+into these classes, and below them nothing knows of configs.
+
+    settings = MPANetSettings(data=DataSettings(height=288, width=144))
+    settings = dataclasses.replace(settings, seed=1)
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from mpanet_jax.errors import SettingsError
+
+
+class Rule(NamedTuple):
+    """What a value has to be, in words and as a test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def setting(default: Any, comment: str, rule: Rule | Callable[[], Iterable[str]] | None = None) -> Any:
+    """A field with its meaning and its rule; a function as the rule gives the names that are allowed."""
+    return dataclasses.field(default=default, metadata={"comment": comment, "rule": rule})
+
+
+def group(cls: type) -> Any:
+    """A field that is a group of settings at their defaults."""
+    return dataclasses.field(default_factory=cls)
+
+
+def at_least(least: float) -> Rule:
+    """A finite number that is not below `least`."""
+    return Rule(f"at least {least}", lambda value: least <= value < math.inf)
+
+
+def between(least: float, most: float) -> Rule:
+    """A number of a closed range."""
+    return Rule(f"a number from {least} to {most}", lambda value: least <= value <= most)
+
+
+def one_of(*names: str) -> Callable[[], Iterable[str]]:
+    """One of some names."""
+    return lambda: names
+
+
+POSITIVE = Rule("a positive number", lambda value: 0 < value < math.inf)
+RISING = Rule(
+    "epochs in rising order", lambda epochs: list(epochs) == sorted(set(epochs)) and min(epochs, default=0) >= 0
+)
+SHARE_RANGE = Rule("a smallest and a largest value, above 0 and at most 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
+POSITIVE_RANGE = Rule("a smallest and a largest value above 0", lambda pair: 0 < pair[0] <= pair[1] < math.inf)
+
+
+def _backbones() -> Mapping[str, Any]:
+    from mpanet_jax.models.resnet import BACKBONES  # imports flax, which not every reader of settings needs
+
+    return BACKBONES
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """Which data, and where they lie."""
+
+    name: str = setting("sysu_mm01", "the data set")
+    source: str = setting("", "the raw folder; needed once, to prepare")
+    data_dir: str = setting("data", "where prepared data sets and caches live")
+    trial: ClassVar[int | None] = None  # which of several splits; a field where a data set has them
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Images and batches."""
+
+    height: int = setting(384, "pixels after the resize", at_least(1))
+    width: int = setting(128, "pixels after the resize", at_least(1))
+    num_ids_per_batch: int = setting(16, "P", at_least(1))
+    images_per_id: int = setting(8, "K, half visible, half infrared", at_least(2))
+    cache: str = setting(
+        "auto",
+        "resized images in 'device' memory, 'host' memory map, 'none', or what fits: 'auto'",
+        one_of("auto", "device", "host", "none"),
+    )
+    num_workers: int = setting(
+        -1,
+        "processes that decode when nothing is cached; 0: threads of this one; -1: chosen",
+        Rule("a number of processes, 0 for threads, or -1 to choose", lambda value: value >= -1),
+    )
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """K's halves."""
+        if self.images_per_id % 2:
+            even = self.images_per_id - 1
+            yield "images_per_id", f"K is half visible, half infrared; use an even number such as {even}"
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """What is drawn for a training image, in this order; a probability or padding of 0 leaves an operation out."""
+
+    flip_probability: float = setting(0.5, "of the horizontal flip", between(0, 1))
+    crop_padding: int = setting(0, "pixels added on every side before a random crop back; 0: no crop", at_least(0))
+    crop_fill: int = setting(127, "the padding's value", Rule("a pixel's value, 0 to 255", lambda v: 0 <= v <= 255))
+    erase_probability: float = setting(0.5, "of random erasing", between(0, 1))
+    erase_area: tuple[float, float] = setting((0.02, 0.33), "least and greatest share of the image", SHARE_RANGE)
+    erase_aspect: tuple[float, float] = setting(
+        (0.3, 3.3), "least and greatest height / width, drawn log-uniformly", POSITIVE_RANGE
+    )
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The backbone; a method's modules are fields of its subclass."""
+
+    backbone: str = setting("resnet50", "a name of torchvision's", _backbones)
+    stage_sizes: tuple[int, ...] = setting(
+        (),
+        "blocks of the four stages; (): as the backbone has them",
+        Rule("4 numbers of at least 1, or none", lambda sizes: not sizes or (len(sizes) == 4 and min(sizes) >= 1)),
+    )
+    width: int = setting(64, "channels of the stem", at_least(1))
+    fused: str = setting(
+        "auto",
+        "the fast form of the layers: 'on', 'off', or where it was measured to be faster: 'auto'",
+        one_of("auto", "on", "off"),
+    )
+
+    def __post_init__(self):
+        if self.stage_sizes and self.stage_sizes == getattr(_backbones().get(self.backbone), "stage_sizes", None):
+            object.__setattr__(self, "stage_sizes", ())  # written out or not, it is the same run
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """The optimiser and its schedule."""
+
+    learning_rate: float = setting(3.5e-4, "in the first epochs", POSITIVE)
+    milestones: tuple[int, ...] = setting((80, 120), "epochs after which the rate is multiplied by `decay`", RISING)
+    decay: float = setting(0.1, "factor at each milestone", POSITIVE)
+    weight_decay: float = setting(5e-4, "L2, added to the gradient", at_least(0))
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The length of a run and what it writes."""
+
+    num_epochs: int = setting(140, "of the whole run", at_least(1))
+    eval_every_epochs: int = setting(20, "0: only at the end", at_least(0))
+    checkpoint_every_epochs: int = setting(5, "0: only at the end", at_least(0))
+    keep_checkpoints: int = setting(2, "the last ones", at_least(1))
+    log_every_steps: int = setting(50, "for TensorBoard and the terminal", at_least(1))
+    # 15 divide five epochs of SYSU-MM01, so there one program does for the whole run.
+    steps_per_call: int = setting(
+        15, "steps sent to the device as one program, at most, where it holds the images (else 1)", at_least(1)
+    )
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Evaluation, during training and after it."""
+
+    batch_size: int = setting(256, "images at once", at_least(1))
+    best: str = setting(
+        "",
+        "'rank1', 'mAP', …: also keep the checkpoint that is best on the *test set*; '': don't",
+        one_of("", "rank1", "rank5", "rank10", "rank20", "mAP", "mINP"),
+    )
+    rerank: bool = setting(False, "k-reciprocal re-ranking; not part of any published MPANet figure")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every method's run is made from.
+
+    Raises `SettingsError` when it is made with a value of another type, out of range, or that fits no other.
+    """
+
+    seed: int = setting(0, "of initialisation, plan and augmentation", between(0, 2**32 - 1))
+    preset: str = setting("paper", "only recorded: what the config file made of it", one_of("paper", "official"))
+    method: str = setting("mpanet", "which method the other fields are of")
+    dtype: str = setting(
+        "auto",
+        "of convolutions and matrix products; auto: bfloat16 on accelerators, float32 on CPU",
+        one_of("auto", "float32", "bfloat16", "float64"),
+    )
+    parallel: str = setting("pmap", "how several devices share a step; the same numbers", one_of("pmap", "shard_map"))
+    batch_scale: str = setting(
+        "global",
+        "data.num_ids_per_batch is of the whole batch; 'per_device': of each device's share",
+        one_of("global", "per_device"),
+    )
+    init_from: str = setting("", "ImageNet weights: a .safetensors or .pth file or 'hf:owner/repository'; '': random")
+
+    dataset: DatasetSettings = group(DatasetSettings)
+    data: DataSettings = group(DataSettings)
+    augment: AugmentSettings = group(AugmentSettings)
+    model: ModelSettings = group(ModelSettings)
+    optim: OptimSettings = group(OptimSettings)
+    train: TrainSettings = group(TrainSettings)
+    eval: EvalSettings = group(EvalSettings)
+
+    def __post_init__(self):
+        for path, message in _faults(self, ""):
+            raise SettingsError(f"{path} {message}")
+
+
+def _faults(settings: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """(path, "= value: what is expected") of every field that cannot be as it is."""
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, path, rule = getattr(settings, field.name), prefix + field.name, field.metadata.get("rule")
+        if not _is_a(value, hints[field.name]):
+            yield path, f"= {value!r}: expected {_type_name(hints[field.name])}"
+        elif dataclasses.is_dataclass(value):
+            yield from _faults(value, path + ".")
+        elif isinstance(rule, Rule):
+            if not rule.holds(value):
+                yield path, f"= {value!r}: expected {rule.expected}"
+        elif rule is not None and value not in (names := tuple(rule())):
+            yield path, expected_one_of(value, names)
+    for name, message in settings.check() if hasattr(settings, "check") else ():
+        value = settings
+        for part in name.split("."):
+            value = getattr(value, part)
+        yield prefix + name, f"= {value!r}: {message}"
+
+
+def expected_one_of(value: Any, names: Iterable[str]) -> str:
+    """What an error says, behind the field's path, of a value that is none of some names."""
+    names = list(names)
+    return f"= {value!r}: expected one of {', '.join(map(repr, names))}{_nearest(str(value), names)}"
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is Ellipsis:
+            return all(_is_a(v, inner[0]) for v in value)
+        return len(value) == len(inner) and all(map(_is_a, value, inner))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        numbers = "whole numbers" if inner[0] is int else "numbers"
+        return f"a tuple of {numbers}" if inner[-1] is Ellipsis else f"{len(inner)} {numbers}"
+    return names.get(hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """The settings as nested dicts of plain values."""
+    return dataclasses.asdict(settings)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one: {"data.height": 384, …}."""
+    leaves = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return leaves
+
+
+def from_dict(cls: type[Any], tree: Mapping[str, Any], prefix: str = "") -> Any:
+    """The settings of class `cls` that a tree of plain values describes; what the tree lacks is at its default.
+
+    Raises:
+      SettingsError: the tree has a field that the class lacks, or a value that cannot be.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for name, value in tree.items():
+        if name not in fields:
+            raise unknown_field(prefix + name, [prefix + field for field in fields])
+        group_class = fields[name].default_factory
+        if isinstance(value, Mapping) and group_class is not dataclasses.MISSING:
+            value = from_dict(typing.cast(Any, group_class), value, f"{prefix}{name}.")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def unknown_field(path: str, known: Iterable[str]) -> SettingsError:
+    """The error for a field that there isn't."""
+    known = list(known)
+    return SettingsError(f"{path}: unknown field; there are {', '.join(known)}{_nearest(path, known)}")
+
+
+def replace(settings: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
+    """The settings with some fields changed: `replace(settings, {"data.height": 288, "seed": 1})`.
+
+    Raises:
+      SettingsError: no such field, or a value that cannot be.
+    """
+    by_field: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        name, _, rest = path.partition(".")
+        by_field.setdefault(name, {})[rest] = value
+    values = {}
+    for name, inner in by_field.items():
+        if name not in (known := [field.name for field in dataclasses.fields(settings)]):
+            raise unknown_field(prefix + name, [prefix + field for field in known])
+        value = inner.pop("", getattr(settings, name))
+        if inner and not dataclasses.is_dataclass(value):
+            raise unknown_field(f"{prefix}{name}.{next(iter(inner))}", [prefix + field for field in known])
+        values[name] = replace(value, inner, f"{prefix}{name}.") if inner else value
+    return dataclasses.replace(settings, **values)

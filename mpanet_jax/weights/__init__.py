@@ -1,0 +1,1 @@
+"""Weights in and out: files, names, the hub, and whole conversions."""

@@ -1,0 +1,154 @@
+"""Files of weights: `.safetensors` (without PyTorch) and PyTorch's `.pth`; nothing in a file is ever executed.
+
+A *state dict* here is a dict of NumPy arrays by PyTorch's names.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from mpanet_jax.errors import UserError
+
+StateDict = dict[str, np.ndarray]
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+# Where the settings stand in the metadata of a .safetensors file.
+METADATA_KEY = "mpanet_jax.settings"
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names with commas between them, the first `most` of them."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def read_state_dict(path: str | Path) -> StateDict:
+    """Reads a `.safetensors` file (without torch) or a `.pth`/`.pt`/`.bin` file of either PyTorch format.
+
+    Unwraps `{"state_dict": …}`, `{"model": …}` and the `module.` prefix of DataParallel.
+
+    Raises:
+      UserError: no such file; truncated, foreign, or with code in its pickle; no torch for a `.pth` file.
+    """
+    path = _existing(path)
+    if path.suffix == ".safetensors":
+        state_dict = _read_safetensors(path)
+    elif path.suffix in TORCH_SUFFIXES:
+        state_dict = _read_torch(path)
+    else:
+        raise UserError(f"{path}: unknown weights format; expected a name ending in {', '.join(FILE_SUFFIXES)}")
+    if state_dict and all(name.startswith("module.") for name in state_dict):
+        state_dict = {name.removeprefix("module."): array for name, array in state_dict.items()}
+    return state_dict
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such weights file")
+    return Path(path)
+
+
+def _damaged(path: Path, kind: str, error: BaseException) -> UserError:
+    return UserError(f"{path}: truncated, or not a {kind} file ({_one_line(error)}); get the file again")
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError, TypeError, KeyError) as error:
+        raise _damaged(path, "safetensors", error) from error
+
+
+def import_torch(path: Path) -> Any:
+    """PyTorch, which reading or writing `path` needs."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{path}: PyTorch files need torch: pip install 'mpanet_jax[torch]', or use a .safetensors file"
+        ) from error
+    return torch
+
+
+def _read_torch(path: Path) -> StateDict:
+    torch = import_torch(path)
+    try:
+        # weights_only: the unpickler builds tensors and containers and refuses everything else.
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises a different type for every way in which a file can be broken
+        code = re.search(r"(?:GLOBAL|global)\s+`?([\w.]+)`?", str(error))
+        if code:
+            raise UserError(
+                f"{path}: refused, its pickle holds code ({code[1]}) besides tensors; "
+                "where you trust it, save its state dict alone: torch.save(model.state_dict(), …)"
+            ) from error
+        raise _damaged(path, "PyTorch", error) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: expected a state dict (names and tensors), found {type(content).__name__}")
+    foreign = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if foreign:
+        raise UserError(f"{path}: expected a state dict, but these entries are no tensors: {listed(map(str, foreign))}")
+    return {
+        name: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
+        for name, value in content.items()
+    }
+
+
+def read_metadata_settings(path: str | Path) -> dict[str, Any] | None:
+    """The settings in the metadata of a `.safetensors` file, as plain values; None where there are none.
+
+    Raises:
+      UserError: no such file, not a safetensors file, or the settings are not JSON.
+    """
+    path = _existing(path)
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _damaged(path, "safetensors", error) from error
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: its metadata are not a run's settings ({_one_line(error)})") from error
+
+
+def write_state_dict(path: str | Path, state_dict: StateDict, settings: dict[str, Any] | None = None) -> None:
+    """Writes a `.safetensors` file, or a PyTorch file (`.pth`, `.pt`, `.bin`; needs torch). Never half a file.
+
+    `settings`, plain values, go into the metadata of a `.safetensors` file: they say which network the weights are of.
+
+    Raises:
+      UserError: unknown ending, or no torch for a PyTorch file.
+    """
+    path = Path(path)
+    if path.suffix not in FILE_SUFFIXES:
+        raise UserError(f"{path}: unknown weights format; expected a name ending in {', '.join(FILE_SUFFIXES)}")
+    arrays = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".safetensors":
+            metadata = {"format": "pt"} | ({} if settings is None else {METADATA_KEY: json.dumps(settings)})
+            temporary.write_bytes(safetensors.numpy.save(arrays, metadata=metadata))
+        else:
+            torch = import_torch(path)
+            torch.save({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

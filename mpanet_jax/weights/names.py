@@ -1,0 +1,229 @@
+"""One name map between PyTorch's state dicts and a Flax tree, used in both directions.
+
+Variables are `{"params", "batch_stats", "averages"}`, nested; an array's path is joined by "/". The rules turn a path
+into PyTorch's name, one after the other; the layout of the array (HWIO or OIHW, [in, out] or [out, in]) follows its
+number of axes. A backbone's rules lie with the backbone, a method's with the method.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mpanet_jax.errors import UserError
+from mpanet_jax.models.resnet import BACKBONES, BasicBlock, Bottleneck, ResNet
+from mpanet_jax.weights.files import StateDict, listed
+
+Variables = dict[str, Any]
+Rules = Sequence[tuple[str, str]]
+
+# Where Flax and PyTorch differ in every network.
+COMMON_RULES = (
+    (r"/(kernel|scale)$", "/weight"),
+    (r"/mean$", "/running_mean"),
+    (r"/var$", "/running_var"),
+)
+COUNTERS = r"(.*\.)?num_batches_tracked$"  # batch norm's, which nothing here needs
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """How the arrays of a network are called in PyTorch.
+
+    Attributes:
+      rules: (pattern, replacement) on a path; one of an average begins with `averages/`.
+      backbone_rules: the same for the backbone alone, as it comes with ImageNet weights.
+      backbone: matches the paths of the backbone.
+      linear: matches the *names* of linear layers, which are the classifiers; other matrices are 1×1 convolutions.
+      zeros: names that PyTorch has and that are fixed at 0 here, each beside `….weight`.
+      left_out: matches names that nothing here needs, such as ImageNet's classifier.
+    """
+
+    rules: Rules = ()
+    backbone_rules: Rules = ()
+    backbone: str = r"(stem|stage\d)/"
+    linear: str = r"(.*\.)?\w*classifier\w*\.weight"
+    zeros: Sequence[str] = ()
+    left_out: str = r"(.*\.)?fc\.\w+"
+
+    def name(self, path: Sequence[str]) -> str:
+        """PyTorch's name of the array at `path`, whose first part is the collection."""
+        return _renamed(path, self.rules)
+
+    def is_backbone(self, path: Sequence[str]) -> bool:
+        """Whether the array belongs to the backbone."""
+        return path[0] != "averages" and re.match(self.backbone, "/".join(path[1:])) is not None
+
+    def is_classifier(self, name: str) -> bool:
+        """Whether a name is a classifier's."""
+        return re.fullmatch(self.linear, name) is not None
+
+
+def _renamed(path: Sequence[str], rules: Rules) -> str:
+    name = "/".join(path if path[0] == "averages" else path[1:])
+    for pattern, replacement in (*rules, *COMMON_RULES):
+        name = re.sub(pattern, replacement, name)
+    return name.replace("/", ".")
+
+
+def _to_published(array: Any, is_linear: bool) -> Any:
+    """HWIO → OIHW; [in, out] → [out, in], as a 1×1 convolution where the layer in PyTorch is one."""
+    if array.ndim == 4:
+        return array.transpose(3, 2, 0, 1)
+    if array.ndim == 2:
+        return array.T if is_linear else array.T[:, :, None, None]
+    return array
+
+
+def _from_published(array: np.ndarray, ndim: int) -> np.ndarray:
+    if ndim == 4:
+        return array.transpose(2, 3, 1, 0)
+    if ndim == 2:
+        return array.reshape(array.shape[:2]).T
+    return array
+
+
+def _entries(variables: Variables, names: NameMap) -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...], Any]]:
+    """(Flax path, PyTorch's name, PyTorch's shape, leaf) of every array."""
+    flat: dict[tuple[str, ...], Any] = flatten_dict(variables)
+    for path, leaf in flat.items():
+        name = names.name(path)
+        shape = _to_published(np.broadcast_to(np.float32(0), leaf.shape), names.is_classifier(name)).shape
+        yield path, name, shape, leaf
+
+
+def number_of_ids(variables: Variables, names: NameMap) -> int:
+    """How many identities the classifiers of `variables` tell apart; 1 where they were left out."""
+    return next((s[0] for _, name, s, _ in _entries(variables, names) if names.is_classifier(name)), 1)
+
+
+def to_state_dict(variables: Variables, names: NameMap) -> StateDict:
+    """Flax → PyTorch, the exact inverse of `from_state_dict`.
+
+    A bare backbone gets its own names. PyTorch's `num_batches_tracked` is not written: `load_state_dict` does not ask
+    for it.
+    """
+    variables = {name: variables[name] for name in ("params", "batch_stats", "averages") if name in variables}
+    bare = all(names.is_backbone(path) for path in flatten_dict(variables))
+    names = NameMap(names.backbone_rules, linear=names.linear) if bare else names
+    state_dict = {
+        name: np.ascontiguousarray(_to_published(np.asarray(leaf), names.is_classifier(name)))
+        for _, name, _, leaf in _entries(variables, names)
+    }
+    for name in names.zeros:
+        state_dict[name] = np.zeros_like(state_dict[name.rpartition(".")[0] + ".weight"])
+    return state_dict
+
+
+def from_state_dict(
+    state_dict: StateDict,
+    template: Variables,
+    names: NameMap,
+    *,
+    drop_classifiers: bool = False,
+    source: str | Path = "state dict",
+    advice: str = "",
+) -> tuple[Variables, list[str]]:
+    """PyTorch → Flax.
+
+    Args:
+      state_dict: of the whole network, or of its backbone alone.
+      template: `{"params", "batch_stats", "averages"}` of the network (arrays or shapes), whose types the result gets.
+      names: of the network.
+      drop_classifiers: leave the classifiers and their averages out, whatever their size.
+      source: what to call the state dict in an error.
+      advice: what an error says in the end where the state dict does not fit.
+
+    Returns:
+      The variables as NumPy arrays, of a bare backbone its part of them; and the names that were left out.
+
+    Raises:
+      UserError: entries are missing, extra or misshapen, or hold NaN or infinity; each is named.
+    """
+    zeros = {name for name in names.zeros if name in state_dict and not state_dict[name].any()}
+    left_out = {name for name in state_dict if re.fullmatch(f"{COUNTERS}|{names.left_out}", name)}
+    if drop_classifiers:
+        left_out |= {name for name in state_dict if names.is_classifier(name)}
+    usable = {name: array for name, array in state_dict.items() if name not in left_out | zeros}
+
+    expected = {name: (path, shape, leaf) for path, name, shape, leaf in _entries(template, names)}
+    if not expected.keys() & usable.keys():
+        names = NameMap(names.backbone_rules, linear=names.linear, backbone=names.backbone)
+        parts = {path: leaf for path, leaf in flatten_dict(template).items() if names.is_backbone(path)}
+        expected = {name: (path, s, leaf) for path, name, s, leaf in _entries(unflatten_dict(parts), names)}
+    if drop_classifiers:
+        expected = {name: entry for name, entry in expected.items() if not names.is_classifier(name)}
+    misfit = [
+        f"{name} is {array.dtype}{list(array.shape)}, expected {list(expected[name][1])}"
+        for name, array in usable.items()
+        if name in expected and (array.shape != expected[name][1] or not jnp.issubdtype(array.dtype, jnp.floating))
+    ]
+    missing, extra = sorted(expected.keys() - usable.keys()), sorted(usable.keys() - expected.keys())
+    if missing or extra or misfit:
+        kinds = {"missing": missing, "not part of the model": extra, "of another shape or type": sorted(misfit)}
+        reason = _reason(state_dict, expected, missing + extra + misfit, names)
+        raise UserError(
+            f"{source}: does not fit the model{reason}; "
+            + "; ".join(f"{kind}: {listed(those)}" for kind, those in kinds.items() if those)
+            + (f"; {advice}" if advice else "")
+        )
+    broken = [name for name in sorted(expected) if not np.isfinite(usable[name]).all()]
+    if broken:
+        raise UserError(f"{source}: NaN or infinity in {listed(broken)}; take weights from before training diverged")
+    flat = {}
+    for name, (path, _, leaf) in expected.items():
+        flat[path] = np.ascontiguousarray(_from_published(usable[name], len(leaf.shape)).astype(leaf.dtype, copy=False))
+    return unflatten_dict(flat), sorted(left_out)
+
+
+def backbone_of(state_dict: StateDict, template: Variables, names: NameMap) -> StateDict:
+    """The backbone's part of a whole network's state dict, under the backbone's own names; a bare one as it is."""
+    of_backbone = {
+        names.name(path): _renamed(path, names.backbone_rules)
+        for path in flatten_dict(template)
+        if names.is_backbone(path)
+    }
+    if not of_backbone.keys() & state_dict.keys():
+        return state_dict
+    # By modules, not by names: the entries of a deeper backbone are to be seen, and refused.
+    modules = {(name.removesuffix(bare), bare.partition(".")[0]) for name, bare in of_backbone.items()}
+    return {
+        name.removeprefix(prefix): array
+        for name, array in state_dict.items()
+        for prefix, module in modules
+        if name.startswith(f"{prefix}{module}.")
+    }
+
+
+def _stages(names: Iterable[str]) -> tuple[int, ...]:
+    """How many blocks the four stages of a ResNet have, by its names."""
+    blocks = {match.groups() for name in names if (match := re.search(r"\blayer(\d)\.(\d+)\.", name))}
+    return tuple(sum(stage == str(number) for stage, _ in blocks) for number in range(1, 5))
+
+
+def _backbone_in_words(names: Iterable[str]) -> str:
+    """Which ResNet it is, by its names."""
+    names = list(names)
+    has_third = any(re.search(r"\blayer1\.0\.conv3\.weight$", name) for name in names)
+    block, sizes = Bottleneck if has_third else BasicBlock, _stages(names)
+    known = [name for name, backbone in BACKBONES.items() if backbone == ResNet(block, sizes)]
+    blocks = f"stages of {sizes} {'bottlenecks' if has_third else 'basic blocks'}"
+    return f"{known[0]} ({blocks})" if known else blocks
+
+
+def _reason(state_dict: StateDict, expected: Iterable[str], problems: Sequence[str], names: NameMap) -> str:
+    """What kind of misfit it is, where that can be told, as an insertion into the message."""
+    found, wanted = _stages(state_dict), _stages(expected)
+    if any(wanted) and not any(found):
+        return ": no ResNet in it (no entry layer1.0.conv1.weight)"
+
+    if (those := _backbone_in_words(state_dict)) != (these := _backbone_in_words(expected)):
+        return f": another backbone, {those}; expected {these}"
+    if all(names.is_classifier(problem.split(" ")[0]) for problem in problems):
+        return " in its classifiers, another number of identities or missing (--drop-classifiers leaves them out)"
+    return ""

@@ -1,0 +1,78 @@
+"""Small methods for tests: MPANet at toy size, and one of plain flax.linen layers that the package knows nothing of."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mpanet_jax.losses import identity_loss
+from mpanet_jax.methods.method import Method
+from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
+from mpanet_jax.settings import replace
+from mpanet_jax.state import TrainState, create_train_state, init_variables
+
+NO_AUGMENTATION = {"augment.flip_probability": 0.0, "augment.erase_probability": 0.0}
+SMALL = {"model.stage_sizes": (1, 1, 1, 1), "model.width": 16}
+OFFICIAL = {
+    "loss.modality_identity": 1.0,
+    "loss.per_modality_identity": False,
+    "loss.student_first": True,
+    "mean.epochs_at_full": 100,
+}
+
+
+def small_mpanet(**fields: Any) -> MPANet:
+    """MPANet of one block a stage; `fields` with "__" for "."."""
+    return MPANet(replace(MPANetSettings(), {**SMALL, **{k.replace("__", "."): v for k, v in fields.items()}}))
+
+
+def start(method: Method, num_ids: int, height: int, width: int, steps_per_epoch: int = 10) -> TrainState:
+    """The state before the first step."""
+    variables = init_variables(method.network(num_ids), jax.random.key(0), height, width)
+    if method.settings.dtype == "float64":  # flax.linen's batch norm starts in float32
+        variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+    optimizer = method.optimizer(method.learning_rate(steps_per_epoch))
+    return create_train_state(variables, method.averaged(variables["params"]), optimizer, jax.random.key(1))
+
+
+class LinenOutputs(NamedTuple):
+    """Of `LinenNetwork`."""
+
+    embedding: jax.Array
+    logits: jax.Array
+
+
+class LinenNetwork(nn.Module):
+    """Nothing but layers of flax.linen, with its own batch norm over the devices."""
+
+    num_ids: int
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, images, modality, *, train):
+        norm = {"use_running_average": not train, "momentum": 0.9, "axis_name": self.axis_name}
+        options = {"dtype": self.dtype, "param_dtype": self.dtype}
+        x = nn.Conv(8, (3, 3), 2, **options)(images)
+        x = nn.relu(nn.BatchNorm(**norm, **options)(x))
+        # A layer that does not treat both modalities alike.
+        x = x * nn.Embed(2, 8, **options)(modality)[:, None, None]
+        x = nn.BatchNorm(**norm, **options)(nn.Conv(16, (3, 3), 2, **options)(x)).mean((1, 2))
+        return LinenOutputs(x, nn.Dense(self.num_ids, **options)(nn.LayerNorm(**options)(x)))
+
+
+class LinenMethod(Method):
+    """Cross-entropy on `LinenNetwork`."""
+
+    needs_modality = True
+
+    def network(self, num_ids, axis_name=None):
+        return LinenNetwork(num_ids, jnp.dtype(self.settings.dtype), axis_name)
+
+    def loss_terms(self, outputs, rows, averages, axis_name=None):
+        loss = identity_loss(outputs.logits, rows["labels"], rows["modality"], per_modality=False, axis_name=axis_name)
+        return {"cross_entropy": loss}
+
+    def loss_weights(self):
+        return {"cross_entropy": 1.0}

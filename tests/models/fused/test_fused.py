@@ -1,0 +1,124 @@
+"""The fused network is the plain one: values, gradients, running statistics, in training and in evaluation."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpanet_jax.errors import SettingsError
+from mpanet_jax.methods.mpanet import MPANet as Method
+from mpanet_jax.methods.mpanet import MPANetSettings
+from mpanet_jax.models.fused import Fused, fuse, has_fused_blocks
+from mpanet_jax.models.layers import SUMMED
+from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
+from mpanet_jax.models.resnet import BasicBlock, Bottleneck, ResNet
+from mpanet_jax.settings import replace
+
+BACKBONE = ResNet(Bottleneck, (1, 2, 1, 1), 8)
+ABLATIONS = [
+    *(("mam", pattern) for pattern in PATTERN_MODULES),
+    *((channel, "pam") for channel in CHANNEL_MODULES if channel != "mam"),
+    ("cbam", "none"),
+    ("none", "none"),
+]
+
+
+def relative_errors(a, b):
+    whole = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(b)))
+
+    def error(x, y):
+        # What is zero but for rounding is measured against the whole.
+        norm = float(np.linalg.norm(y))
+        return float(np.linalg.norm(x - y)) / (norm if norm > 1e-9 * whole else whole or 1)
+
+    return jax.tree.map(error, a, b)
+
+
+@pytest.mark.parametrize(("channel_module", "pattern_module"), ABLATIONS)
+def test_fused_equals_plain(channel_module, pattern_module):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        options = {"channel_module": channel_module, "pattern_module": pattern_module}
+        network = MPANet(5, BACKBONE, **options, dtype=jnp.float64, param_dtype=jnp.float64)
+        # Blobs, so that feature maps vary; the odd width takes the stem's other branch.
+        images = jnp.asarray(np.kron(rng.normal(size=(6, 8, 6, 3)), np.ones((1, 16, 16, 1)))[:, :, :-1])
+        modality = jnp.arange(6) % 2
+        variables = jax.jit(partial(network.init, train=False))(jax.random.key(1), images, modality)
+        # Every parameter and statistic away from 0 and 1, where errors would hide.
+        variables = jax.tree.map(lambda a: a + 0.1 * jnp.abs(jnp.asarray(rng.normal(size=a.shape))), variables)
+        shapes = jax.eval_shape(partial(network.apply, train=False), variables, images, modality)
+        weights = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape)), shapes)
+
+        def outputs_and_gradients(form):
+            def loss(params, images):
+                all_variables = {**variables, "params": params}
+                outputs, noted = form.apply(
+                    all_variables, images, modality, train=True, mutable=["batch_stats", SUMMED]
+                )
+                return sum(map(jnp.vdot, outputs, weights)), (outputs, noted["batch_stats"])
+
+            # Compiled once, run once.
+            grad = jax.jit(
+                jax.grad(loss, (0, 1), has_aux=True), compiler_options={"xla_backend_optimization_level": "0"}
+            )
+            gradients, aux = grad(variables["params"], images)
+            return gradients, *aux
+
+        found, expected = (outputs_and_gradients(form) for form in (fuse(network), network))
+        assert max(jax.tree.leaves(relative_errors(found[0], expected[0]))) < 1e-8
+        assert max(jax.tree.leaves(relative_errors(found[1:], expected[1:]))) < 1e-10
+        # The fused max-pool of the evaluation has no gradient of its own: it is for evaluation only.
+        evaluate = [jax.jit(partial(form.apply, train=False)) for form in (fuse(network), network)]
+        found, expected = (apply(variables, images, modality) for apply in evaluate)
+        assert max(jax.tree.leaves(relative_errors(found, expected))) < 1e-10
+
+
+def test_both_forms_have_the_same_variables():
+    network = MPANet(5, BACKBONE)
+    images, modality = jnp.zeros((2, 32, 32, 3)), jnp.zeros(2, jnp.int32)
+    plain, fused = (form.init(jax.random.key(0), images, modality, train=False) for form in (network, fuse(network)))
+    assert jax.tree.structure(plain) == jax.tree.structure(fused)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), plain, fused)))
+
+
+def test_batch_norms_and_classifiers_say_that_they_sum_their_gradients_and_nothing_else_does():
+    network = MPANet(5, BACKBONE)
+    images, modality = jnp.zeros((2, 32, 32, 3)), jnp.zeros(2, jnp.int32)
+    variables = network.init(jax.random.key(0), images, modality, train=False)
+
+    def noted(form):
+        apply = partial(form.apply, train=True, mutable=["batch_stats", SUMMED])
+        paths = jax.tree_util.tree_leaves_with_path(
+            jax.eval_shape(apply, variables, images, modality)[1].get(SUMMED, {}), is_leaf=lambda x: x == ((),)
+        )
+        return {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths}
+
+    assert noted(network) == set()
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(variables["params"])
+    }
+    expected = {name for name in names if name.endswith(("/scale", "/bias", "classifier"))} - {"pam/bias"}
+    assert noted(fuse(network)) == expected
+
+
+def test_fused_is_refused_where_there_is_no_fused_form():
+    assert has_fused_blocks(MPANet(5, BACKBONE)) and not has_fused_blocks(MPANet(5, ResNet(BasicBlock, (1, 1, 1, 1))))
+    settings = replace(MPANetSettings(), {"model.backbone": "resnet18", "model.fused": "on"})
+    with pytest.raises(SettingsError, match=r"model.fused = 'on': .*'mpanet'.*'resnet18' has no fused form"):
+        Method(settings).build(5)
+    for fused in ("off", "auto"):
+        assert isinstance(Method(replace(settings, {"model.fused": fused})).build(5), nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("fused", "platform", "expected"),
+    [("on", "tpu", True), ("off", "gpu", False), ("auto", "gpu", True), ("auto", "cpu", True), ("auto", "tpu", False)],
+)
+def test_auto_takes_the_form_that_was_measured_to_be_faster(fused, platform, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    network = Method(replace(MPANetSettings(), {"model.fused": fused, "dtype": "float32"})).build(5)
+    assert isinstance(network, Fused) == expected

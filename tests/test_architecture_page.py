@@ -1,0 +1,84 @@
+"""The snippets of docs/architecture.md run as they stand there, and what they add trains."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mpanet_jax.methods import METHODS, make_method, settings_of
+from mpanet_jax.models.resnet import BACKBONES
+from mpanet_jax.settings import replace, to_dict
+from mpanet_jax.step import train_step
+from tests.methods_in_tests import SMALL, start
+
+PAGE = Path(__file__).parent.parent / "docs/architecture.md"
+P, K, HEIGHT, WIDTH = 4, 4, 64, 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def snippets_run():
+    """Runs all snippets, one after the other, and forgets afterwards what they registered."""
+    before = dict(METHODS), dict(BACKBONES)
+    snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    assert len(snippets) == 4
+    names = {"__name__": __name__}
+    for snippet in snippets:
+        exec(compile(snippet, str(PAGE), "exec"), names)
+    yield
+    for registry, entries in zip((METHODS, BACKBONES), before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+def train_one_step(settings):
+    method = make_method(settings)
+    rng = np.random.default_rng(0)
+    batch = {
+        "images": rng.integers(0, 256, (P * K, HEIGHT, WIDTH, 3), np.uint8),
+        "labels": np.repeat(np.arange(P), K).astype(np.int32),
+        "modality": np.tile([0, 0, 1, 1], P).astype(np.int32),
+    }
+    state = start(method, P, HEIGHT, WIDTH)
+    options = {"method": method, "network": method.build(P), "steps_per_epoch": 10}
+    after, metrics = jax.jit(partial(train_step, **options))(state, batch)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), after.params, state.params)
+    assert any(jax.tree.leaves(moved))
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def test_added_loss_is_logged_and_weighted():
+    fields = {**SMALL, "data.images_per_id": K}
+    plain = train_one_step(replace(METHODS["mpanet"].settings(), fields))
+    found = train_one_step(replace(METHODS["mpanet_norm"].settings(), {**fields, "norm_weight": 0.5}))
+    assert found["loss"] == pytest.approx(plain["loss"] + 0.5 * found["norm"], rel=1e-5)
+    assert found["norm"] > 0
+
+
+def test_added_method_trains():
+    metrics = train_one_step(replace(METHODS["tiny"].settings(), {"data.images_per_id": K}))
+    assert set(metrics) == {"identity", "loss", "accuracy", "learning_rate"}
+    # A config file, and a run's config.json, give its settings back.
+    settings = METHODS["tiny"].settings()
+    assert settings_of(to_dict(settings)) == settings
+
+
+def test_added_backbone_trains_and_its_weights_have_its_names():
+    settings = replace(METHODS["mpanet"].settings(), {"model.backbone": "small", "data.images_per_id": K})
+    assert np.isfinite(train_one_step(settings)["loss"])
+    names = make_method(settings).names()
+    assert names.name(("params", "stage2", "conv", "kernel")) == "backbone.layers.stage2.conv.weight"
+
+
+def test_every_file_and_folder_of_the_picture_is_there():
+    root = PAGE.parent.parent
+    picture = PAGE.read_text().split("    tests/")[0]
+    for name in re.findall(r"^    (\w+)/ ", picture, re.M):
+        assert (root / name).is_dir(), name
+    for name in re.findall(r"^      (\w+(?:\.py|/)) ", picture, re.M):
+        assert (root / "mpanet_jax" / name).exists(), name
+    package = root / "mpanet_jax"
+    there = {p.name for p in package.iterdir() if p.suffix == ".py" and not p.name.startswith("_")}
+    assert there <= set(re.findall(r"\w+\.py", picture))

@@ -1,0 +1,530 @@
+"""The settings of a run: their defaults, what they refuse, in which words, and their way through configs and JSON."""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpanet_jax.datasets.regdb import RegdbSettings
+from mpanet_jax.errors import SettingsError, UserError
+from mpanet_jax.methods import make_method, settings_of
+from mpanet_jax.methods.mpanet import LossSettings, MPANet, MPANetModelSettings, MPANetSettings
+from mpanet_jax.run_files import check_same_run, load_settings, save_settings
+from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, flat, from_dict, replace, to_dict
+
+ROOT = Path(__file__).parent.parent
+
+# The paper's recipe on SYSU-MM01 (docs/method.md), and what else a run is made from.
+PAPER = {
+    "seed": 0,
+    "preset": "paper",
+    "method": "mpanet",
+    "dtype": "auto",
+    "parallel": "pmap",
+    "batch_scale": "global",
+    "init_from": "",
+    "dataset": {"name": "sysu_mm01", "source": "", "data_dir": "data"},
+    "data": {
+        "height": 384,
+        "width": 128,
+        "num_ids_per_batch": 16,
+        "images_per_id": 8,
+        "cache": "auto",
+        "num_workers": -1,
+    },
+    "augment": {
+        "flip_probability": 0.5,
+        "crop_padding": 0,
+        "crop_fill": 127,
+        "erase_probability": 0.5,
+        "erase_area": (0.02, 0.33),
+        "erase_aspect": (0.3, 3.3),
+    },
+    "model": {
+        "backbone": "resnet50",
+        "stage_sizes": (),
+        "width": 64,
+        "fused": "auto",
+        "channel_module": "mam",
+        "pattern_module": "pam",
+        "num_patterns": 6,
+        "reduction": 16,
+    },
+    "optim": {"learning_rate": 3.5e-4, "milestones": (80, 120), "decay": 0.1, "weight_decay": 5e-4},
+    "train": {
+        "num_epochs": 140,
+        "eval_every_epochs": 20,
+        "checkpoint_every_epochs": 5,
+        "keep_checkpoints": 2,
+        "log_every_steps": 50,
+        "steps_per_call": 15,
+    },
+    "eval": {"batch_size": 256, "best": "", "rerank": False},
+    "loss": {
+        "identity": 1.0,
+        "center_cluster": 1.0,
+        "separation": 0.5,
+        "modality_identity": 0.5,
+        "mutual_mean": 2.5,
+        "margin": 0.7,
+        "per_modality_identity": True,
+        "student_first": False,
+    },
+    "mean": {"rate": 0.2, "epochs_at_full": 0},
+}
+
+# What runs wrote before there were methods, backbones by name and a fused form.
+OLD_CONFIG = {
+    "seed": 0,
+    "preset": "paper",
+    "dtype": "auto",
+    "parallel": "pmap",
+    "batch_scale": "global",
+    "init_from": "",
+    "dataset": {"name": "sysu_mm01", "source": "", "data_dir": "data", "trial": 1},
+    "data": PAPER["data"],
+    "augment": PAPER["augment"] | {"erase_area": [0.02, 0.33], "erase_aspect": [0.3, 3.3]},
+    "model": {
+        "stage_sizes": [3, 4, 6, 3],
+        "width": 64,
+        "channel_module": "mam",
+        "pattern_module": "pam",
+        "num_patterns": 6,
+        "reduction": 16,
+    },
+    "loss": PAPER["loss"],
+    "mean": PAPER["mean"],
+    "optim": PAPER["optim"] | {"milestones": [80, 120]},
+    "train": PAPER["train"],
+    "eval": PAPER["eval"],
+}
+
+REGDB = {"dataset.name": "regdb"}
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+OPTIONS = {"default": [()]} | {name: [(), ("paper",), ("official",)] for name in CONFIGS if name != "default"}
+OPTIONS["regdb"] += [("official,split=2",), *((f"split={trial}",) for trial in range(1, 11))]
+ALL_CONFIGS = [(name, *options) for name in CONFIGS for options in OPTIONS[name]]
+
+
+def config_settings(name, *options):
+    """Those of configs/NAME.py:OPTIONS, as a script makes them."""
+    return settings_of(importlib.import_module(f"configs.{name}").get_config(*options).to_dict())
+
+
+def tree_of(changes):
+    """{"data.height": 1} as {"data": {"height": 1}}."""
+    tree = {}
+    for path, value in changes.items():
+        *groups, name = path.split(".")
+        inner = tree
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    return tree
+
+
+def through_json(settings):
+    return json.loads(json.dumps(to_dict(settings)))
+
+
+def differences(first, second):
+    """{field: its value in `second`} where that is another."""
+    first, second = flat(to_dict(first)), flat(to_dict(second))
+    return {name: value for name, value in second.items() if name not in first or first[name] != value}
+
+
+def test_the_defaults_are_the_papers_recipe():
+    assert to_dict(MPANetSettings()) == PAPER
+    assert list(flat(to_dict(MPANetSettings()))) == list(flat(PAPER))
+    assert settings_of({}) == config_settings("default") == MPANetSettings()
+
+
+def test_a_field_has_one_type_and_says_what_it_means():
+    def leaves(settings):
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            yield from leaves(value) if dataclasses.is_dataclass(value) else [(field, value)]
+
+    regdb = settings_of({"dataset": {"name": "regdb"}})
+    for settings in (MPANetSettings(), regdb):
+        for field, value in leaves(settings):
+            assert field.metadata["comment"], field.name
+            # Each number and each choice has a rule; free texts and switches need none.
+            assert field.metadata["rule"] is not None or type(value) in (str, bool), field.name
+
+
+def test_settings_are_frozen_and_can_be_compared():
+    settings = MPANetSettings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.data.height = 1
+    assert settings == MPANetSettings() != replace(settings, {"seed": 1})
+    assert hash(settings) == hash(MPANetSettings())
+
+
+def test_replace_changes_what_it_names_and_nothing_else():
+    settings = MPANetSettings()
+    changes = {"data.height": 288, "seed": 1, "optim.milestones": (40,), "data.width": 144}
+    changed = replace(settings, changes)
+    assert differences(settings, changed) == changes
+    assert settings == MPANetSettings()
+    assert type(changed) is MPANetSettings
+    assert replace(settings, {}) == settings
+    # A whole group, and a field of it beside it.
+    data = DataSettings(height=64, width=32)
+    assert replace(settings, {"data": data}).data == data
+    assert replace(settings, {"data": data, "data.cache": "host"}).data == DataSettings(64, 32, cache="host")
+
+
+CHANNELS = "'mam', 'se', 'in', 'cbam', 'none'"
+BACKBONES = "'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152'"
+BEST = "'', 'rank1', 'rank5', 'rank10', 'rank20', 'mAP', 'mINP'"
+WORKERS = "expected a number of processes, 0 for threads, or -1 to choose"
+STAGES = "expected 4 numbers of at least 1, or none"
+SHARES = "expected a smallest and a largest value, above 0 and at most 1"
+RATIOS = "expected a smallest and a largest value above 0"
+BAD_VALUES = [
+    # one of some names, with the nearest
+    ("preset", "oficial", "expected one of 'paper', 'official'; did you mean 'official'?"),
+    ("dtype", "bfloat", "expected one of 'auto', 'float32', 'bfloat16', 'float64'; did you mean 'bfloat16'?"),
+    ("dtype", "half", "expected one of 'auto', 'float32', 'bfloat16', 'float64'"),
+    ("parallel", "shardmap", "expected one of 'pmap', 'shard_map'; did you mean 'shard_map'?"),
+    ("batch_scale", "local", "expected one of 'global', 'per_device'; did you mean 'global'?"),
+    ("data.cache", "disk", "expected one of 'auto', 'device', 'host', 'none'"),
+    ("model.fused", "yes", "expected one of 'auto', 'on', 'off'"),
+    ("model.backbone", "resnet5", f"expected one of {BACKBONES}; did you mean 'resnet50'?"),
+    ("model.channel_module", "mamm", f"expected one of {CHANNELS}; did you mean 'mam'?"),
+    ("model.pattern_module", "nonlocal", "expected one of 'pam', 'non_local', 'none'; did you mean 'non_local'?"),
+    ("eval.best", "rank2", f"expected one of {BEST}; did you mean 'rank20'?"),
+    # numbers out of range
+    ("seed", -1, "expected a number from 0 to 4294967295"),
+    ("seed", 2**32, "expected a number from 0 to 4294967295"),
+    ("data.height", 0, "expected at least 1"),
+    ("data.width", -5, "expected at least 1"),
+    ("data.num_ids_per_batch", 0, "expected at least 1"),
+    ("data.images_per_id", 0, "expected at least 2"),
+    ("data.images_per_id", 1, "expected at least 2"),
+    ("data.num_workers", -2, WORKERS),
+    ("augment.flip_probability", 1.5, "expected a number from 0 to 1"),
+    ("augment.erase_probability", -0.1, "expected a number from 0 to 1"),
+    ("augment.crop_padding", -3, "expected at least 0"),
+    ("augment.crop_fill", 300, "expected a pixel's value, 0 to 255"),
+    ("augment.erase_area", (0.5, 0.2), SHARES),
+    ("augment.erase_area", (0.5, 1.1), SHARES),
+    ("augment.erase_area", (0.0, 0.2), SHARES),
+    ("augment.erase_aspect", (0.0, 3.3), RATIOS),
+    ("augment.erase_aspect", (0.3, float("inf")), RATIOS),
+    ("model.width", 0, "expected at least 1"),
+    ("model.num_patterns", 0, "expected at least 1"),
+    ("model.reduction", 0, "expected at least 1"),
+    ("model.stage_sizes", (1, 1), STAGES),
+    ("model.stage_sizes", (1, 1, 1, 0), STAGES),
+    ("optim.learning_rate", 0.0, "expected a positive number"),
+    ("optim.learning_rate", float("inf"), "expected a positive number"),
+    ("optim.decay", -1.0, "expected a positive number"),
+    ("optim.weight_decay", -1e-4, "expected at least 0"),
+    ("optim.milestones", (38, 29), "expected epochs in rising order"),
+    ("optim.milestones", (38, 38), "expected epochs in rising order"),
+    ("train.num_epochs", 0, "expected at least 1"),
+    ("train.eval_every_epochs", -1, "expected at least 0"),
+    ("train.checkpoint_every_epochs", -1, "expected at least 0"),
+    ("train.keep_checkpoints", 0, "expected at least 1"),
+    ("train.log_every_steps", 0, "expected at least 1"),
+    ("train.steps_per_call", 0, "expected at least 1"),
+    ("eval.batch_size", 0, "expected at least 1"),
+    ("loss.identity", -1.0, "expected at least 0"),
+    ("loss.center_cluster", -1.0, "expected at least 0"),
+    ("loss.separation", -1.0, "expected at least 0"),
+    ("loss.modality_identity", -1.0, "expected at least 0"),
+    ("loss.mutual_mean", float("inf"), "expected at least 0"),
+    ("loss.margin", -0.7, "expected at least 0"),
+    ("mean.rate", 1.2, "expected a number from 0 to 1"),
+    ("mean.epochs_at_full", -1, "expected at least 0"),
+    # values of another type
+    ("data.height", 384.0, "expected a whole number"),
+    ("data.height", True, "expected a whole number"),
+    ("data.height", "tall", "expected a whole number"),
+    ("data.height", {"pixels": 384}, "expected a whole number"),
+    ("optim.learning_rate", "fast", "expected a number"),
+    ("optim.learning_rate", False, "expected a number"),
+    ("optim.learning_rate", float("nan"), "expected a number"),
+    ("optim.learning_rate", None, "expected a number"),
+    ("eval.rerank", 1, "expected True or False"),
+    ("init_from", 5, "expected a text"),
+    ("dtype", 32, "expected a text"),
+    ("model.backbone", 50, "expected a text"),
+    ("optim.milestones", 80, "expected a tuple of whole numbers"),
+    ("optim.milestones", (80, 120.5), "expected a tuple of whole numbers"),
+    ("model.stage_sizes", "3463", "expected a tuple of whole numbers"),
+    ("augment.erase_area", (0.5,), "expected 2 numbers"),
+    ("augment.erase_aspect", (0.3, 1.0, 3.3), "expected 2 numbers"),
+    ("augment.erase_aspect", (0.3, "3.3"), "expected 2 numbers"),
+    ("data", 5, "expected a DataSettings"),
+    ("dataset", 5, "expected a DatasetSettings"),
+    # fields that do not fit each other
+    ("data.images_per_id", 5, "K is half visible, half infrared; use an even number such as 4"),
+    ("data.images_per_id", 3, "K is half visible, half infrared; use an even number such as 2"),
+    ("model.reduction", 7, "it has to divide the 1024 channels of stage 3"),
+    (
+        "preset",
+        "official",
+        "the other fields are still the paper's; the preset is chosen behind the config file's name: "
+        "--config=configs/NAME.py:official",
+    ),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), BAD_VALUES)
+def test_what_cannot_be_is_named_with_what_is_expected(field, value, message):
+    with pytest.raises(SettingsError) as error:
+        replace(MPANetSettings(), {field: value})
+    assert str(error.value) == f"{field} = {value!r}: {message}"
+    assert isinstance(error.value, UserError) and "\n" not in str(error.value)
+    # The same from a config or from JSON, in which a tuple is a list.
+    value = list(value) if isinstance(value, tuple) else value
+    with pytest.raises(SettingsError) as again:
+        settings_of(tree_of({field: value}))
+    assert str(again.value) == str(error.value)
+
+
+@pytest.mark.parametrize(("num_workers"), [-1, 0, 12])
+def test_the_settings_say_how_many_workers(num_workers):
+    assert replace(MPANetSettings(), {"data.num_workers": num_workers}).data.num_workers == num_workers
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss.identity": 0, "loss.center_cluster": 0, "loss.separation": 0, "loss.modality_identity": 0},
+        {"loss.separation": 0.0},
+        {"augment.flip_probability": 0, "augment.erase_probability": 1},
+        {"augment.erase_area": (0.2, 0.2), "augment.erase_aspect": (1, 1)},
+        {"optim.milestones": ()},
+        {"optim.learning_rate": 1},
+        {"train.eval_every_epochs": 0, "train.checkpoint_every_epochs": 0},
+        {"data.images_per_id": 2, "data.num_ids_per_batch": 1, "data.height": 1, "data.width": 1},
+        {"seed": 2**32 - 1, "eval.best": "mINP", "mean.rate": 1.0, "augment.crop_fill": 255},
+        # A mask with whole widths is needed only where there is a mask.
+        {"model.reduction": 7, "model.channel_module": "none"},
+        {"model.reduction": 7, "model.channel_module": "in"},
+        {"model.reduction": 7, "model.width": 7},
+    ],
+)
+def test_values_at_the_edge_are_valid_and_survive_json(changes):
+    settings = replace(MPANetSettings(), changes)
+    assert settings_of(through_json(settings)) == settings
+
+
+@pytest.mark.parametrize("module", ["mam", "se", "cbam"])
+@pytest.mark.parametrize(
+    ("backbone", "width", "channels"), [("resnet50", 64, 1024), ("resnet18", 64, 256), ("resnet50", 20, 320)]
+)
+def test_the_reduction_divides_the_channels_of_the_first_mask(module, backbone, width, channels):
+    changes = {"model.channel_module": module, "model.backbone": backbone, "model.width": width}
+    replace(MPANetSettings(), changes | {"model.reduction": channels})
+    with pytest.raises(
+        SettingsError, match=rf"^model\.reduction = 48: it has to divide the {channels} channels of stage 3$"
+    ):
+        replace(MPANetSettings(), changes | {"model.reduction": 48})
+
+
+def test_something_has_to_be_learned():
+    nothing = dict.fromkeys(("identity", "center_cluster", "separation", "modality_identity", "mutual_mean"), 0.0)
+    message = r"^loss\.identity = 0\.0: all weights are 0, so nothing is learned; give one of them a value$"
+    with pytest.raises(SettingsError, match=message):
+        MPANetSettings(loss=LossSettings(**nothing))
+    for term in nothing:
+        MPANetSettings(loss=LossSettings(**(nothing | {term: 0.1})))
+
+
+@pytest.mark.parametrize(
+    "change", [{"loss.per_modality_identity": False}, {"loss.student_first": True}, {"mean.epochs_at_full": 100}]
+)
+def test_a_preset_that_the_other_fields_bear_out(change):
+    assert replace(MPANetSettings(), {"preset": "official", **change}).preset == "official"
+
+
+FIELDS = ", ".join(PAPER)
+DATA_FIELDS = ", ".join(f"data.{name}" for name in PAPER["data"])
+UNKNOWN = [
+    ("data.heigth", f"data.heigth: unknown field; there are {DATA_FIELDS}; did you mean 'data.height'?"),
+    ("modle.width", f"modle: unknown field; there are {FIELDS}; did you mean 'model'?"),
+    ("zzz", f"zzz: unknown field; there are {FIELDS}"),
+    (
+        "mean.epochs",
+        "mean.epochs: unknown field; there are mean.rate, mean.epochs_at_full; did you mean 'mean.epochs_at_full'?",
+    ),
+]
+
+
+@pytest.mark.parametrize(("field", "message"), UNKNOWN)
+def test_a_field_that_is_not_there_is_named_with_those_that_are(field, message):
+    for make in (
+        lambda: replace(MPANetSettings(), {field: 1}),
+        lambda: settings_of(tree_of({field: 1})),
+        lambda: from_dict(MPANetSettings, tree_of({field: 1})),
+    ):
+        with pytest.raises(SettingsError) as error:
+            make()
+        assert str(error.value) == message
+
+
+def test_a_field_within_a_value_is_not_there():
+    with pytest.raises(SettingsError, match=r"^data\.height\.pixels: unknown field; there are data\.height, "):
+        replace(MPANetSettings(), {"data.height.pixels": 1})
+    with pytest.raises(SettingsError, match=r"^seed\.x: unknown field; there are seed, "):
+        replace(MPANetSettings(), {"seed.x": 1})
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"method": "mpanett"}, "method = 'mpanett': expected one of 'mpanet'; did you mean 'mpanet'?"),
+        ({"method": 3}, "method = 3: expected one of 'mpanet'"),
+        (
+            {"dataset": {"name": "sysu"}},
+            "dataset.name = 'sysu': expected one of 'sysu_mm01', 'regdb', 'llcm'; did you mean 'sysu_mm01'?",
+        ),
+        ({"dataset": {"name": 1}}, "dataset.name = 1: expected one of 'sysu_mm01', 'regdb', 'llcm'"),
+        (
+            {"dataset": {"sourc": "x"}},
+            "dataset.sourc: unknown field; there are dataset.name, dataset.source, dataset.data_dir; "
+            "did you mean 'dataset.source'?",
+        ),
+    ],
+)
+def test_an_unknown_method_or_data_set_is_named(tree, message):
+    with pytest.raises(SettingsError) as error:
+        settings_of(tree)
+    assert str(error.value) == message
+
+
+def test_a_method_is_made_of_its_settings():
+    settings = MPANetSettings(seed=3)
+    method = make_method(settings)
+    assert type(method) is MPANet and method.settings is settings
+    with pytest.raises(SettingsError, match=r"^method = 'none': expected one of 'mpanet'"):
+        make_method(Settings(method="none"))
+
+
+def test_a_fused_form_that_is_not_there_is_refused():
+    settings = replace(MPANetSettings(), {"model.fused": "on", "model.backbone": "resnet18"})
+    message = r"^model\.fused = 'on': the network of method 'mpanet' with backbone 'resnet18' .*; use 'auto' or 'off'$"
+    with pytest.raises(SettingsError, match=message):
+        make_method(settings).build(num_ids=3)
+
+
+def test_the_trial_is_a_field_of_regdb_only():
+    regdb = settings_of(tree_of(REGDB))
+    assert regdb.dataset == RegdbSettings() == RegdbSettings(name="regdb", trial=1)
+    assert replace(regdb, {"dataset.trial": 4}) == settings_of(tree_of({**REGDB, "dataset.trial": 4}))
+    assert to_dict(regdb)["dataset"] == {"name": "regdb", "source": "", "data_dir": "data", "trial": 1}
+    for trial in (0, 11):
+        with pytest.raises(SettingsError, match=rf"^dataset\.trial = {trial}: expected a number from 1 to 10$"):
+            settings_of(tree_of({**REGDB, "dataset.trial": trial}))
+    with pytest.raises(SettingsError, match=r"^dataset\.trial = '3': expected a whole number$"):
+        settings_of(tree_of({**REGDB, "dataset.trial": "3"}))
+    with pytest.raises(SettingsError, match=r"^dataset\.name = 'llcm': expected one of 'regdb'$"):
+        MPANetSettings(dataset=RegdbSettings(name="llcm"))
+    for name in ("sysu_mm01", "llcm"):
+        # A config has the field for every data set: at its default it is none of the others', and else an error.
+        settings = settings_of(tree_of({"dataset.name": name, "dataset.trial": 1}))
+        assert settings.dataset == DatasetSettings(name=name)
+        assert settings.dataset.trial is None and "trial" not in to_dict(settings)["dataset"]
+        message = rf"^dataset\.trial = 2: a field of 'regdb', not of '{name}'$"
+        with pytest.raises(SettingsError, match=message):
+            settings_of(tree_of({"dataset.name": name, "dataset.trial": 2}))
+        with pytest.raises(SettingsError, match=r"^dataset\.trial: unknown field; there are dataset\.name, "):
+            replace(settings, {"dataset.trial": 1})
+
+
+def test_blocks_that_the_backbone_has_anyway_are_the_same_run():
+    sizes = (3, 4, 6, 3)
+    assert MPANetModelSettings(stage_sizes=sizes) == MPANetModelSettings()
+    assert MPANetModelSettings(backbone="resnet34", stage_sizes=sizes).stage_sizes == ()
+    assert MPANetModelSettings(backbone="resnet101", stage_sizes=sizes).stage_sizes == sizes
+    assert MPANetModelSettings(stage_sizes=(1, 1, 1, 1)).stage_sizes == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("arguments", ALL_CONFIGS, ids=lambda arguments: ":".join(arguments))
+def test_every_config_and_preset_is_valid_and_survives_json(arguments, tmp_path):
+    settings = config_settings(*arguments)
+    assert type(settings) is MPANetSettings
+    assert settings_of(through_json(settings)) == settings
+    if settings.dataset.name != "regdb":
+        assert from_dict(MPANetSettings, through_json(settings)) == settings
+    save_settings(settings, tmp_path)
+    assert load_settings(tmp_path) == settings
+    assert settings.preset == ("official" if "official" in arguments[-1] else "paper")
+    names = {"default": "sysu_mm01", "synthetic": "sysu_mm01", "sysu": "sysu_mm01", "regdb": "regdb", "llcm": "llcm"}
+    assert settings.dataset.name == names[arguments[0]]
+    trial = arguments[-1].partition("split=")[2] or 1
+    assert settings.dataset.trial == (int(trial) if arguments[0] == "regdb" else None)
+
+
+def test_where_the_configs_differ_from_the_papers_recipe():
+    pretrained = {"init_from": "hf:timm/resnet50.tv_in1k"}
+    assert differences(MPANetSettings(), config_settings("sysu")) == pretrained
+    assert differences(MPANetSettings(), config_settings("llcm")) == {**pretrained, "dataset.name": "llcm"}
+    assert differences(MPANetSettings(), config_settings("regdb", "split=3")) == {
+        **pretrained,
+        "dataset.name": "regdb",
+        "dataset.trial": 3,
+    }
+
+
+def test_where_the_published_program_differs():
+    official = {
+        "preset": "official",
+        "augment.crop_padding": 10,
+        "loss.modality_identity": 1.0,
+        "loss.per_modality_identity": False,
+        "loss.student_first": True,
+        "mean.epochs_at_full": 100,
+    }
+    for name in ("sysu", "llcm"):
+        assert differences(config_settings(name), config_settings(name, "official")) == official
+    assert differences(config_settings("regdb", "split=2"), config_settings("regdb", "split=2,official")) == {
+        **official,
+        "data.height": 256,
+        "data.num_ids_per_batch": 12,
+        "data.images_per_id": 10,
+        "optim.milestones": (110,),
+    }
+    own_crop = {name: value for name, value in official.items() if name != "augment.crop_padding"}
+    assert differences(config_settings("synthetic"), config_settings("synthetic", "official")) == own_crop
+
+
+def test_an_old_runs_config_is_todays_default(tmp_path):
+    assert not {"method", "backbone", "fused"} & {*OLD_CONFIG, *OLD_CONFIG["model"]}
+    assert settings_of(OLD_CONFIG) == MPANetSettings()
+    (tmp_path / "config.json").write_text(json.dumps(OLD_CONFIG))
+    assert load_settings(tmp_path) == MPANetSettings()
+    check_same_run(MPANetSettings(), tmp_path)  # a run from before can be gone on with
+    with pytest.raises(
+        UserError, match=r"another config, config\.model\.backbone = 'resnet101' \('resnet50' before\);"
+    ):
+        check_same_run(replace(MPANetSettings(), {"model.backbone": "resnet101"}), tmp_path)
+
+
+def test_an_old_run_on_regdb_keeps_its_trial():
+    old = OLD_CONFIG | {"dataset": {"name": "regdb", "source": "", "data_dir": "data", "trial": 7}}
+    assert settings_of(old) == replace(MPANetSettings(), {"dataset": RegdbSettings(trial=7)})
+
+
+def test_scripts_say_it_as_the_flag(tmp_path):
+    process = subprocess.run(
+        [sys.executable, ROOT / "scripts/train.py", f"--config={ROOT}/configs/synthetic.py", "--config.data.height=0"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1] == "error: --config.data.height = 0: expected at least 1"
+    assert not list(tmp_path.iterdir())
