@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import weakref
 from typing import Any
 
@@ -19,6 +18,7 @@ import grain
 import jax
 import numpy as np
 from absl import flags
+from grain._src.python.ipc import shared_memory_array
 
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.errors import UserError
@@ -125,8 +125,7 @@ class ResumableBatches(grain.DatasetIterator):
             running.pop().close()
             gc.collect()  # grain's iterators hold each other in a circle, and the last batches' shared memory with them
             if num_workers:
-                # grain unlinks that in a thread of its own, which the end of the program would cut off.
-                time.sleep(0.2)
+                _wait_until_shared_memory_is_unlinked()
 
     def __str__(self) -> str:
         return f"ResumableBatches(next_index={self._next_index} of {len(self._dataset)})"
@@ -153,6 +152,13 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _wait_until_shared_memory_is_unlinked() -> None:
+    """grain unlinks a dropped batch in a thread, one batch after the other; the end of the program would cut it off."""
+    pool = shared_memory_array.SharedMemoryArray._del_thread_pool
+    if pool is not None:
+        pool.apply(int)  # done when all that was asked of the thread before is done
 
 
 def _free_shared_memory() -> int:
