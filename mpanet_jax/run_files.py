@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import settings_of
-from mpanet_jax.settings import Settings, flat, to_dict
+from mpanet_jax.settings import Settings, differences, to_dict
 
 CONFIG_FILE = "config.json"
 # Where the metrics of each `checkpoint` that can be evaluated are written.
@@ -51,11 +51,10 @@ def check_same_run(settings: Settings, workdir: Path) -> None:
     """
     if not (workdir / CONFIG_FILE).exists():
         return
-    before, now = flat(to_dict(load_settings(workdir))), flat(to_dict(settings))
     differing = [
-        f"config.{name} = {now.get(name)!r} ({before.get(name)!r} before)"
-        for name in now | before
-        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
+        f"config.{name} = {now!r} ({before!r} before)"
+        for name, (now, before) in differences(settings, load_settings(workdir)).items()
+        if not name.startswith(FREE_TO_CHANGE)
     ]
     if differing:
         raise UserError(

@@ -278,6 +278,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def differences(settings: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """{"data.height": (384, 288), …}: the fields that differ, with both values; None where a field is missing."""
+    ours, theirs = flat(to_dict(settings)), flat(to_dict(other))
+    pairs = {name: (ours.get(name), theirs.get(name)) for name in ours | theirs}
+    return {name: (one, two) for name, (one, two) in pairs.items() if one != two}
+
+
 def from_dict(cls: type[Any], tree: Mapping[str, Any], prefix: str = "") -> Any:
     """The settings of class `cls` that a tree of plain values describes; what the tree lacks is at its default.
 

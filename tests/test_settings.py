@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mpanet_jax import settings as settings_module
 from mpanet_jax.datasets.regdb import RegdbSettings
 from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.methods import make_method, settings_of
@@ -465,6 +466,16 @@ def test_every_config_and_preset_is_valid_and_survives_json(arguments, tmp_path)
     assert settings.dataset.name == names[arguments[0]]
     trial = arguments[-1].partition("split=")[2] or 1
     assert settings.dataset.trial == (int(trial) if arguments[0] == "regdb" else None)
+
+
+def test_differences_have_both_values_and_none_for_a_field_that_one_lacks():
+    regdb = replace(MPANetSettings(), {"dataset": RegdbSettings(trial=3), "data.height": 288})
+    assert settings_module.differences(MPANetSettings(), MPANetSettings()) == {}
+    assert settings_module.differences(MPANetSettings(), regdb) == {
+        "dataset.name": ("sysu_mm01", "regdb"),
+        "dataset.trial": (None, 3),
+        "data.height": (384, 288),
+    }
 
 
 def test_where_the_configs_differ_from_the_papers_recipe():

@@ -16,7 +16,7 @@ from mpanet_jax.checkpoint import load_model
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.method import Method
-from mpanet_jax.settings import Settings, flat, to_dict
+from mpanet_jax.settings import Settings, differences, to_dict
 from mpanet_jax.state import init_variables, random_keys
 from mpanet_jax.weights import files
 from mpanet_jax.weights.hub import resolve
@@ -89,18 +89,10 @@ def read_weights(
 
 
 def _check_same_network(stored: Settings, given: Settings, source: str | Path) -> None:
-    there, here = (
-        {
-            name: value
-            for name, value in flat(to_dict(settings)).items()
-            if name == "method" or (name.startswith("model.") and name != "model.fused")
-        }
-        for settings in (stored, given)
-    )
     differing = [
-        f"{name} = {here.get(name)!r} ({there.get(name)!r} there)"
-        for name in here | there
-        if here.get(name) != there.get(name)
+        f"{name} = {here!r} ({there!r} there)"
+        for name, (here, there) in differences(given, stored).items()
+        if name == "method" or (name.startswith("model.") and name != "model.fused")
     ]
     if differing:
         raise UserError(
