@@ -83,7 +83,7 @@ def train(
         not finite any more.
     """
     workdir, method = Path(workdir), make_method(settings)
-    method.build(num_ids=1)  # refuses a form that the network lacks, before anything is written
+    method.check_form()  # before anything is written
     parallel = all_devices(settings.parallel)
     train_split, test_split = (datasets.open_split(settings.dataset, name) for name in ("train", "test"))
     # Before the feed: weights that cannot be had should not cost the time of building a cache first.

@@ -7,6 +7,7 @@ it does in its own way, and gets a line in `methods/__init__.py`; docs/architect
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import flax.linen as nn
@@ -148,18 +149,30 @@ class Method:
 
     # The same for all.
 
+    @cached_property
+    def _has_fused_form(self) -> bool:
+        return has_fused_blocks(self.network(num_ids=1))
+
+    def check_form(self) -> None:
+        """Refuses settings.model.fused = 'on' for a network that has no fused form.
+
+        Raises:
+          SettingsError: there is none.
+        """
+        if self.settings.model.fused == "on" and not self._has_fused_form:
+            raise SettingsError(
+                f"model.fused = 'on': the network of method {self.settings.method!r} with backbone "
+                f"{self.settings.model.backbone!r} has no fused form; use 'auto' or 'off'"
+            )
+
     def build(self, num_ids: int, axis_name: str | None = None) -> nn.Module:
         """The network in the form that settings.model.fused asks for.
 
         Raises:
           SettingsError: the fused form is asked for and there is none.
         """
+        self.check_form()
         network, model = self.network(num_ids, axis_name), self.settings.model
-        if model.fused == "on" and not has_fused_blocks(network):
-            raise SettingsError(
-                f"model.fused = 'on': the network of method {self.settings.method!r} with backbone "
-                f"{model.backbone!r} has no fused form; use 'auto' or 'off'"
-            )
         # Basic blocks have no fused form, and what the other layers gain was not measured without it.
         bottlenecks = getattr(BACKBONES[model.backbone], "block", None) is Bottleneck
         faster = bottlenecks and jax.default_backend() in FASTER_ON

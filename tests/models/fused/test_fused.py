@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mpanet_jax.errors import SettingsError
+from mpanet_jax.methods import method as method_module
 from mpanet_jax.methods.mpanet import MPANet as Method
 from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.models.fused import Fused, fuse, has_fused_blocks
@@ -110,8 +111,19 @@ def test_fused_is_refused_where_there_is_no_fused_form():
     settings = replace(MPANetSettings(), {"model.backbone": "resnet18", "model.fused": "on"})
     with pytest.raises(SettingsError, match=r"model.fused = 'on': .*'mpanet'.*'resnet18' has no fused form"):
         Method(settings).build(5)
+    with pytest.raises(SettingsError, match=r"model.fused = 'on'"):
+        Method(settings).check_form()
     for fused in ("off", "auto"):
         assert isinstance(Method(replace(settings, {"model.fused": fused})).build(5), nn.Module)
+
+
+def test_a_method_looks_for_its_fused_form_once(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(method_module, "has_fused_blocks", lambda network: looked_at.append(network) or True)
+    method = Method(replace(MPANetSettings(), {"model.fused": "on"}))
+    method.check_form()
+    assert isinstance(method.build(5), Fused) and isinstance(method.build(5, "devices"), Fused)
+    assert len(looked_at) == 1
 
 
 @pytest.mark.parametrize(
