@@ -2,29 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 import torch
 
-from mpanet_jax.optim import adam, mean_rate_schedule, step_decay
+from mpanet_jax.optim import adam, step_decay
 
 
 def test_learning_rate_drops_after_the_milestone_epochs():
     schedule = step_decay(3.5e-4, (80, 120), 0.1, steps_per_epoch=10)
     for step, expected in [(0, 3.5e-4), (799, 3.5e-4), (800, 3.5e-5), (1199, 3.5e-5), (1200, 3.5e-6)]:
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-6)
-
-
-def test_mean_rate_of_the_paper_is_constant():
-    schedule = mean_rate_schedule(0.2, None, steps_per_epoch=10)
-    assert float(schedule(0)) == float(schedule(5000)) == pytest.approx(0.2)
-
-
-def test_mean_rate_of_the_published_program_falls_after_epoch_99():
-    # epoch counted from 1: 0.2·min(100/(epoch+1), 1)
-    schedule = mean_rate_schedule(0.2, 100, steps_per_epoch=10)
-    for epoch, expected in [(1, 0.2), (99, 0.2), (100, 0.2 * 100 / 101), (140, 0.2 * 100 / 141)]:
-        first, last = (epoch - 1) * 10, epoch * 10 - 1
-        np.testing.assert_allclose([schedule(first), schedule(last)], expected, rtol=1e-6)
 
 
 def test_adam_with_l2_equals_torch():

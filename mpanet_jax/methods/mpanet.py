@@ -19,7 +19,6 @@ from mpanet_jax.models.layers import linear
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, MODALITY_CLASSIFIERS, PATTERN_MODULES, Outputs
 from mpanet_jax.models.mpanet import MPANet as Network
 from mpanet_jax.models.resnet import make_backbone
-from mpanet_jax.optim import mean_rate_schedule
 from mpanet_jax.settings import ModelSettings, Settings, at_least, between, group, one_of, setting
 from mpanet_jax.weights.names import NameMap
 
@@ -86,6 +85,25 @@ class MPANetSettings(Settings):
             yield "loss.identity", "all weights are 0, so nothing is learned; give one of them a value"
 
 
+def mean_rate_schedule(rate: float, epochs_at_full: int, steps_per_epoch: int) -> optax.Schedule:
+    """α of eq. 11 by step.
+
+    Args:
+      rate: α.
+      epochs_at_full: 0 keeps α constant (the paper). A number E gives α·min(E/(epoch+1), 1) with the epoch counted
+        from 1 (the published program: E = 100).
+      steps_per_epoch: steps of an epoch.
+    """
+
+    def schedule(step: Any) -> Array:
+        if not epochs_at_full:
+            return jnp.asarray(rate)
+        epoch = step // steps_per_epoch + 1
+        return rate * jnp.minimum(epochs_at_full / (epoch + 1.0), 1)
+
+    return schedule
+
+
 @dataclass(frozen=True)
 class MPANet(Method):
     """The network of figure 2 under the loss of eq. 14."""
@@ -137,7 +155,7 @@ class MPANet(Method):
     def average_rate(self, steps_per_epoch: int) -> optax.Schedule:
         """α of eq. 11."""
         mean = self.settings.mean
-        return mean_rate_schedule(mean.rate, mean.epochs_at_full or None, steps_per_epoch)
+        return mean_rate_schedule(mean.rate, mean.epochs_at_full, steps_per_epoch)
 
     def loss_weights(self) -> Mapping[str, float]:
         """1, 1, λ₁, λ₂ and λ₃ of eq. 14."""

@@ -16,9 +16,9 @@ import optax
 import torch
 
 from mpanet_jax.methods.mpanet import MPANet as Method
-from mpanet_jax.methods.mpanet import MPANetSettings
+from mpanet_jax.methods.mpanet import MPANetSettings, mean_rate_schedule
 from mpanet_jax.models.mpanet import Outputs
-from mpanet_jax.optim import adam, mean_rate_schedule
+from mpanet_jax.optim import adam
 from mpanet_jax.settings import replace
 from mpanet_jax.state import TrainState, create_train_state
 from mpanet_jax.step import train_step as flax_train_step
@@ -304,7 +304,7 @@ def training_errors(
         chain = gradient_recorder()
         if steps > 1:
             chain = optax.chain(chain, adam(schedule, 5e-4))
-        mean_rate = mean_rate_schedule(0.2, 100 if preset == "official" else None, 1)
+        mean_rate = mean_rate_schedule(0.2, 100 if preset == "official" else 0, 1)
         method = dataclasses.replace(
             method, schedule=schedule, average=lambda count: mean_rate(count + first_epoch - 1), chain=chain
         )
