@@ -8,10 +8,13 @@ import jax
 import numpy as np
 import pytest
 
+from mpanet_jax.errors import UserError
 from mpanet_jax.methods import METHODS, make_method, settings_of
 from mpanet_jax.models.resnet import BACKBONES
 from mpanet_jax.settings import replace, to_dict
 from mpanet_jax.step import train_step
+from mpanet_jax.weights.convert import template_of
+from mpanet_jax.weights.names import from_state_dict
 from tests.methods_in_tests import SMALL, start
 
 PAGE = Path(__file__).parent.parent / "docs/architecture.md"
@@ -70,6 +73,10 @@ def test_added_backbone_trains_and_its_weights_have_its_names():
     assert np.isfinite(train_one_step(settings)["loss"])
     names = make_method(settings).names()
     assert names.name(("params", "stage2", "conv", "kernel")) == "backbone.layers.stage2.conv.weight"
+    assert names.describe(["backbone.layers.stage1.conv.weight"]) == "the small backbone"
+    resnet = {"layer1.0.conv1.weight": np.zeros((8, 8, 3, 3), np.float32)}
+    with pytest.raises(UserError, match=r"x\.pth: .*: no backbone like the small backbone in it; missing: .*layers\."):
+        from_state_dict(resnet, template_of(make_method(settings), 5), names, source="x.pth")
 
 
 def test_every_file_and_folder_of_the_picture_is_there():

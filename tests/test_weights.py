@@ -301,7 +301,7 @@ def test_other_architectures_are_named_as_such(torchvision):
     }
     with pytest.raises(UserError, match=r"stages of \(1, 1, 2, 1\) bottlenecks; expected stages of \(1, 1, 1, 1\)"):
         to_flax(deeper, template())
-    with pytest.raises(UserError, match="no ResNet in it"):
+    with pytest.raises(UserError, match=r"no backbone like stages of \(1, 1, 1, 1\) bottlenecks in it"):
         to_flax({"encoder.weight": np.zeros(3, np.float32)}, template())
 
 

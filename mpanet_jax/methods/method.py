@@ -144,8 +144,9 @@ class Method:
 
     def names(self) -> NameMap:
         """The names of the network's weights in PyTorch: by default those of the backbone."""
-        rules = BACKBONES[self.settings.model.backbone].published_names
-        return NameMap(rules=rules, backbone_rules=rules)
+        backbone = BACKBONES[self.settings.model.backbone]
+        rules = backbone.published_names
+        return NameMap(rules=rules, backbone_rules=rules, describe=backbone.describe)
 
     # The same for all.
 

@@ -4,7 +4,8 @@ torchvision's padding is symmetric: half the kernel's size, never "SAME". In per
 resolution of stage 3 (its stride is 1).
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -133,10 +134,10 @@ class Stage(nn.Module):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A stem and four stages, and the names of their weights in PyTorch; a frozen dataclass.
+    """A stem and four stages, and what their weights look like in PyTorch; a frozen dataclass.
 
-    `options` are dtype, param_dtype and axis_name, as for the modules of this file. In `published_names` a path is
-    joined by "/", and comes with a method's prefix or without.
+    `options` are dtype, param_dtype and axis_name, as for the modules of this file. In `published_names`, which turn
+    Flax's paths into PyTorch's names, a path is joined by "/", and comes with a method's prefix or without.
     """
 
     published_names: ClassVar[Sequence[tuple[str, str]]]
@@ -151,6 +152,13 @@ class Backbone(Protocol):
 
     def stage(self, number: int, **options: Any) -> nn.Module:
         """The module `stage{number}`, called as `stage(x, train=…)`."""
+        ...
+
+    def describe(self, names: Iterable[str]) -> str:
+        """Which backbone of this class, of any size, some weights are of, by their names in PyTorch; '' for none.
+
+        The names may begin with a method's prefix, and there may be others among them. Errors say it.
+        """
         ...
 
 
@@ -183,6 +191,19 @@ class ResNet:
         stride = 2 if number in (2, 3) else 1
         width, num_blocks = self.width * 2 ** (number - 1), self.stage_sizes[number - 1]
         return Stage(self.block, num_blocks, width, stride, options, name=f"stage{number}")
+
+    def describe(self, names: Iterable[str]) -> str:
+        """Its name, where it has one, and its stages: 'resnet18 (stages of (2, 2, 2, 2) basic blocks)'."""
+        names = list(names)
+        blocks = {match.groups() for name in names if (match := re.search(r"\blayer(\d)\.(\d+)\.", name))}
+        if not blocks:
+            return ""
+        sizes = tuple(sum(stage == str(number) for stage, _ in blocks) for number in range(1, 5))
+        has_third = any(re.search(r"\blayer1\.0\.conv3\.weight$", name) for name in names)
+        block, kind = (Bottleneck, "bottlenecks") if has_third else (BasicBlock, "basic blocks")
+        known = [name for name, backbone in BACKBONES.items() if backbone == ResNet(block, sizes)]
+        stages = f"stages of {sizes} {kind}"
+        return f"{known[0]} ({stages})" if known else stages
 
 
 # The backbones that `model.backbone` names, by torchvision's names.

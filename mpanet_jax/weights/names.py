@@ -6,8 +6,8 @@ number of axes. A backbone's rules lie with the backbone, a method's with the me
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.models.resnet import BACKBONES, BasicBlock, Bottleneck, ResNet
 from mpanet_jax.weights.files import StateDict, listed
 
 Variables = dict[str, Any]
@@ -42,6 +41,7 @@ class NameMap:
       linear: matches the *names* of linear layers, which are the classifiers; other matrices are 1×1 convolutions.
       zeros: names that PyTorch has and that are fixed at 0 here, each beside `….weight`.
       left_out: matches names that nothing here needs, such as ImageNet's classifier.
+      describe: which backbone names are of, in words, as the backbone says it; '' for none.
     """
 
     rules: Rules = ()
@@ -50,6 +50,7 @@ class NameMap:
     linear: str = r"(.*\.)?\w*classifier\w*\.weight"
     zeros: Sequence[str] = ()
     left_out: str = r"(.*\.)?fc\.\w+"
+    describe: Callable[[Iterable[str]], str] = lambda names: ""
 
     def name(self, path: Sequence[str]) -> str:
         """PyTorch's name of the array at `path`, whose first part is the collection."""
@@ -153,7 +154,7 @@ def from_state_dict(
 
     expected = {name: (path, shape, leaf) for path, name, shape, leaf in _entries(template, names)}
     if not expected.keys() & usable.keys():
-        names = NameMap(names.backbone_rules, linear=names.linear, backbone=names.backbone)
+        names = replace(names, rules=names.backbone_rules)
         parts = {path: leaf for path, leaf in flatten_dict(template).items() if names.is_backbone(path)}
         expected = {name: (path, s, leaf) for path, name, s, leaf in _entries(unflatten_dict(parts), names)}
     if drop_classifiers:
@@ -200,30 +201,11 @@ def backbone_of(state_dict: StateDict, template: Variables, names: NameMap) -> S
     }
 
 
-def _stages(names: Iterable[str]) -> tuple[int, ...]:
-    """How many blocks the four stages of a ResNet have, by its names."""
-    blocks = {match.groups() for name in names if (match := re.search(r"\blayer(\d)\.(\d+)\.", name))}
-    return tuple(sum(stage == str(number) for stage, _ in blocks) for number in range(1, 5))
-
-
-def _backbone_in_words(names: Iterable[str]) -> str:
-    """Which ResNet it is, by its names."""
-    names = list(names)
-    has_third = any(re.search(r"\blayer1\.0\.conv3\.weight$", name) for name in names)
-    block, sizes = Bottleneck if has_third else BasicBlock, _stages(names)
-    known = [name for name, backbone in BACKBONES.items() if backbone == ResNet(block, sizes)]
-    blocks = f"stages of {sizes} {'bottlenecks' if has_third else 'basic blocks'}"
-    return f"{known[0]} ({blocks})" if known else blocks
-
-
 def _reason(state_dict: StateDict, expected: Iterable[str], problems: Sequence[str], names: NameMap) -> str:
     """What kind of misfit it is, where that can be told, as an insertion into the message."""
-    found, wanted = _stages(state_dict), _stages(expected)
-    if any(wanted) and not any(found):
-        return ": no ResNet in it (no entry layer1.0.conv1.weight)"
-
-    if (those := _backbone_in_words(state_dict)) != (these := _backbone_in_words(expected)):
-        return f": another backbone, {those}; expected {these}"
+    found, wanted = names.describe(state_dict), names.describe(expected)
+    if found != wanted:
+        return f": another backbone, {found}; expected {wanted}" if found else f": no backbone like {wanted} in it"
     if all(names.is_classifier(problem.split(" ")[0]) for problem in problems):
         return " in its classifiers, another number of identities or missing (--drop-classifiers leaves them out)"
     return ""
