@@ -137,26 +137,48 @@ def _difference(stored: Any, wanted: Any) -> str | None:
     return None
 
 
+def _whole_steps(directory: Path) -> list[int]:
+    """The steps of the whole checkpoints in a folder of checkpoints; one that is being written has another name."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether there is a whole checkpoint from which the run in `workdir` goes on."""
+    return bool(_whole_steps(workdir / FOLDERS["last"]))
+
+
+def _alone() -> ocp.Context:
+    """In this context orbax waits for no other process, which may have another thing to do."""
+    context, this = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host = this
+    context.multiprocessing.active_processes = {this}
+    context.multiprocessing.barrier_sync_key_prefix = f"process {this}"
+    return context
+
+
 def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]:
-    """The last (or best) checkpoint's step and model {params, batch_stats, averages}, on the first device.
+    """The last (or best) checkpoint's step and model {params, batch_stats, averages}, on this process's first device.
+
+    Of several processes each reads for itself, and waits for no other.
 
     Raises:
-      UserError: the workdir has no such checkpoint, or it is damaged.
+      UserError: the workdir has no such checkpoint, or not yet, or it is damaged.
     """
     directory = (Path(workdir) / FOLDERS[which]).resolve()
-    option = " --config.eval.best=rank1" if which == "best" else ""
-    missing = UserError(
-        f"{directory}: no checkpoint here; train first: python scripts/train.py --workdir={workdir}{option} …"
-    )
-    if not directory.is_dir():
-        raise missing
-    with ocp.training.Checkpointer(str(directory)) as checkpointer:
-        if checkpointer.latest is None:
-            raise missing
-        step = checkpointer.latest.step
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        with _readable(directory / str(step)):
-            stored = _stored_model(directory / str(step))
-            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
-            model = checkpointer.load_checkpointables(step, {"model": abstract})["model"]
-            return step, _renamed(model, OLD_NAMES)
+    if not (steps := _whole_steps(directory)):
+        if directory.is_dir() and any(directory.iterdir()):
+            raise UserError(
+                f"{directory}: its first checkpoint is still being written, or was cut off; "
+                "wait until it is there, or have that run go on"
+            )
+        option = " --config.eval.best=rank1" if which == "best" else ""
+        raise UserError(
+            f"{directory}: no checkpoint here; train first: python scripts/train.py --workdir={workdir}{option} …"
+        )
+    newest = directory / str(steps[-1])
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    with _readable(newest), _alone():
+        stored = _stored_model(newest)
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
+        model = ocp.load_checkpointables(str(newest), {"model": abstract})["model"]
+        return steps[-1], _renamed(model, OLD_NAMES)

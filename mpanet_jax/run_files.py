@@ -43,6 +43,19 @@ def load_settings(workdir: str | Path) -> Settings:
         raise UserError(f"{path}: not a run's settings ({error}); restore it or train again") from None
 
 
+def check_init_from(init_from: str, workdir: Path) -> None:
+    """Refuses a run that is to start from its own `workdir`.
+
+    Raises:
+      UserError: it is.
+    """
+    if init_from and Path(init_from).resolve() == workdir.resolve():
+        raise UserError(
+            f"config.init_from: {init_from} is the --workdir of this very run; give the new run another --workdir, "
+            "or leave init_from out to go on with the old one"
+        )
+
+
 def check_same_run(settings: Settings, workdir: Path) -> None:
     """Refuses to go on with a run in `workdir` by settings under which it would be another.
 

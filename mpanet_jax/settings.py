@@ -196,7 +196,11 @@ class Settings:
         "data.num_ids_per_batch is of the whole batch; 'per_device': of each device's share",
         one_of("global", "per_device"),
     )
-    init_from: str = setting("", "ImageNet weights: a .safetensors or .pth file or 'hf:owner/repository'; '': random")
+    init_from: str = setting(
+        "",
+        "weights of a backbone or of a whole network: a .safetensors or .pth file, 'hf:owner/repository' or a workdir; "
+        "'': random",
+    )
 
     dataset: DatasetSettings = group(DatasetSettings)
     data: DataSettings = group(DataSettings)

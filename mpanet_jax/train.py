@@ -1,5 +1,6 @@
 """The training loop: from settings to a trained, evaluated run."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 
 from mpanet_jax import datasets
 from mpanet_jax.call_plan import cut_into_calls, stack_batches
-from mpanet_jax.checkpoint import Checkpoints
+from mpanet_jax.checkpoint import Checkpoints, has_checkpoint
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.evaluation.best import keep_best
@@ -20,8 +21,8 @@ from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog, MetricReader
 from mpanet_jax.parallel import Parallel, all_devices, global_num_ids, on_first_device
 from mpanet_jax.processes import check_same_workdir, is_first_process, wait_for_all_processes
-from mpanet_jax.run_files import METRICS_FILES, check_same_run, save_settings
-from mpanet_jax.settings import Settings
+from mpanet_jax.run_files import METRICS_FILES, check_init_from, check_same_run, save_settings
+from mpanet_jax.settings import Settings, replace
 from mpanet_jax.state import TrainState, create_train_state, random_keys
 from mpanet_jax.step import train_steps
 from mpanet_jax.weights.convert import initial_variables
@@ -41,6 +42,18 @@ def make_feed(method: Method, split: Split, parallel: Parallel) -> TrainFeed:
         process_count=jax.process_count(),
         put_images=parallel.replicate,
     )
+
+
+def start_of_run(method: Method, num_ids: int, workdir: Path) -> dict[str, Any]:
+    """{params, batch_stats} before step 0; only their shapes count where a checkpoint of the run follows."""
+    if has_checkpoint(workdir):  # the weights of init_from may be gone by now
+        method = make_method(replace(method.settings, {"init_from": ""}))
+
+    def report(line: str) -> None:
+        if is_first_process():
+            print(line, file=sys.stderr, flush=True)
+
+    return initial_variables(method, num_ids, report=report)
 
 
 def initial_state(method: Method, variables: dict[str, Any], steps_per_epoch: int) -> TrainState:
@@ -84,10 +97,11 @@ def train(
     """
     workdir, method = Path(workdir), make_method(settings)
     method.check_form()  # before anything is written
+    check_init_from(settings.init_from, workdir)
     parallel = all_devices(settings.parallel)
     train_split, test_split = (datasets.open_split(settings.dataset, name) for name in ("train", "test"))
     # Before the feed: weights that cannot be had should not cost the time of building a cache first.
-    variables = initial_variables(method, train_split.num_ids)
+    variables = start_of_run(method, train_split.num_ids, workdir)
     feed = make_feed(method, train_split, parallel)
     steps_per_epoch = feed.steps_per_epoch
     state = parallel.replicate(initial_state(method, variables, steps_per_epoch))

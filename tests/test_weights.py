@@ -25,7 +25,7 @@ from mpanet_jax.run_files import load_settings, save_settings  # noqa: E402
 from mpanet_jax.settings import replace, to_dict  # noqa: E402
 from mpanet_jax.state import init_variables  # noqa: E402
 from mpanet_jax.train import initial_state  # noqa: E402
-from mpanet_jax.weights.convert import convert, load_backbone, read_weights, template_of  # noqa: E402
+from mpanet_jax.weights.convert import convert, read_weights, start_from, template_of  # noqa: E402
 from mpanet_jax.weights.files import read_metadata_settings, read_state_dict, write_state_dict  # noqa: E402
 from mpanet_jax.weights.hub import resolve  # noqa: E402
 from mpanet_jax.weights.names import from_state_dict, to_state_dict  # noqa: E402
@@ -317,10 +317,14 @@ def zeros(settings):
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template_of(make_method(settings), 5))
 
 
-def test_load_backbone_takes_the_resnet_and_nothing_else(torchvision, published, tmp_path):
+def start(source, method=SMALL_METHOD, variables=None):
+    return start_from(str(source), method, random_variables() if variables is None else variables)[0]
+
+
+def test_a_backbone_is_taken_and_nothing_else(torchvision, tmp_path):
     save_file(torchvision, tmp_path / "resnet.safetensors")
     before = random_variables()
-    after = load_backbone(str(tmp_path / "resnet.safetensors"), SMALL_METHOD, before)
+    after, line = start_from(str(tmp_path / "resnet.safetensors"), SMALL_METHOD, before)
     assert jax.tree.structure(after) == jax.tree.structure(before)
     params, statistics = after["params"], after["batch_stats"]
     kernel = params["stage4"]["block0"]["conv2"]["kernel"]
@@ -328,26 +332,30 @@ def test_load_backbone_takes_the_resnet_and_nothing_else(torchvision, published,
     np.testing.assert_array_equal(statistics["stem"]["bn1"]["var"], torchvision["bn1.running_var"])
     for name in ("mam3", "mam4", "pam", "neck", "classifier"):
         assert same(params[name], before["params"][name])
-    # The classifier of ImageNet is not asked for, whatever it is called there.
-    save_torch(tmp_path / "mpanet.pth", tensors(published))
-    params = load_backbone(str(tmp_path / "mpanet.pth"), SMALL_METHOD, before)["params"]
-    np.testing.assert_array_equal(params["stem"]["bn1"]["bias"], published["backbone.bn1.bias"])
-    assert same(params["mam3"], before["params"]["mam3"])
+    # The classifier of ImageNet is not asked for.
+    assert line == (
+        f"init_from: {tmp_path}/resnet.safetensors: the backbone is taken, everything else starts anew; "
+        "left out: fc.bias, fc.weight"
+    )
 
 
-def test_load_backbone_names_the_config_field(torchvision, tmp_path):
+def test_misfits_name_the_config_field(torchvision, tmp_path):
     with pytest.raises(UserError, match=r"config\.init_from: .*none\.pth: no such"):
-        load_backbone(str(tmp_path / "none.pth"), SMALL_METHOD, random_variables())
+        start(tmp_path / "none.pth")
     save_file({name: a for name, a in torchvision.items() if name != "bn1.bias"}, tmp_path / "short.safetensors")
-    with pytest.raises(UserError, match=r"config\.init_from: .*short\.safetensors: .*missing: bn1\.bias"):
-        load_backbone(str(tmp_path / "short.safetensors"), SMALL_METHOD, random_variables())
+    with pytest.raises(
+        UserError,
+        match=r"config\.init_from: .*short\.safetensors: .*missing: bn1\.bias; config\.method and config\.mod",
+    ):
+        start(tmp_path / "short.safetensors")
 
 
-def test_a_deeper_network_is_no_backbone_of_a_shorter_one(published, tmp_path):
+def test_a_deeper_network_does_not_start_a_shorter_one(published, tmp_path):
     deeper = {name.replace("layer3.0", "layer3.1"): array for name, array in published.items() if "layer3.0" in name}
     save_file(published | deeper, tmp_path / "deeper.safetensors")
-    with pytest.raises(UserError, match=r"stages of \(1, 1, 2, 1\).*not part of the model: layer3\.1\.bn1\.bias"):
-        load_backbone(str(tmp_path / "deeper.safetensors"), SMALL_METHOD, random_variables())
+    message = r"stages of \(1, 1, 2, 1\).*not part of the model: backbone\.layer3\.1\.bn1\.bias"
+    with pytest.raises(UserError, match=message):
+        start(tmp_path / "deeper.safetensors")
 
 
 # Name, blocks of the stages, whether with three convolutions, arrays and parameters of torchvision's network with `fc`.
@@ -423,7 +431,7 @@ def test_other_backbones_round_trip_and_are_refused_for_another(name, tmp_path):
     save_file(resnet, path)
     settings = settings_of_size(backbone=name, stage_sizes=())
     method = make_method(settings)
-    variables = load_backbone(path, method, zeros(settings))
+    variables = start(path, method, zeros(settings))
     kernel = variables["params"]["stage3"]["block1"]["conv2"]["kernel"]
     np.testing.assert_array_equal(kernel, resnet["layer3.1.conv2.weight"].transpose(2, 3, 1, 0))
     expected = {n: array for n, array in without_counters(resnet).items() if not n.startswith("fc.")}
@@ -440,7 +448,7 @@ def test_other_backbones_round_trip_and_are_refused_for_another(name, tmp_path):
         other_settings = settings_of_size(backbone=other, stage_sizes=())
         message = rf"another backbone, {name} \(.*; expected {other} \(.*(missing|not part of the model): layer\d\."
         with pytest.raises(UserError, match=message):
-            load_backbone(path, make_method(other_settings), zeros(other_settings))
+            start(path, make_method(other_settings), zeros(other_settings))
         with pytest.raises(UserError, match=rf"model\.backbone = '{other}' \('{name}' there\)"):
             convert(tmp_path / "back.safetensors", tmp_path / "other", settings=other_settings)
     assert not (tmp_path / "other").exists()
@@ -465,11 +473,11 @@ def test_hugging_face_repositories_come_from_the_cache(torchvision, tmp_path, mo
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"config\.init_from.*hf download timm/resnet50\.tv_in1k model\.safetensors$"):
-        load_backbone("hf:timm/resnet50.tv_in1k", SMALL_METHOD, random_variables())
+        start("hf:timm/resnet50.tv_in1k")
     with pytest.raises(UserError, match=r"hf download no-owner model\.safetensors"):
         resolve("hf:no-owner")
     hub_cache(tmp_path, torchvision)
-    params = load_backbone("hf:timm/resnet50.tv_in1k", SMALL_METHOD, random_variables())["params"]
+    params = start("hf:timm/resnet50.tv_in1k")["params"]
     np.testing.assert_array_equal(params["stem"]["bn1"]["scale"], torchvision["bn1.weight"])
 
 

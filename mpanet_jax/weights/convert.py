@@ -1,8 +1,10 @@
 """Whole jobs with weights: read them from anywhere, convert them, start a network from them."""
 
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,15 @@ from mpanet_jax.checkpoint import load_model
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.method import Method
-from mpanet_jax.settings import Settings, differences, to_dict
+from mpanet_jax.settings import ModelSettings, Settings, differences, to_dict
 from mpanet_jax.state import init_variables, random_keys
 from mpanet_jax.weights import files
+from mpanet_jax.weights.files import listed
 from mpanet_jax.weights.hub import resolve
-from mpanet_jax.weights.names import Variables, backbone_of, from_state_dict, to_state_dict
+from mpanet_jax.weights.names import COUNTERS, Variables, from_state_dict, number_of_ids, to_state_dict
+
+# The fields of the settings that say which backbone it is.
+BACKBONE_FIELDS = {f"model.{field.name}" for field in fields(ModelSettings)} - {"model.fused"}
 
 
 def template_of(method: Method, num_ids: int) -> Variables:
@@ -48,6 +54,7 @@ def read_weights(
     settings: Settings | None = None,
     num_ids: int | None = None,
     drop_classifiers: bool = False,
+    advice: str = "",
 ) -> tuple[Settings, Variables, list[str]]:
     """Reads weights of any kind: a file, `hf:owner/repository`, a workdir, or a folder that `convert` wrote.
 
@@ -57,6 +64,7 @@ def read_weights(
         that carry settings have to be of the same network, and keep theirs.
       num_ids: identities that the classifiers must tell apart; None takes the file's.
       drop_classifiers: leave the classifiers and their averages out.
+      advice: what an error says in the end where the weights do not fit the network.
 
     Returns:
       The settings, the variables, and the names that were left out, as `from_state_dict`.
@@ -64,9 +72,10 @@ def read_weights(
     Raises:
       UserError: not there, not readable, or not the weights of this network.
     """
-    stored, advice = settings_of_weights(source), ""
+    stored = settings_of_weights(source)
     if stored and settings:
-        _check_same_network(stored, settings, source)
+        fix = "leave the settings out, as they come with the weights, or name other weights"
+        _check_same_network(stored, settings, source, fix)
     elif not stored and not settings:
         advice = (
             "weights that carry no settings are taken for the paper's MPANet; name another network with "
@@ -88,17 +97,21 @@ def read_weights(
     return settings, variables, left_out
 
 
-def _check_same_network(stored: Settings, given: Settings, source: str | Path) -> None:
-    differing = [
-        f"{name} = {here!r} ({there!r} there)"
-        for name, (here, there) in differences(given, stored).items()
-        if name == "method" or (name.startswith("model.") and name != "model.fused")
-    ]
+def _check_same_network(
+    stored: Settings, given: Settings, source: str | Path, fix: str, *, backbone_only: bool = False
+) -> None:
+    """Refuses weights of another method, backbone or modules by the names of both."""
+    differing = {
+        name: values
+        for name, values in differences(given, stored).items()
+        if name in BACKBONE_FIELDS
+        or (not backbone_only and (name == "method" or (name.startswith("model.") and name != "model.fused")))
+    }
+    if "method" in differing:  # then the other fields are not each other's
+        differing = {"method": differing["method"]}
     if differing:
-        raise UserError(
-            f"{source}: its weights are stored as those of another network, {', '.join(differing)}; leave the settings "
-            "out, as they come with the weights, or name other weights"
-        )
+        both = ", ".join(f"{name} = {here!r} ({there!r} there)" for name, (here, there) in differing.items())
+        raise UserError(f"{source}: its weights are stored as those of another network, {both}; {fix}")
 
 
 def convert(source: str | Path, target: str | Path, **options: Any) -> list[str]:
@@ -133,34 +146,68 @@ def convert(source: str | Path, target: str | Path, **options: Any) -> list[str]
     return left_out
 
 
-def load_backbone(init_from: str, method: Method, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts pretrained weights into a network's backbone; everything else stays.
+def start_from(init_from: str, method: Method, variables: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Puts trained weights into a network that is to be trained.
+
+    Of a bare backbone, such as ImageNet's, all arrays are taken and the rest of the network stays as it is. Of a whole
+    network everything is taken but the classifiers. They stay as they are even where their number of identities fits:
+    nothing in the weights says that the identities are the same ones.
 
     Args:
-      init_from: `settings.init_from`: a `.safetensors` or `.pth` file, or `hf:owner/repository`. Of a whole network the
-        backbone is taken.
-      method: whose names the backbone's arrays have.
+      init_from: `settings.init_from`, anything that `read_weights` reads; of a run its last checkpoint.
+      method: of the network. Weights of a whole network that carry settings have to be of its method, backbone and
+        modules, those of a bare backbone of its backbone.
       variables: the network's {"params", "batch_stats"}.
 
     Returns:
-      The variables with the backbone's arrays replaced, in the types that they had.
+      The variables, in which the loaded arrays have the types of those that they replace; and one line that says what
+      was taken and what starts anew.
 
     Raises:
-      UserError: the weights cannot be had, or are not of this backbone.
+      UserError: the weights cannot be had, or are not of this network.
     """
-    names, template = method.names(), {name: variables[name] for name in ("params", "batch_stats")}
-    advice = "config.model.backbone, stage_sizes and width say which backbone is expected"
+    names = method.names()
+    before: dict[tuple[str, ...], Any] = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
     try:
-        state_dict = backbone_of(files.read_state_dict(resolve(init_from)), template, names)
-        loaded, _ = from_state_dict(state_dict, template, names, source=init_from, advice=advice)
+        stored = settings_of_weights(init_from)
+        _, loaded, left_out = read_weights(
+            init_from,
+            settings=None if stored else method.settings,
+            drop_classifiers=True,
+            advice="config.method and config.model say which network is expected",
+        )
+        taken = {path: array for path, array in flatten_dict(loaded).items() if path[0] in variables}
+        is_bare = all(map(names.is_backbone, taken))
+        if stored:
+            fix = "set these fields of config as they are there, or name other weights"
+            _check_same_network(stored, method.settings, init_from, fix, backbone_only=is_bare)
     except UserError as error:
         raise UserError(f"config.init_from: {error}") from error
-    arrays = {path: jnp.asarray(array) for path, array in flatten_dict(loaded).items()}
-    return unflatten_dict({**flatten_dict(template), **arrays})
+    after = {path: jnp.asarray(taken[path], leaf.dtype) if path in taken else leaf for path, leaf in before.items()}
+    return unflatten_dict(after), f"init_from: {init_from}: " + _taken_in_words(method, variables, is_bare, left_out)
 
 
-def initial_variables(method: Method, num_ids: int) -> dict[str, Any]:
-    """{params, batch_stats} before training: drawn from settings.seed, the backbone from settings.init_from if set.
+def _taken_in_words(method: Method, variables: Mapping[str, Any], is_bare: bool, left_out: list[str]) -> str:
+    names, params = method.names(), flatten_dict({"params": variables["params"]})
+    anew = ["/".join(path[1:]) for path in params if names.is_classifier(names.name(path))]
+    if is_bare:
+        words = "the backbone is taken, everything else starts anew"
+    elif anew:
+        num_ids = number_of_ids({"params": variables["params"]}, names)
+        words = f"everything is taken but the classifiers, which start anew for {num_ids} identities ({listed(anew)})"
+    else:
+        words = "everything is taken"
+    others = [name for name in left_out if is_bare or not names.is_classifier(name)]
+    others = [name for name in others if not re.fullmatch(COUNTERS, name)]
+    return words + (f"; left out: {listed(others)}" if others else "")
+
+
+def initial_variables(
+    method: Method, num_ids: int, *, report: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """{params, batch_stats} before training: drawn from settings.seed, and what settings.init_from has, if set.
+
+    `report` is told, in one line, what was taken from settings.init_from and what starts anew.
 
     Raises:
       UserError: settings.init_from cannot be had, or does not fit the network.
@@ -168,4 +215,7 @@ def initial_variables(method: Method, num_ids: int) -> dict[str, Any]:
     settings = method.settings
     key, _ = random_keys(settings.seed)
     variables = init_variables(method.network(num_ids), key, settings.data.height, settings.data.width)
-    return load_backbone(settings.init_from, method, variables) if settings.init_from else variables
+    if settings.init_from:
+        variables, line = start_from(settings.init_from, method, variables)
+        report(line)
+    return variables

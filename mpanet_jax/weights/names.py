@@ -152,11 +152,7 @@ def from_state_dict(
         left_out |= {name for name in state_dict if names.is_classifier(name)}
     usable = {name: array for name, array in state_dict.items() if name not in left_out | zeros}
 
-    expected = {name: (path, shape, leaf) for path, name, shape, leaf in _entries(template, names)}
-    if not expected.keys() & usable.keys():
-        names = replace(names, rules=names.backbone_rules)
-        parts = {path: leaf for path, leaf in flatten_dict(template).items() if names.is_backbone(path)}
-        expected = {name: (path, s, leaf) for path, name, s, leaf in _entries(unflatten_dict(parts), names)}
+    names, expected = _expected(usable, template, names)
     if drop_classifiers:
         expected = {name: entry for name, entry in expected.items() if not names.is_classifier(name)}
     misfit = [
@@ -182,23 +178,19 @@ def from_state_dict(
     return unflatten_dict(flat), sorted(left_out)
 
 
-def backbone_of(state_dict: StateDict, template: Variables, names: NameMap) -> StateDict:
-    """The backbone's part of a whole network's state dict, under the backbone's own names; a bare one as it is."""
-    of_backbone = {
-        names.name(path): _renamed(path, names.backbone_rules)
-        for path in flatten_dict(template)
-        if names.is_backbone(path)
-    }
-    if not of_backbone.keys() & state_dict.keys():
-        return state_dict
-    # By modules, not by names: the entries of a deeper backbone are to be seen, and refused.
-    modules = {(name.removesuffix(bare), bare.partition(".")[0]) for name, bare in of_backbone.items()}
-    return {
-        name.removeprefix(prefix): array
-        for name, array in state_dict.items()
-        for prefix, module in modules
-        if name.startswith(f"{prefix}{module}.")
-    }
+def _expected(
+    found: Iterable[str], template: Variables, names: NameMap
+) -> tuple[NameMap, dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]]]:
+    """{name: (path, shape, leaf)} of the whole network, or of its backbone where `found` are a bare backbone's names.
+
+    So they are where some are the backbone's own and none is that of another part. With them goes their name map.
+    """
+    whole = {name: (path, shape, leaf) for path, name, shape, leaf in _entries(template, names)}
+    bare = replace(names, rules=names.backbone_rules)
+    parts = {path: leaf for path, leaf in flatten_dict(template).items() if names.is_backbone(path)}
+    backbone = {name: (path, shape, leaf) for path, name, shape, leaf in _entries(unflatten_dict(parts), bare)}
+    found, others = set(found), {name for name, (path, *_) in whole.items() if not names.is_backbone(path)}
+    return (bare, backbone) if found & backbone.keys() and not found & others else (names, whole)
 
 
 def _reason(state_dict: StateDict, expected: Iterable[str], problems: Sequence[str], names: NameMap) -> str:
