@@ -48,10 +48,7 @@ def benchmark_train(settings: Settings, folder: Path, *, num_steps: int | None =
     settings = replace(settings, {"init_from": "", "train.eval_every_epochs": 0})
     split = datasets.open_split(settings.dataset, "train")
     feed = make_feed(make_method(settings), split, all_devices(settings.parallel))
-    feed.batches.close()
-    batch_size, steps_per_epoch = feed.batch_size, feed.steps_per_epoch
-    settings = replace(settings, {"data.cache": feed.cache})
-    del feed  # and with it the images
+    batch_size, steps_per_epoch, cache = feed.batch_size, feed.steps_per_epoch, feed.cache
     if num_steps is None:
         num_steps = -(-settings.train.num_epochs // 10) * steps_per_epoch
     num_steps = min(num_steps, settings.train.num_epochs * steps_per_epoch)
@@ -71,8 +68,10 @@ def benchmark_train(settings: Settings, folder: Path, *, num_steps: int | None =
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="train-", dir=folder) as workdir, contextlib.suppress(_EnoughError):
-        train(settings, Path(workdir), on_steps=on_steps)
+        train(settings, Path(workdir), feed=feed, on_steps=on_steps)
     peak = measure.peak_device_memory_gib()
+    feed.batches.close()
+    del feed  # and with it the images: the step alone has its own
 
     timed, compiling = _timed_calls(finished, compiled.times)
     steps, seconds = timed.sum(axis=0)
@@ -94,7 +93,7 @@ def benchmark_train(settings: Settings, folder: Path, *, num_steps: int | None =
         "steps_per_epoch": steps_per_epoch,
         "batch_size": batch_size,
         "dtype": compute_dtype(settings.dtype).name,
-        "cache": settings.data.cache,
+        "cache": cache,
         "images": len(split),
         "peak_gib": peak,
         "image_set_gib": num_bytes / 2**30,

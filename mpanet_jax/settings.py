@@ -83,6 +83,7 @@ class DataSettings:
     width: int = setting(128, "pixels after the resize", at_least(1))
     num_ids_per_batch: int = setting(16, "P", at_least(1))
     images_per_id: int = setting(8, "K, half visible, half infrared", at_least(2))
+    resize: str = setting("bilinear", "the filter of the resize, Pillow's", one_of("bilinear", "lanczos"))
     cache: str = setting(
         "auto",
         "resized images in 'device' memory, 'host' memory map, 'none', or what fits: 'auto'",

@@ -75,7 +75,11 @@ def make_train_steps(method: Method, num_ids: int, steps_per_epoch: int, paralle
 
 
 def train(
-    settings: Settings, workdir: str | Path, *, on_steps: Callable[[int, float], None] | None = None
+    settings: Settings,
+    workdir: str | Path,
+    *,
+    feed: TrainFeed | None = None,
+    on_steps: Callable[[int, float], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Trains by `settings` on all devices, resuming from the newest checkpoint under `workdir`, and evaluates.
 
@@ -85,6 +89,7 @@ def train(
     Args:
       settings: the run.
       workdir: its folder.
+      feed: its `make_feed`, where the caller has made it already; it is closed at the end.
       on_steps: told the steps done whenever the device has finished some more, and when that was by
         `time.perf_counter`; what it raises ends the run.
 
@@ -102,7 +107,7 @@ def train(
     train_split, test_split = (datasets.open_split(settings.dataset, name) for name in ("train", "test"))
     # Before the feed: weights that cannot be had should not cost the time of building a cache first.
     variables = start_of_run(method, train_split.num_ids, workdir)
-    feed = make_feed(method, train_split, parallel)
+    feed = feed or make_feed(method, train_split, parallel)
     steps_per_epoch = feed.steps_per_epoch
     state = parallel.replicate(initial_state(method, variables, steps_per_epoch))
     run_steps = make_train_steps(method, train_split.num_ids, steps_per_epoch, parallel)

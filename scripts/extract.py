@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> int:
     from mpanet_jax.evaluation.network import network_of_weights, network_of_workdir
     from mpanet_jax.evaluation.protocols import check_embeddings, save_embeddings
     from mpanet_jax.methods import settings_of
+    from mpanet_jax.settings import replace
 
     def report(fault: str) -> None:
         if STRICT.value:
@@ -73,12 +74,12 @@ def main(arguments: list[str]) -> int:
     else:
         settings = settings_of(CONFIG.value.to_dict()) if CONFIG.value is not None else None
         network = network_of_weights(WEIGHTS.value, DTYPE.value, settings)
+    size = {name: flag.value for name, flag in (("height", HEIGHT), ("width", WIDTH)) if flag.value}
     begin = time.perf_counter()
     embeddings = embed_images(
         network.embed,
         images,
-        height=HEIGHT.value or network.height,
-        width=WIDTH.value or network.width,
+        data=replace(network.data, size),
         batch_size=BATCH_SIZE.value or network.batch_size,
         report=report,
     )

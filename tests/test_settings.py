@@ -34,6 +34,7 @@ PAPER = {
         "width": 128,
         "num_ids_per_batch": 16,
         "images_per_id": 8,
+        "resize": "bilinear",
         "cache": "auto",
         "num_workers": -1,
     },

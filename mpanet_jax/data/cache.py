@@ -17,14 +17,47 @@ from absl import logging
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mpanet_jax.cpus import available_cpus
-from mpanet_jax.data.decode import MAX_THREADS, decode_and_resize
+from mpanet_jax.data.decode import MAX_THREADS, pixels_of
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
+from mpanet_jax.processes import gather, is_first_process
+from mpanet_jax.settings import DataSettings
 
 CACHE_MODES = ("device", "host", "none")
 
-# Part of the file's name: raise it when `decode.py` changes the pixels.
-PIXELS_VERSION = 1
+# Part of the file's name: raise it when `decode.py` changes the pixels. Version 1 was resized by OpenCV.
+PIXELS_VERSION = 2
+
+
+def open_images(split: Split, data: DataSettings, cache_dir: str | os.PathLike | None) -> tuple[str, np.ndarray | None]:
+    """The feeding mode that `data.cache` comes to, the same in all processes, and the resized images that it needs.
+
+    The images, uint8[N, height, width, 3], are memory-mapped from `cache_dir`, and built there if need be. The file is
+    built under a temporary name and renamed when it is whole, so a killed build leaves nothing that could be taken for
+    a cache; the next one removes its remains. A lock makes other processes wait for one build. With `cache_dir` None
+    the images are in RAM only. So they are with 'device' where `cache_dir` has no room: there the file only saves the
+    next run the work. With 'none' there are no images.
+
+    Raises:
+      UserError: an image can't be decoded, or nothing can be written to `cache_dir`; the latter names
+        config.dataset.data_dir, in which it lies.
+    """
+    shape = (len(split), data.height, data.width, 3)
+    path = None if cache_dir is None else cache_path(split, data, cache_dir)
+    images = _open(path, shape)
+    chosen = choose_cache(data.cache, math.prod(shape), cache_dir, built=images is not None)
+    # All processes run the same program, so the one with least room decides.
+    cache = CACHE_MODES[max(gather(CACHE_MODES.index(chosen), "the choice of data.cache"))]
+    if cache != chosen and is_first_process():
+        print(f"images: cache={cache}, for another process has less room", file=sys.stderr)
+    if cache == "none":
+        return cache, None
+    if images is None and path is not None and (cache == "host" or _has_room(path.parent, math.prod(shape))):
+        images = _build(path, shape, split, data)
+    elif images is None:
+        images = np.empty(shape, np.uint8)
+        _fill(images, split, data)
+    return cache, images
 
 
 def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None, *, built: bool = False) -> str:
@@ -50,7 +83,7 @@ def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None
     else:
         choice = "none"
     free = ", ".join(f"{place} {_size(size)}" for place, size in sizes.items())
-    if jax.process_index() == 0:
+    if is_first_process():
         print(
             f"images: cache={choice} chosen for {_size(num_bytes)} resized (free: {free}; half of it may be used)",
             file=sys.stderr,
@@ -58,67 +91,45 @@ def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None
     return choice
 
 
-def cache_path(split: Split, height: int, width: int, cache_dir: str | os.PathLike) -> Path:
-    """Where the resized images of `split` are kept: the name changes with the prepared data and with the size."""
+def cache_path(split: Split, data: DataSettings, cache_dir: str | os.PathLike) -> Path:
+    """Where the resized images of `split` are kept: the name changes with the prepared data, size and filter."""
     name = split.name.replace("/", "-")
-    return Path(cache_dir) / f"{name}-{split.fingerprint}-{height}x{width}-v{PIXELS_VERSION}.npy"
+    pixels = f"{data.height}x{data.width}-{data.resize}-v{PIXELS_VERSION}"
+    return Path(cache_dir) / f"{name}-{split.fingerprint}-{pixels}.npy"
 
 
-def open_cache(split: Split, height: int, width: int, cache_dir: str | os.PathLike | None) -> np.ndarray | None:
-    """The memory-mapped uint8[N, height, width, 3] of an earlier run, or None where there is none."""
-    if cache_dir is None or not (path := cache_path(split, height, width, cache_dir)).exists():
+def _open(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The memory-mapped images of an earlier run, or None where there are none."""
+    if path is None or not path.exists():
         return None
     try:
         images = np.load(path, mmap_mode="r")
     except (ValueError, EOFError):  # cut off, as by a full disk: to be built again
         return None
-    return images if images.shape == (len(split), height, width, 3) and images.dtype == np.uint8 else None
+    return images if images.shape == shape and images.dtype == np.uint8 else None
 
 
-def resized_images(
-    split: Split,
-    height: int,
-    width: int,
-    cache_dir: str | os.PathLike | None,
-    *,
-    must_keep: bool = True,
-    num_threads: int | None = None,
-) -> np.ndarray:
-    """uint8[N, height, width, 3]: every image of `split`, memory-mapped from `cache_dir`, built there if need be.
-
-    The file is built under a temporary name and renamed when it is whole, so a killed build leaves nothing that could
-    be taken for a cache; the next one removes its remains. A lock makes other processes wait for one build. With
-    `cache_dir` None the images are in RAM only, and so they are where it has no room unless they `must_keep`. Raises
-    `UserError` naming an image that can't be decoded, or config.dataset.data_dir, in which `cache_dir` lies, if nothing
-    can be written there.
-    """
-    if (images := open_cache(split, height, width, cache_dir)) is not None:
-        return images
-    shape = (len(split), height, width, 3)
-    num_bytes = math.prod(shape)
-    if cache_dir is None or not (must_keep or _has_room(Path(cache_dir), num_bytes)):
-        images = np.empty(shape, np.uint8)
-        _fill(images, split, num_threads)
-        return images
-    path = cache_path(split, height, width, cache_dir)
+def _build(path: Path, shape: tuple[int, ...], split: Split, data: DataSettings) -> np.ndarray:
+    """Writes the cache, unless another process has done so meanwhile, and maps it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            if (images := open_cache(split, height, width, cache_dir)) is None:
-                temporary = path.with_suffix(".npy.part")
-                with _removed_on_error(temporary):
-                    images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-                    if hasattr(os, "posix_fallocate"):  # a full disk is found here, not in a crash half way
-                        with open(temporary, "r+b") as file:
-                            os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-                    _fill(images, split, num_threads)
-                    images.flush()
-                    del images
-                    os.replace(temporary, path)
+            if (images := _open(path, shape)) is not None:
+                return images
+            temporary = path.with_suffix(".npy.part")
+            with _removed_on_error(temporary):
+                images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+                if hasattr(os, "posix_fallocate"):  # a full disk is found here, not in a crash half way
+                    with open(temporary, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+                _fill(images, split, data)
+                images.flush()
+                del images
+                os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"config.dataset.data_dir: can't write the image cache ({_size(num_bytes)}) to {cache_dir} ({error}); "
-            "name a folder with room for it, or set config.data.cache=none"
+            f"config.dataset.data_dir: can't write the image cache ({_size(math.prod(shape))}) to {path.parent} "
+            f"({error}); name a folder with room for it, or set config.data.cache=none"
         ) from error
     return np.load(path, mmap_mode="r")
 
@@ -131,16 +142,15 @@ def _has_room(cache_dir: Path, num_bytes: int) -> bool:
     return room
 
 
-def _fill(images: np.ndarray, split: Split, num_threads: int | None) -> None:
+def _fill(images: np.ndarray, split: Split, data: DataSettings) -> None:
     """Decode and resize every image into its place. Threads do: decoder and resize both release Python's lock."""
-    height, width = images.shape[1:3]
 
     def one(i: int) -> None:
-        decode_and_resize(split.encoded[i], split.paths[i], height, width, out=images[i])
+        images[i] = pixels_of(split, i, data)
 
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    pool = ThreadPoolExecutor(num_threads or decoding_threads())
+    pool = ThreadPoolExecutor(decoding_threads())
     try:
         with Progress(*columns, transient=True) as progress:
             for _ in progress.track(pool.map(one, range(len(split))), len(split), description=f"resize {split.name}"):
@@ -148,7 +158,8 @@ def _fill(images: np.ndarray, split: Split, num_threads: int | None) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     rate = len(split) / (time.perf_counter() - started)
-    logging.info("images: %d of %s resized to %dx%d, %.0f a second", len(split), split.name, height, width, rate)
+    size = f"{data.height}x{data.width}"
+    logging.info("images: %d of %s resized to %s, %.0f a second", len(split), split.name, size, rate)
 
 
 def decoding_threads() -> int:

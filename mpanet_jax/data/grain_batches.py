@@ -88,11 +88,11 @@ class ResumableBatches(grain.DatasetIterator):
             if self._num_workers:
                 if not flags.FLAGS.is_parsed():  # in a notebook or a test; grain's workers read absl flags
                     flags.FLAGS.mark_as_parsed()
-                rest = rest.to_iter_dataset(read_options(1)).mp_prefetch(
+                rest = rest.to_iter_dataset(_read_options(1)).mp_prefetch(
                     grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=1), _start_worker
                 )
             else:
-                rest = rest.to_iter_dataset(read_options(self._num_threads))
+                rest = rest.to_iter_dataset(_read_options(self._num_threads))
             self._running.append(iter(rest))
             self._running[0].start_prefetch()
 
@@ -131,7 +131,7 @@ class ResumableBatches(grain.DatasetIterator):
         return f"ResumableBatches(next_index={self._next_index} of {len(self._dataset)})"
 
 
-def read_options(num_threads: int) -> grain.ReadOptions:
+def _read_options(num_threads: int) -> grain.ReadOptions:
     """Enough batches in flight to keep every thread busy, and no more: one of them holds some 20 MB."""
     return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
 

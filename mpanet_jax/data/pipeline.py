@@ -6,23 +6,25 @@ in where the pixels of a batch come from.
 """
 
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import grain
 import jax
 import numpy as np
 
-from mpanet_jax.data.cache import CACHE_MODES, choose_cache, decoding_threads, open_cache, resized_images
-from mpanet_jax.data.decode import decode_and_resize
-from mpanet_jax.data.grain_batches import Batch, ResumableBatches, choose_num_workers, read_options
+from mpanet_jax.data.cache import decoding_threads, open_images
+from mpanet_jax.data.decode import pixels_of
+from mpanet_jax.data.grain_batches import Batch, ResumableBatches, choose_num_workers
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
-from mpanet_jax.processes import gather, is_first_process
 from mpanet_jax.settings import DataSettings
+
+EVAL_BATCHES_IN_FLIGHT = 3
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ def train_feed(
     Args:
       split: the training split.
       plan: which of its images make up the batches, over all processes.
-      data: the images' size; the cache: 'device' (all resized images in accelerator memory, a batch is indices), 'host'
-        (memory-mapped from `cache_dir`), 'none' (decoded and resized as they are needed) or 'auto' (see
-        `choose_cache`); and the number of processes that decode where there is none (see `choose_num_workers`).
+      data: the images' size and filter; the cache: 'device' (all resized images in accelerator memory, a batch is
+        indices), 'host' (memory-mapped from `cache_dir`), 'none' (decoded and resized as they are needed) or 'auto'
+        (see `choose_cache`); and the number of processes that decode where there is none (see `choose_num_workers`).
       num_epochs: the batches end after them.
       cache_dir: where the resized images are kept between runs; None keeps them in RAM only, and so does 'device'
         where there is no room.
@@ -80,55 +82,82 @@ def train_feed(
             f"config.data.num_ids_per_batch={plan.num_ids_per_batch} must be a multiple of the {process_count} "
             f"processes; the next is {-(-plan.num_ids_per_batch // process_count) * process_count}"
         )
-    height, width = data.height, data.width
     size = plan.num_ids_per_batch * plan.images_per_id // process_count
     share = slice(process_index * size, (process_index + 1) * size)
-    source = _TrainSource(plan, split.labels, split.modality.astype(np.int32), num_epochs, share)
-    built = open_cache(split, height, width, cache_dir) is not None
-    chosen = choose_cache(data.cache, len(split) * height * width * 3, cache_dir, built=built)
-    # All processes run the same program, so the one with least room decides.
-    cache = CACHE_MODES[max(gather(CACHE_MODES.index(chosen), "the choice of data.cache"))]
-    if cache != chosen and is_first_process():
-        print(f"images: cache={cache}, for another process has less room", file=sys.stderr)
-
-    dataset = grain.MapDataset.source(source)
-    images = None
-    num_threads, chosen_workers = 1, 0
-    if cache == "device":
-        # The file only saves the next run the work, so a disk without room for it does not stop this one.
-        images = put_images(resized_images(split, height, width, cache_dir, must_keep=False))
-    elif cache == "host":
-        dataset = dataset.map(_Gather(resized_images(split, height, width, cache_dir)))
-    else:
-        dataset = dataset.map(_Decode(split.encoded, split.paths, height, width))
+    dataset = grain.MapDataset.source(_TrainSource(plan, split.labels, split.modality, num_epochs, share))
+    cache, images = open_images(split, data, cache_dir)
+    num_threads, num_workers, on_device = 1, 0, None
+    if images is None:
+        dataset = dataset.map(_Decode(split, data))
         num_threads = decoding_threads()
-        chosen_workers = choose_num_workers(data.num_workers, size * height * width * 3)
-    batches = ResumableBatches(dataset, plan.signature, num_threads, chosen_workers)
-    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, images, cache)
+        num_workers = choose_num_workers(data.num_workers, size * data.height * data.width * 3)
+    elif cache == "host":
+        dataset = dataset.map(_Gather(images))
+    else:
+        on_device = put_images(images)
+    batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
+    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, on_device, cache)
+
+
+def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_size: int) -> Iterator[Batch]:
+    """`eval_batches` of the images `indices` of a prepared split, in that order, with their `modality`.
+
+    Raises:
+      UserError: an image can't be decoded; names its path.
+    """
+    columns = {"pids": split.pids, "camids": split.camids, "modality": split.modality}
+    indices = np.asarray(indices, np.int64)
+    rows = {name: column[indices] for name, column in columns.items()} | {"index": indices}
+    return eval_batches(rows, lambda row: pixels_of(split, int(indices[row]), data), data, batch_size)
 
 
 def eval_batches(
-    split: Split,
-    indices: np.ndarray,
-    *,
-    height: int,
-    width: int,
+    rows: Mapping[str, np.ndarray],
+    pixels: Callable[[int], np.ndarray],
+    data: DataSettings,
     batch_size: int,
+    on_fault: Callable[[int, UserError], object] | None = None,
 ) -> Iterator[Batch]:
-    """Batches of the images `indices` of `split`, in that order.
+    """Eval batches (docs/method.md, "An eval batch") of N images, decoded by threads ahead of their use.
 
-    Yields dicts `images uint8[b, height, width, 3]`, `pids`, `camids`, `modality`, `index int32[b]` and `mask bool[b]`
-    with b = batch_size always: the last batch is filled up with zeros where `mask` is False. Raises `UserError` for an
-    image that can't be decoded.
+    Args:
+      rows: what a batch says of each image: int[N] arrays `pids`, `camids`, `index` and, where it is known, `modality`.
+      pixels: the resized image of a row, uint8[data.height, data.width, 3]; may raise `UserError`.
+      data: the images' size.
+      batch_size: b, of every batch: the last is filled up with zeros, where `mask` is False.
+      on_fault: told the row and the error of an image that `pixels` raises `UserError` for; its row is zeros then, with
+        `mask` False. It may raise, to stop. None: the error stops the batches.
     """
-    source = _EvalSource(split, np.asarray(indices), batch_size)
-    decode = _Decode(split.encoded, split.paths, height, width)
-    dataset = grain.MapDataset.source(source).map(decode).map(_Pad(batch_size))
-    batches = iter(dataset.to_iter_dataset(read_options(decoding_threads())))
+    num_images = len(rows["index"])
+    pool = ThreadPoolExecutor(decoding_threads())
+
+    def start(first: int) -> tuple[range, list[Future]]:
+        part = range(first, min(first + batch_size, num_images))
+        return part, [pool.submit(pixels, row) for row in part]
+
+    firsts = iter(range(0, num_images, batch_size))
+    in_flight = deque(map(start, islice(firsts, EVAL_BATCHES_IN_FLIGHT)))
     try:
-        yield from batches
+        while in_flight:
+            part, decoded = in_flight.popleft()
+            batch: Batch = {name: np.zeros(batch_size, np.int32) for name in rows}
+            batch["mask"] = np.zeros(batch_size, bool)
+            batch["images"] = np.zeros((batch_size, data.height, data.width, 3), np.uint8)
+            for place, (row, future) in enumerate(zip(part, decoded, strict=True)):
+                try:
+                    batch["images"][place] = future.result()
+                except UserError as error:
+                    if on_fault is None:
+                        raise
+                    on_fault(row, error)
+                    continue
+                batch["mask"][place] = True
+                for name, column in rows.items():
+                    batch[name][place] = column[row]
+            in_flight.extend(map(start, islice(firsts, 1)))
+            yield batch
     finally:
-        batches.close()
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -151,28 +180,6 @@ class _TrainSource:
 
 
 @dataclass(frozen=True)
-class _EvalSource:
-    """Batch i of an evaluation, without its images; the last one may be short."""
-
-    split: Split
-    indices: np.ndarray
-    batch_size: int
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __getitem__(self, index: int) -> Batch:
-        rows = self.indices[index * self.batch_size : (index + 1) * self.batch_size].astype(np.int32)
-        return {
-            "pids": self.split.pids[rows].astype(np.int32),
-            "camids": self.split.camids[rows].astype(np.int32),
-            "modality": self.split.modality[rows].astype(np.int32),
-            "index": rows,
-            "mask": np.ones(len(rows), bool),
-        }
-
-
-@dataclass(frozen=True)
 class _Gather(grain.transforms.Map):
     """Adds a batch's images from the resized ones."""
 
@@ -186,24 +193,8 @@ class _Gather(grain.transforms.Map):
 class _Decode(grain.transforms.Map):
     """Adds a batch's images from their files."""
 
-    encoded: Any
-    paths: np.ndarray
-    height: int
-    width: int
+    split: Split
+    data: DataSettings
 
     def map(self, batch: Batch) -> Batch:
-        images = np.empty((len(batch["index"]), self.height, self.width, 3), np.uint8)
-        for image, i in zip(images, map(int, batch["index"]), strict=True):
-            decode_and_resize(self.encoded[i], self.paths[i], self.height, self.width, out=image)
-        return batch | {"images": images}
-
-
-@dataclass(frozen=True)
-class _Pad(grain.transforms.Map):
-    """Fills a batch up with zeros to one size."""
-
-    batch_size: int
-
-    def map(self, batch: Batch) -> Batch:
-        missing = self.batch_size - len(batch["index"])
-        return {name: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for name, a in batch.items()}
+        return batch | {"images": np.stack([pixels_of(self.split, i, self.data) for i in map(int, batch["index"])])}

@@ -1,33 +1,28 @@
-"""Embeddings of plain image files: find them, decode them in threads, embed them in batches of one shape.
+"""Embeddings of plain image files: find them, decode them, embed them in batches of one shape.
 
 An image that cannot be read costs its own row, not the run: it is reported, masked out, and the rest goes on.
 """
 
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
-from PIL import UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mpanet_jax.cpus import available_cpus
-from mpanet_jax.data.decode import decode_and_resize
+from mpanet_jax.data.decode import BadImageError, resized_pixels
+from mpanet_jax.data.pipeline import eval_batches
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.extract import Embed, extract_embeddings
 from mpanet_jax.evaluation.protocols import Embeddings
+from mpanet_jax.settings import DataSettings
 
 # What counts as an image in a folder; in a list every line does.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
-BATCHES_IN_FLIGHT = 3
 UNKNOWN = -1
 
 # The end of a path in the data sets' layouts; RegDB's cameras are numbered as in datasets/regdb.py.
@@ -114,67 +109,42 @@ def _image_file(folder: Path, name: str) -> ImageFile:
     return ImageFile(file, path, int(layout["pid"]), _REGDB_CAMERAS.get(camera) or int(camera))
 
 
-def _decode(image: ImageFile, out: UInt8[np.ndarray, "h w 3"]) -> str | None:
-    """Fills `out`; returns None, or why that did not work."""
+def _pixels(image: ImageFile, data: DataSettings) -> np.ndarray:
     try:
         encoded = image.file.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        return getattr(error, "strerror", None) or str(error)
+        raise BadImageError(getattr(error, "strerror", None) or str(error)) from error
     if not encoded:
-        return "empty file"
-    try:
-        out[:] = decode_and_resize(encoded, image.path, *out.shape[:2])
-    except Exception as error:  # Pillow's decoders raise many types for damaged files
-        cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
-        if isinstance(cause, UnidentifiedImageError):
-            return "not an image"
-        return " ".join(str(cause).split()) or type(cause).__name__
-    return None
+        raise BadImageError("empty file")
+    return resized_pixels(encoded, data)
 
 
 def image_batches(
-    images: list[ImageFile], *, height: int, width: int, batch_size: int, report: Report
+    images: list[ImageFile], data: DataSettings, batch_size: int, report: Report
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Eval batches (docs/method.md, "An eval batch") of image files, in order.
+    """`eval_batches` of image files, in order, without `modality`, which is not known.
 
-    Threads decode `BATCHES_IN_FLIGHT` batches ahead. Every batch has `batch_size` rows; those after the last image and
-    those of images that cannot be read are zeros, with `mask` False. `report` is told each of the latter in one line,
-    'PATH: reason'; it may raise, to stop.
+    `report` is told each image that cannot be read in one line, 'PATH: reason'; it may raise, to stop.
     """
-    pool = ThreadPoolExecutor(available_cpus())
-
-    def start(first: int) -> tuple[int, np.ndarray, list[Future]]:
-        pixels = np.zeros((batch_size, height, width, 3), np.uint8)
-        part = images[first : first + batch_size]
-        return first, pixels, [pool.submit(_decode, *pair) for pair in zip(part, pixels, strict=False)]
-
-    firsts = iter(range(0, len(images), batch_size))
-    in_flight = deque(map(start, islice(firsts, BATCHES_IN_FLIGHT)))
-    try:
-        while in_flight:
-            first, pixels, decoded = in_flight.popleft()
-            batch = {name: np.zeros(batch_size, np.int32) for name in ("pids", "camids", "index")}
-            batch |= {"images": pixels, "mask": np.zeros(batch_size, bool)}
-            for row, future in enumerate(decoded):
-                image, fault = images[first + row], future.result()
-                if fault is None:
-                    batch["pids"][row], batch["camids"][row] = image.pid, image.camid
-                    batch["index"][row], batch["mask"][row] = first + row, True
-                else:
-                    pixels[row] = 0
-                    report(f"{image.file}: {fault}")
-            in_flight.extend(map(start, islice(firsts, 1)))
-            yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)
+    rows = {
+        "pids": np.array([image.pid for image in images]),
+        "camids": np.array([image.camid for image in images]),
+        "index": np.arange(len(images)),
+    }
+    return eval_batches(
+        rows,
+        lambda row: _pixels(images[row], data),
+        data,
+        batch_size,
+        on_fault=lambda row, fault: report(f"{images[row].file}: {fault}"),
+    )
 
 
 def embed_images(
     embed: Embed,
     images: list[ImageFile],
     *,
-    height: int,
-    width: int,
+    data: DataSettings,
     batch_size: int,
     report: Report,
 ) -> Embeddings:
@@ -183,7 +153,7 @@ def embed_images(
     Args:
       embed: as `evaluation.workdir.make_embed` gives it.
       images: of `list_images`.
-      height, width: pixels after the resize.
+      data: the images' size and the filter of the resize.
       batch_size: rows sent to the devices at once; rounded up to a multiple of their number, and no more than needed.
       report: told 'PATH: reason' of an image that cannot be read; it may raise, to stop.
 
@@ -192,7 +162,7 @@ def embed_images(
     """
     num_devices = jax.local_device_count()
     rows = -(-min(batch_size, len(images)) // num_devices) * num_devices
-    batches = image_batches(images, height=height, width=width, batch_size=rows, report=report)
+    batches = image_batches(images, data, rows, report)
     console = Console(stderr=True)
     columns = (TextColumn("embed, batches of {task.fields[rows]}"), BarColumn(), MofNCompleteColumn())
     with Progress(

@@ -8,7 +8,7 @@ from mpanet_jax.evaluation.extract import Embed
 from mpanet_jax.evaluation.workdir import embed_of
 from mpanet_jax.methods import make_method
 from mpanet_jax.run_files import load_settings
-from mpanet_jax.settings import Settings, replace
+from mpanet_jax.settings import DataSettings, Settings, replace
 from mpanet_jax.weights.convert import read_weights
 from mpanet_jax.weights.names import Variables
 
@@ -19,14 +19,13 @@ class Network:
 
     Attributes:
       embed: see `Embed`; compiled, on all devices of this process, which divide the rows.
-      height, width: pixels of the images that it was trained with.
+      data: the size of the images that it was trained with, and the filter that resized them.
       batch_size: b, or near it.
     """
 
     embed: Embed
-    height: int = 384
-    width: int = 128
-    batch_size: int = 256
+    data: DataSettings
+    batch_size: int
 
 
 def network_of_workdir(workdir: str | Path, dtype: str | None = None) -> Network:
@@ -58,4 +57,4 @@ def network_of_weights(weights: str | Path, dtype: str | None = None, settings: 
 def _network(settings: Settings, variables: Variables, dtype: str | None, source: str) -> Network:
     settings = settings if dtype is None else replace(settings, {"dtype": dtype})
     embed = embed_of(make_method(settings), variables, source)
-    return Network(embed, settings.data.height, settings.data.width, settings.eval.batch_size)
+    return Network(embed, settings.data, settings.eval.batch_size)

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpanet_jax import datasets
 from mpanet_jax.checkpoint import load_model
-from mpanet_jax.data.pipeline import eval_batches
+from mpanet_jax.data.pipeline import split_batches
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, Split
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
@@ -80,13 +80,7 @@ def embed_split(settings: Settings, split: Split, embed: Embed) -> tuple[Embeddi
     by_modality = []
     for modality in (VISIBLE, INFRARED):
         images = (split.modality == modality).nonzero()[0]
-        batches = eval_batches(
-            split,
-            share_of_process(images),
-            height=settings.data.height,
-            width=settings.data.width,
-            batch_size=batch_size,
-        )
+        batches = split_batches(split, share_of_process(images), settings.data, batch_size)
         share = extract_embeddings(embed, batches, split.paths)
         features = gather_shares(share.features, len(images), "the embeddings of the test set")
         by_modality.append(Embeddings(features, split.pids[images], split.camids[images], split.paths[images]))

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import io
 import itertools
@@ -13,29 +14,44 @@ from PIL import Image
 
 from mpanet_jax.data import cache as cache_module
 from mpanet_jax.data import grain_batches as grain_batches_module
-from mpanet_jax.data.cache import cache_path, choose_cache, open_cache, resized_images
+from mpanet_jax.data.cache import cache_path, choose_cache, open_images
 from mpanet_jax.data.grain_batches import choose_num_workers
-from mpanet_jax.data.pipeline import eval_batches
+from mpanet_jax.data.pipeline import split_batches
 from mpanet_jax.errors import UserError
+from mpanet_jax.settings import DataSettings
 from tests.data.toy import NUM_EPOCHS, SIZE, batch_hash, toy_feed, toy_plan, toy_split
 from tests.limits import HANGS_AFTER
 
 MODES = [("none", 0), ("none", 1), ("none", 3), ("none", -1), ("host", 0), ("host", -1), ("device", 0), ("auto", 0)]
 
 
-def pillow_resized(encoded):
+DATA = DataSettings(**SIZE)
+HOST = DataSettings(**SIZE, cache="host")
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS}
+
+
+def pillow_resized(encoded, resize="bilinear"):
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
-    return np.asarray(image.resize((SIZE["width"], SIZE["height"]), Image.Resampling.BILINEAR))
+    return np.asarray(image.resize((SIZE["width"], SIZE["height"]), FILTERS[resize]))
 
 
-def test_all_modes_give_the_same_bits(tmp_path):
+@pytest.mark.parametrize("resize", FILTERS)
+def test_all_modes_give_pillows_pixels_and_the_same_bits(tmp_path, resize):
     split = toy_split()
+    # A cache of the other filter lies there already.
+    open_images(split, dataclasses.replace(HOST, resize=next(name for name in FILTERS if name != resize)), tmp_path)
+    expected = np.stack([pillow_resized(encoded, resize) for encoded in split.encoded])
     hashes = {}
     for cache, num_workers in MODES:
-        feed = toy_feed(split, cache=cache, cache_dir=tmp_path, num_workers=num_workers)
-        hashes[cache, num_workers] = [batch_hash(batch, feed.images) for batch in feed.batches]
+        feed = toy_feed(split, cache=cache, cache_dir=tmp_path, num_workers=num_workers, resize=resize)
+        batches = list(feed.batches)
         feed.batches.close()
         assert (feed.images is not None) == (feed.cache == "device")
+        hashes[cache, num_workers] = [batch_hash(batch, feed.images) for batch in batches]
+        for batch in batches if feed.images is None else ():
+            np.testing.assert_array_equal(batch["images"], expected[batch["index"]])
+        if feed.images is not None:
+            np.testing.assert_array_equal(feed.images, expected)
     first, *others = hashes.values()
     assert len(first) == 21
     assert all(other == first for other in others)
@@ -55,8 +71,7 @@ def test_a_batch_is_what_the_plan_says():
         assert {batch[name].dtype for name in ("labels", "modality", "index")} == {np.dtype(np.int32)}
         assert batch["images"].dtype == np.uint8
         for image, i in zip(batch["images"], index, strict=True):
-            # White noise, reduced and enlarged by up to 1.7: far harsher than a photograph, but it tells images apart.
-            assert np.abs(image.astype(int) - pillow_resized(split.encoded[i])).mean() < 8
+            np.testing.assert_array_equal(image, pillow_resized(split.encoded[i]))
 
 
 def test_hosts_share_the_identity_slots():
@@ -87,14 +102,15 @@ def test_device_mode_does_not_need_the_disk(tmp_path, monkeypatch, capsys, room)
         monkeypatch.setattr(cache_module, "_free_disk", lambda path: 1000)
     feed = toy_feed(toy_split(), cache="device", cache_dir=tmp_path / "cache")
     assert feed.images.shape == (len(toy_split()), 24, 12, 3)
-    assert cache_path(toy_split(), **SIZE, cache_dir=tmp_path / "cache").exists() == room
+    assert cache_path(toy_split(), DATA, tmp_path / "cache").exists() == room
     assert ("not kept for the next run" in capsys.readouterr().err) != room
 
 
-def test_evaluation_batches_have_one_shape_and_the_asked_order():
+@pytest.mark.parametrize("resize", FILTERS)
+def test_evaluation_batches_have_one_shape_and_the_asked_order(resize):
     split = toy_split()
     indices = np.array([5, 3, 40, 7, 3, 0, 11])
-    batches = list(eval_batches(split, indices, **SIZE, batch_size=3))
+    batches = list(split_batches(split, indices, DataSettings(**SIZE, resize=resize), batch_size=3))
     assert [batch["mask"].tolist() for batch in batches] == [[True] * 3, [True] * 3, [True, False, False]]
     assert {batch["images"].shape for batch in batches} == {(3, 24, 12, 3)}
     real = {name: np.concatenate([b[name][b["mask"]] for b in batches]) for name in batches[0]}
@@ -102,13 +118,11 @@ def test_evaluation_batches_have_one_shape_and_the_asked_order():
     np.testing.assert_array_equal(real["pids"], split.pids[indices])
     np.testing.assert_array_equal(real["camids"], split.camids[indices])
     np.testing.assert_array_equal(real["modality"], split.modality[indices])
-    train = {}
-    for batch in toy_feed(split, cache="none").batches:
-        train |= dict(zip(batch["index"].tolist(), batch["images"], strict=True))
+    assert {a.dtype for name, a in real.items() if name not in ("images", "mask")} == {np.dtype(np.int32)}
     for image, i in zip(real["images"], indices.tolist(), strict=True):
-        np.testing.assert_array_equal(image, train[i])  # evaluation sees training's pixels
+        np.testing.assert_array_equal(image, pillow_resized(split.encoded[i], resize))
     assert not batches[-1]["images"][1:].any()
-    assert list(eval_batches(split, [], **SIZE, batch_size=3)) == []
+    assert list(split_batches(split, [], DATA, batch_size=3)) == []
 
 
 @pytest.mark.parametrize(("cache", "num_workers"), [("none", 0), ("none", 1), ("host", 0)])
@@ -119,6 +133,13 @@ def test_a_damaged_image_is_named_and_leaves_nothing(tmp_path, cache, num_worker
         feed = toy_feed(split, cache=cache, cache_dir=tmp_path, num_workers=num_workers)
         list(feed.batches)
     assert not list(tmp_path.glob("*.npy*"))
+
+
+def test_a_damaged_image_ends_an_evaluation():
+    split = toy_split()
+    split.encoded[17] = split.encoded[17][:150]
+    with pytest.raises(UserError, match=r"image cam/0017\.jpg can't be decoded"):
+        list(split_batches(split, np.arange(30), DATA, batch_size=4))
 
 
 @pytest.mark.parametrize(
@@ -186,40 +207,63 @@ def counted(split):
 
 def test_the_host_cache_is_built_once(tmp_path):
     split = counted(toy_split())
-    first = np.array(resized_images(split, **SIZE, cache_dir=tmp_path))
-    assert split.encoded.reads == len(split)
-    again = resized_images(split, **SIZE, cache_dir=tmp_path)
+    cache, images = open_images(split, HOST, tmp_path)
+    first = np.array(images)
+    assert cache == "host" and split.encoded.reads == len(split)
+    _, again = open_images(split, HOST, tmp_path)
     assert isinstance(again, np.memmap)
     np.testing.assert_array_equal(again, first)
     assert split.encoded.reads == len(split)
-    # Another size and other data are other files.
-    assert resized_images(split, 10, 6, tmp_path).shape[1:] == (10, 6, 3)
+    # Another size, another filter and other data are other files.
+    assert open_images(split, DataSettings(10, 6, cache="host"), tmp_path)[1].shape[1:] == (10, 6, 3)
+    _, lanczos = open_images(split, dataclasses.replace(HOST, resize="lanczos"), tmp_path)
+    assert not np.array_equal(lanczos, first)
     object.__setattr__(split, "fingerprint", "toy1")
-    resized_images(split, **SIZE, cache_dir=tmp_path)
-    assert split.encoded.reads == 3 * len(split)
+    open_images(split, HOST, tmp_path)
+    assert split.encoded.reads == 4 * len(split)
+
+
+def test_a_cache_of_other_pixels_is_left_alone(tmp_path):
+    split = toy_split()
+    old = tmp_path / "toy-train-toy0-24x12-v1.npy"  # as it was called when the pixels were not Pillow's
+    np.save(old, np.zeros((len(split), 24, 12, 3), np.uint8))
+    _, images = open_images(split, HOST, tmp_path)
+    np.testing.assert_array_equal(images[3], pillow_resized(split.encoded[3]))
+
+
+def test_the_cache_is_chosen_and_opened_once(tmp_path, monkeypatch):
+    calls = []
+    for name in ("choose_cache", "_open"):
+        function = getattr(cache_module, name)
+        counted = lambda *a, function=function, **k: calls.append(function.__name__) or function(*a, **k)  # noqa: E731
+        monkeypatch.setattr(cache_module, name, counted)
+    toy_feed(toy_split(), cache="host", cache_dir=tmp_path)
+    assert calls == ["_open", "choose_cache", "_open"]  # once more under the lock: another process may have built it
+    calls.clear()
+    toy_feed(toy_split(), cache="host", cache_dir=tmp_path)
+    assert calls == ["_open", "choose_cache"]
 
 
 def test_the_remains_of_a_killed_build_are_no_cache(tmp_path):
-    split = toy_split()
-    part = cache_path(split, **SIZE, cache_dir=tmp_path).with_suffix(".npy.part")
+    split = counted(toy_split())
+    part = cache_path(split, HOST, tmp_path).with_suffix(".npy.part")
     part.write_bytes(b"half a file")
-    assert open_cache(split, **SIZE, cache_dir=tmp_path) is None
-    assert len(resized_images(split, **SIZE, cache_dir=tmp_path)) == len(split)
+    assert len(open_images(split, HOST, tmp_path)[1]) == split.encoded.reads == len(split)
     assert not part.exists()
 
 
 def test_a_cut_off_cache_is_built_again(tmp_path):
     split = toy_split()
-    expected = np.array(resized_images(split, **SIZE, cache_dir=tmp_path))
-    path = cache_path(split, **SIZE, cache_dir=tmp_path)
+    expected = np.array(open_images(split, HOST, tmp_path)[1])
+    path = cache_path(split, HOST, tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
-    np.testing.assert_array_equal(resized_images(split, **SIZE, cache_dir=tmp_path), expected)
+    np.testing.assert_array_equal(open_images(split, HOST, tmp_path)[1], expected)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"config\.dataset\.data_dir: can't write .*file/cache"):
-        resized_images(toy_split(), **SIZE, cache_dir=tmp_path / "file/cache")
+        open_images(toy_split(), HOST, tmp_path / "file/cache")
 
 
 def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
@@ -229,7 +273,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     split = counted(toy_split())
     with pytest.raises(UserError, match=r"config\.dataset\.data_dir.*No space left .*set config\.data\.cache=none"):
-        resized_images(split, **SIZE, cache_dir=tmp_path)
+        open_images(split, HOST, tmp_path)
     assert split.encoded.reads == 0
     assert not list(tmp_path.glob("*.npy*"))
 

@@ -57,6 +57,7 @@ def toy_feed(
     *,
     cache: str = "auto",
     num_workers: int = 0,
+    resize: str = "bilinear",
     num_epochs: int = NUM_EPOCHS,
     **options,
 ) -> TrainFeed:
@@ -66,6 +67,7 @@ def toy_feed(
         **SIZE,
         num_ids_per_batch=plan.num_ids_per_batch,
         images_per_id=plan.images_per_id,
+        resize=resize,
         cache=cache,
         num_workers=num_workers,
     )
