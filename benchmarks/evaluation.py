@@ -75,6 +75,7 @@ def benchmark_evaluation(
     repeats: int = 3,
     noise: float = 3.0,
     seed: int = 0,
+    on_device: bool = False,
 ) -> dict:
     """Time all four SYSU-MM01 settings with ten trials each on random features of the real structure.
 
@@ -87,7 +88,7 @@ def benchmark_evaluation(
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        metrics = evaluate_embeddings(query, gallery, protocol=protocol, permutation=permutation)
+        metrics = evaluate_embeddings(query, gallery, protocol=protocol, permutation=permutation, on_device=on_device)
         seconds.append(time.perf_counter() - start)
     return {
         "seconds": float(np.median(seconds)),
@@ -107,6 +108,7 @@ def benchmark_all(
     *,
     rerank: bool = False,
     repeats: int = 3,
+    on_device: bool = False,
 ) -> dict:
     """`benchmark_evaluation` for each of the `dimensions`, then `benchmark_rerank`: {'256_seconds': …}, one table.
 
@@ -118,7 +120,7 @@ def benchmark_all(
     test_ids = None if permutation is None else _test_ids(Path(permutation).parent)
     parts = {
         str(dimension): benchmark_evaluation(
-            int(dimension), permutation=permutation, test_ids=test_ids, repeats=repeats
+            int(dimension), permutation=permutation, test_ids=test_ids, repeats=repeats, on_device=on_device
         )
         for dimension in dimensions
     }
@@ -152,7 +154,7 @@ def benchmark_rerank(num_query: int = 2060, num_gallery: int = 2060, dimension: 
         start = time.perf_counter()
         distance = squared_distances(features, "euclidean")
         middle = time.perf_counter()
-        k_reciprocal(distance, num_query)
+        k_reciprocal(distance, num_query)(np.arange(num_query))
         distance_seconds.append(middle - start)
         seconds.append(time.perf_counter() - middle)
     return {

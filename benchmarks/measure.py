@@ -136,6 +136,11 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                     yield from _equations(inner)
 
 
+def has_accelerator() -> bool:
+    """Whether JAX computes on something other than the CPU."""
+    return jax.default_backend() != "cpu"
+
+
 def environment() -> dict[str, Any]:
     """The device and the versions that a figure holds for."""
     device = jax.devices()[0]

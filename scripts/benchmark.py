@@ -1,4 +1,4 @@
-"""Measures a part of the program: python scripts/benchmark.py {step,train,extract,evaluate,data,precision} [flags]
+"""Measures a part of the program: python scripts/benchmark.py NAME [flags]; the names are below.
 
 Prints a table and writes runs/benchmark/NAME.json. Takes all accelerators it finds; CUDA_VISIBLE_DEVICES=0 leaves one.
 
@@ -6,6 +6,7 @@ python scripts/benchmark.py step --config.dtype=float32 --profile=runs/profile
 python scripts/benchmark.py train --config=configs/sysu.py --config.dataset.data_dir=data --config.data.cache=none
 python scripts/benchmark.py extract --files
 python scripts/benchmark.py evaluate --dimensions=256,14336 --permutation=SYSU-MM01/exp/rand_perm_cam.mat
+python scripts/benchmark.py gallery --gallery=100000 --queries=1000 --rerank
 python scripts/benchmark.py precision --config.dataset.data_dir=data     (whether bfloat16 follows float32)
 python scripts/benchmark.py data                       (draws a small data set where config.dataset names none)
 """
@@ -17,7 +18,7 @@ from ml_collections import config_flags
 
 from mpanet_jax.errors import UserError, run_script
 
-NAMES = ("step", "train", "extract", "evaluate", "data", "precision")
+NAMES = ("step", "train", "extract", "evaluate", "gallery", "data", "precision")
 SYSU = str(Path(__file__).parent.parent / "configs/sysu.py")
 CONFIG = config_flags.DEFINE_config_file("config", SYSU, "the run that is measured", lock_config=True)
 OUT = flags.DEFINE_string("out", None, "the report; runs/benchmark/NAME.json by default")
@@ -33,7 +34,12 @@ PROFILE = flags.DEFINE_string("profile", None, "step: a folder for a jax.profile
 FILES = flags.DEFINE_bool("files", False, "extract: also from the files of config.dataset's test split")
 DIMENSIONS = flags.DEFINE_list("dimensions", ["256", "14336"], "evaluate: of the features")
 PERMUTATION = flags.DEFINE_string("permutation", None, "evaluate: SYSU-MM01's rand_perm_cam.mat; else its counts")
-RERANK = flags.DEFINE_bool("rerank", False, "evaluate: also k-reciprocal re-ranking of RegDB's 2,060 x 2,060")
+RERANK = flags.DEFINE_bool(
+    "rerank", False, "evaluate: also k-reciprocal re-ranking of RegDB's 2,060 x 2,060; gallery: re-ranked, not plainly"
+)
+GALLERY = flags.DEFINE_integer("gallery", 100_000, "gallery: synthetic images in it", lower_bound=1)
+QUERIES = flags.DEFINE_integer("queries", 1000, "gallery: synthetic queries", lower_bound=1)
+DIMENSION = flags.DEFINE_integer("dimension", 2048, "gallery: of the features", lower_bound=1)
 CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
@@ -45,7 +51,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in NAMES:
         raise UserError(f"benchmark.py {' '.join(arguments)}: expected one of {', '.join(NAMES)}, then flags")
     # Imports JAX, and with it takes the accelerator.
-    from benchmarks import data, evaluation, extract, measure, precision, step, train
+    from benchmarks import data, evaluation, extract, gallery, measure, precision, step, train
     from mpanet_jax.compilation import set_compilation_cache
     from mpanet_jax.methods import settings_of
     from mpanet_jax.settings import to_dict
@@ -62,7 +68,12 @@ def main(arguments: list[str]) -> None:
         "step": lambda: step.benchmark_step(settings, **number, **images, profile=PROFILE.value),
         "train": lambda: train.benchmark_train(settings, out.parent, **number),
         "extract": lambda: extract.benchmark_extract(settings, **number, **images, from_files=FILES.value),
-        "evaluate": lambda: evaluation.benchmark_all(DIMENSIONS.value, PERMUTATION.value, rerank=RERANK.value),
+        "evaluate": lambda: evaluation.benchmark_all(
+            DIMENSIONS.value, PERMUTATION.value, rerank=RERANK.value, on_device=measure.has_accelerator()
+        ),
+        "gallery": lambda: gallery.benchmark_gallery(
+            GALLERY.value, QUERIES.value, DIMENSION.value, rerank=RERANK.value, on_device=measure.has_accelerator()
+        ),
         "data": lambda: data.benchmark_dataset(settings, **images),
         "precision": lambda: precision.benchmark_precision(settings, **number, num_starts=STARTS.value),
     }

@@ -98,6 +98,16 @@ def test_evaluate(tmp_path):
     assert (results["8_num_query"], results["8_num_gallery"]) == (3803, 6775)
 
 
+@pytest.mark.parametrize("rerank", [False, True])
+def test_gallery(rerank, tmp_path):
+    arguments = ["--gallery=400", "--queries=30", "--dimension=64", *(["--rerank"] if rerank else [])]
+    process, report = run(tmp_path, "gallery", *arguments)
+    results = check(process, report, "gallery", "seconds", "peak_gib", "features_gib", "mAP")
+    assert (results["num_gallery"], results["num_query"], results["num_ids"]) == (400, 30, 40)
+    assert results["rerank"] == rerank
+    assert 100 / 40 < results["rank1"] < 100  # clusters that overlap
+
+
 def test_data(data, tmp_path):
     process, report = run(tmp_path, "data", *TINY, *data, "--images=20")
     results = check(process, report, "data", "pillow_loop", "streaming", "cache_build", "host_cache")
@@ -122,7 +132,7 @@ def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["fast"], "step, train, extract, evaluate, data, precision"),
+        (["fast"], "step, train, extract, evaluate, gallery, data, precision"),
         (["evaluate", "--dimensions=many"], "--dimensions"),
         (["evaluate", "--permutation=nowhere/rand_perm_cam.mat"], "test_id.txt"),
     ],

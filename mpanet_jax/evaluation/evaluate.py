@@ -13,6 +13,7 @@ from mpanet_jax.cpus import available_cpus
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.metrics import (
     CMC_DEFINITIONS,
+    FIGURES,
     METRICS,
     QueryScores,
     distance_function,
@@ -24,7 +25,6 @@ from mpanet_jax.evaluation.metrics import (
 from mpanet_jax.evaluation.protocols import DEFAULTS, Comparison, Embeddings, check_embeddings, comparisons
 from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
 
-FIGURES = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
 _CHUNK = 2**25  # distances held at once: 128 MiB of float32
 _BLOCK = 2**20  # distances ranked by one thread at once; smaller blocks spend their time waiting for Python's lock
 
@@ -39,6 +39,7 @@ def evaluate_embeddings(
     cmc: str | None = None,
     rerank: bool = False,
     trial: int | None = None,
+    on_device: bool = False,
 ) -> dict[str, dict]:
     """Evaluate `query` against `gallery` by a named protocol (docs/method.md).
 
@@ -52,11 +53,10 @@ def evaluate_embeddings(
       cmc: 'identity' (first appearance of each identity) or 'image'; by default the protocol's.
       rerank: k-reciprocal re-ranking, within each trial's gallery.
       trial: RegDB's split that the model was trained and tested on; stored in the result.
+      on_device: compute the distances' products by JAX, on its default device, instead of by numpy.
 
     Returns:
-      {'sysu/all/single': {'rank1', 'rank5', 'rank10', 'rank20', 'mAP', 'mINP' (percent, mean over trials), 'std' (the
-      same keys; population standard deviation over trials), 'rerank', 'protocol', 'metric', 'cmc', 'trials',
-      'num_query', 'num_query_without_match', 'num_gallery' (, 'trial')}, …}
+      {'sysu/all/single': {what `evaluate_comparison` returns, 'protocol' (, 'trial')}, …}
 
     Raises:
       UserError: an unknown name, or embeddings that do not fit the protocol.
@@ -68,43 +68,90 @@ def evaluate_embeddings(
             raise UserError(f"{flag}: unknown value {value!r}; expected one of {', '.join(known)}")
     results = {}
     for comparison in pairs:
-        scores = _score_reranked(comparison, metric) if rerank else _score(comparison, metric)
-        for setting, trials in zip(comparison.settings, scores, strict=True):
-            if not all((trial_scores.matches > 0).any() for trial_scores in trials):
-                raise UserError(
-                    f"{setting.name}: no query of {comparison.query.source} has a match in "
-                    f"{comparison.gallery.source}; are both of the same test identities?"
-                )
-            summaries = [summarize(trial_scores, cmc) for trial_scores in trials]
-            results[setting.name] = {
-                **{name: float(np.mean([s[name] for s in summaries])) for name in FIGURES},
-                "std": {name: float(np.std([s[name] for s in summaries])) for name in FIGURES},
-                "rerank": bool(rerank),
-                "protocol": protocol,
-                "metric": metric,
-                "cmc": cmc,
-                "trials": len(trials),
-                "num_query": len(comparison.query),
-                "num_query_without_match": int(np.mean([np.sum(t.matches == 0) for t in trials])),
-                "num_gallery": int(np.mean([len(rows) for rows in setting.galleries])),
-                **({} if trial is None else {"trial": int(trial)}),
-            }
+        for name, values in evaluate_comparison(comparison, metric, cmc, rerank=rerank, on_device=on_device).items():
+            results[name] = {**values, "protocol": protocol, **({} if trial is None else {"trial": int(trial)})}
     return results
 
 
-def _score(comparison: Comparison, metric: str) -> list[list[QueryScores]]:
+def evaluate_comparison(
+    comparison: Comparison, metric: str, cmc: str, *, rerank: bool = False, on_device: bool = False
+) -> dict[str, dict]:
+    """Evaluate every setting of a comparison; arguments as in `evaluate_embeddings`.
+
+    Returns:
+      {setting: {'rank1', 'rank5', 'rank10', 'rank20', 'mAP', 'mINP' (percent, mean over trials), 'std' (the same keys;
+      population standard deviation over trials), 'rerank', 'metric', 'cmc', 'trials', 'num_query',
+      'num_query_without_match', 'num_gallery'}, …}
+
+    Raises:
+      UserError: a trial in which no query has a match.
+    """
+    query, results = comparison.query, {}
+    scores = (_score_reranked if rerank else _score_plain)(comparison, metric, on_device)
+    for setting, trials in zip(comparison.settings, scores, strict=True):
+        if not all((trial_scores.matches > 0).any() for trial_scores in trials):
+            raise UserError(
+                f"{setting.name}: no query of {query.source} has a match in "
+                f"{comparison.gallery.source}; are both of the same test identities?"
+            )
+        summaries = [summarize(trial_scores, cmc) for trial_scores in trials]
+        results[setting.name] = {
+            **{name: float(np.mean([s[name] for s in summaries])) for name in FIGURES},
+            "std": {name: float(np.std([s[name] for s in summaries])) for name in FIGURES},
+            "rerank": bool(rerank),
+            "metric": metric,
+            "cmc": cmc,
+            "trials": len(trials),
+            "num_query": len(query),
+            "num_query_without_match": int(np.mean([np.sum(t.matches == 0) for t in trials])),
+            "num_gallery": int(np.mean([len(rows) for rows in setting.galleries])),
+        }
+    return results
+
+
+Galleries = list[list[np.ndarray]]  # rows of the gallery, [setting][trial]
+
+
+def _score_plain(comparison: Comparison, metric: str, on_device: bool) -> list[list[QueryScores]]:
     """Score every setting and trial: result[setting][trial]. Each distance is computed, and each query ranked, once."""
-    query, gallery = comparison.query, comparison.gallery
-    distances = distance_function(gallery.features, metric)
+    distances = distance_function(comparison.gallery.features, metric, on_device=on_device)
     galleries = [setting.galleries for setting in comparison.settings]
+    return _score(comparison, lambda rows: distances(comparison.query.features[rows]), galleries)
+
+
+def _score_reranked(comparison: Comparison, metric: str, on_device: bool) -> list[list[QueryScores]]:
+    """As `_score_plain`, with each trial's gallery re-ranked by itself: neighbours are its images and all queries."""
+    query, gallery = comparison.query, comparison.gallery
+    everything = squared_distances(np.concatenate([query.features, gallery.features]), metric, on_device=on_device)
+
+    def score_trial(images: np.ndarray) -> QueryScores:
+        reranked = k_reciprocal(
+            everything.take(np.concatenate([np.arange(len(query)), len(query) + images])), len(query)
+        )
+
+        def distances(rows: np.ndarray) -> np.ndarray:
+            distance = np.full((len(rows), len(gallery)), np.inf, np.float32)
+            distance[:, images] = reranked(rows)
+            return distance
+
+        return _score(comparison, distances, [[images]])[0][0]
+
+    return [[score_trial(images) for images in setting.galleries] for setting in comparison.settings]
+
+
+def _score(
+    comparison: Comparison, distances: Callable[[np.ndarray], np.ndarray], galleries: Galleries
+) -> list[list[QueryScores]]:
+    """Score against galleries[setting][trial] by `distances`: query rows int[r] → float32[r, gallery], in blocks."""
     score = _scorer(comparison)
-    chunk = max(1, _CHUNK // len(gallery))
+    num_query, num_gallery = len(comparison.query), len(comparison.gallery)
+    chunk, block_rows = max(1, _CHUNK // num_gallery), max(1, _BLOCK // num_gallery)
     parts = []
     with ThreadPoolExecutor(available_cpus()) as pool:
-        for start in range(0, len(query), chunk):
-            rows = np.arange(start, min(start + chunk, len(query)))
-            distance = distances(query.features[rows])
-            blocks = np.array_split(np.arange(len(rows)), min(len(rows), -(-distance.size // _BLOCK)))
+        for start in range(0, num_query, chunk):
+            rows = np.arange(start, min(start + chunk, num_query))
+            distance = distances(rows)
+            blocks = np.array_split(np.arange(len(rows)), -(-len(rows) // block_rows))
             parts.extend(pool.map(lambda block: score(rows[block], distance[block], galleries), blocks))  # noqa: B023
     return [
         [_concatenate([part[setting][trial] for part in parts]) for trial in range(len(trials))]
@@ -112,30 +159,12 @@ def _score(comparison: Comparison, metric: str) -> list[list[QueryScores]]:
     ]
 
 
-def _score_reranked(comparison: Comparison, metric: str) -> list[list[QueryScores]]:
-    """As `_score`, with each trial's gallery re-ranked by itself: neighbours outside it are unknown to the method."""
-    query, gallery = comparison.query, comparison.gallery
-    distance = squared_distances(np.concatenate([query.features, gallery.features]), metric)
-    score = _scorer(comparison)
-    every_query = np.arange(len(query))
-    results = []
-    for setting in comparison.settings:
-        trials = []
-        for rows in setting.galleries:
-            images = np.concatenate([every_query, len(query) + rows])
-            everywhere = np.full((len(query), len(gallery)), np.inf, np.float32)
-            everywhere[:, rows] = k_reciprocal(distance[np.ix_(images, images)], len(query))
-            trials.append(score(every_query, everywhere, [[rows]])[0][0])
-        results.append(trials)
-    return results
-
-
-def _scorer(comparison: Comparison) -> Callable[[np.ndarray, np.ndarray, list], list[list[QueryScores]]]:
+def _scorer(comparison: Comparison) -> Callable[[np.ndarray, np.ndarray, Galleries], list[list[QueryScores]]]:
     """Return `score(rows, distance, galleries)`: rank queries `rows`, score them against galleries[setting][trial]."""
     gallery_size = len(comparison.gallery)
     relative, num_identities = relative_identities(comparison.query.pids, comparison.gallery.pids)
 
-    def score(rows: np.ndarray, distance: np.ndarray, galleries: list[list[np.ndarray]]) -> list[list[QueryScores]]:
+    def score(rows: np.ndarray, distance: np.ndarray, galleries: Galleries) -> list[list[QueryScores]]:
         order = rank_gallery(distance)
         results = []
         for trials in galleries:

@@ -6,7 +6,6 @@ gallery, `evaluate.py` joins the two. A ranking is stable: ascending distance, e
 
 import functools
 import hashlib
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ from jaxtyping import Bool, Float32, Float64, Int
 
 METRICS = ("cosine", "euclidean")
 CMC_DEFINITIONS = ("identity", "image")
+RANKS = (1, 5, 10, 20)
+FIGURES = (*(f"rank{k}" for k in RANKS), "mAP", "mINP")
 
 
 def squared_norms(features: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, " n"]:
@@ -66,10 +67,10 @@ def first_equal_row(features: np.ndarray) -> Int[np.ndarray, " n"]:
     """
     first = np.arange(len(features))
     # Most rows are told apart by some of their columns; only those that are not are read whole.
-    sample = np.ascontiguousarray(features[:, :: -(-features.shape[1] // 256)])
-    groups: dict[bytes, list[int]] = {}
+    sample = features[:, :: -(-features.shape[1] // 256)]
+    groups: dict[int, list[int]] = {}
     for index, row in enumerate(sample):
-        groups.setdefault(row.tobytes(), []).append(index)
+        groups.setdefault(hash(row.tobytes()), []).append(index)
     for rows in groups.values():
         if len(rows) > 1:
             seen: dict[bytes, int] = {}
@@ -78,13 +79,14 @@ def first_equal_row(features: np.ndarray) -> Int[np.ndarray, " n"]:
     return first
 
 
-def distance_function(gallery: np.ndarray, metric: str) -> Callable[[np.ndarray], np.ndarray]:
+def distance_function(
+    gallery: np.ndarray, metric: str, *, on_device: bool = False
+) -> Callable[[np.ndarray], np.ndarray]:
     """Return `distances(query) -> float32[q, n]` against a fixed `gallery` float32[n, d].
 
     'cosine' is minus the cosine similarity times ‖q‖; a zero vector has similarity 0 to everything. 'euclidean' is half
     the squared Euclidean distance without the query's own term ‖q‖²/2. Both rank a row like the distance itself and
-    keep more digits than it would; neither is meant to be compared between rows. Where this process already runs JAX
-    on an accelerator, the products are computed there in full float32, else by numpy.
+    keep more digits than it would; neither is meant to be compared between rows. `on_device` as in `product_function`.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
@@ -96,11 +98,10 @@ def distance_function(gallery: np.ndarray, metric: str) -> Callable[[np.ndarray]
         half_squares = np.float32(0)
         scale = None
     else:
-        # A power of two brings the largest value near 1, so that no square overflows; it rounds nothing.
-        scale = np.ldexp(np.float32(1), -int(np.frexp(np.max(np.abs(gallery), initial=0))[1]))
+        scale = scale_to_one(gallery)
         gallery = gallery * scale if scale != 1 else gallery
         half_squares, factor = squared_norms(gallery) / 2, np.float32(1)
-    product = _product_function(gallery)
+    product = product_function(gallery, on_device)
 
     def distances(query: np.ndarray) -> np.ndarray:
         result = product(_direction(query)[0] if scale is None else query * scale)
@@ -112,17 +113,24 @@ def distance_function(gallery: np.ndarray, metric: str) -> Callable[[np.ndarray]
     return distances
 
 
-def _product_function(gallery: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Return `query -> query @ gallery.T` in float32, on the accelerator if JAX is loaded and has one."""
-    jax = sys.modules.get("jax")
-    if jax is None or jax.default_backend() == "cpu":
+def scale_to_one(features: np.ndarray) -> np.float32:
+    """The power of two that brings the largest |value| near 1, so that no square overflows; it rounds nothing."""
+    largest = max(np.max(features, initial=0), -np.min(features, initial=0))
+    return np.ldexp(np.float32(1), -int(np.frexp(largest)[1]))
+
+
+def product_function(gallery: np.ndarray, on_device: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """Return `query -> query @ gallery.T` in float32: by numpy, or by JAX on its default device (`on_device`)."""
+    if not on_device:
         return lambda query: query @ gallery.T
-    on_device = jax.device_put(gallery)
-    return lambda query: np.array(_accelerator_product()(query, on_device))
+    import jax
+
+    gallery_on_device = jax.device_put(gallery)
+    return lambda query: np.array(_device_product()(query, gallery_on_device))
 
 
 @functools.cache
-def _accelerator_product() -> Callable:
+def _device_product() -> Callable:
     import jax
 
     # XLA would try out ways to compute the product for longer than the product takes.
@@ -133,17 +141,20 @@ def _accelerator_product() -> Callable:
     )
 
 
-def rank_gallery(distance: Float32[np.ndarray, "q n"]) -> Int[np.ndarray, "q n"]:
-    """Order the gallery for each query: ascending distance, ties by gallery order.
+def rank_gallery(distance: Float32[np.ndarray, "q n"], number: int | None = None) -> Int[np.ndarray, "q m"]:
+    """Order the gallery for each query: ascending distance, ties by gallery order; of `number`: its first so many.
 
     One int64 key holds the distance's bits above the gallery index, so that one plain sort, which numpy vectorises, is
-    also stable; several times the speed of a stable argsort. `distance` must be finite.
+    also stable; several times the speed of a stable argsort. `distance` must not be NaN.
     """
     bits = np.ascontiguousarray(distance, np.float32).view(np.int32)
     bits = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))  # negative floats: now ordered as integers too
     keys = bits.astype(np.int64)
     keys <<= 32
     keys |= np.arange(distance.shape[1], dtype=np.int64)
+    if number is not None and number < keys.shape[1]:
+        keys.partition(number - 1, axis=1)
+        keys = keys[:, :number].copy()
     keys.sort(axis=1)
     keys &= 0xFFFFFFFF
     return keys
@@ -233,19 +244,24 @@ def score_rankings(
     return QueryScores(matches, identity_rank, image_rank, precision / np.maximum(matches, 1), matches / last_position)
 
 
-def summarize(scores: QueryScores, cmc: str, ranks: tuple[int, ...] = (1, 5, 10, 20)) -> dict[str, float]:
-    """Average over the queries that have a match: {'rank1', …, 'mAP', 'mINP'}, in percent.
+def query_figures(scores: QueryScores, cmc: str) -> Float64[np.ndarray, "6 q"]:
+    """What each query adds to the FIGURES, one row each, as fractions; columns without a match must not be averaged.
 
     `cmc` names the definition: 'identity' counts each identity once, at its first appearance; 'image' counts images.
-    Raises ValueError if no query has a match.
     """
     if cmc not in CMC_DEFINITIONS:
         raise ValueError(f"cmc must be one of {CMC_DEFINITIONS}, got {cmc!r}")
+    position = scores.identity_rank if cmc == "identity" else scores.image_rank
+    return np.stack([*(position <= k for k in RANKS), scores.average_precision, scores.inverse_penalty])
+
+
+def summarize(scores: QueryScores, cmc: str) -> dict[str, float]:
+    """Average over the queries that have a match: the FIGURES, in percent; `cmc` as in `query_figures`.
+
+    Raises ValueError if no query has a match.
+    """
     matched = scores.matches > 0
     if not matched.any():
         raise ValueError("no query has a match in its gallery")
-    position = (scores.identity_rank if cmc == "identity" else scores.image_rank)[matched]
-    summary = {f"rank{k}": 100.0 * float(np.mean(position <= k)) for k in ranks}
-    summary["mAP"] = 100.0 * float(np.mean(scores.average_precision[matched]))
-    summary["mINP"] = 100.0 * float(np.mean(scores.inverse_penalty[matched]))
-    return summary
+    means = query_figures(scores, cmc)[:, matched].mean(axis=1)
+    return {name: 100.0 * float(mean) for name, mean in zip(FIGURES, means, strict=True)}

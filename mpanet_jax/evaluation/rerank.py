@@ -2,94 +2,228 @@
 
 Two images are k-reciprocal neighbours if each is among the other's k nearest. An image becomes a vector over all
 images, weighted exp(−distance) on its (expanded) reciprocal neighbours; the Jaccard distance of two such vectors is
-mixed with the original distance. The sets are sparse matrices here, so that every loop of the paper is one product.
+mixed with the original distance.
+
+The sets and the vectors are sparse matrices, and distances are asked for in blocks of rows, so that memory grows with
+the number of images n and not with n².
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 
 from mpanet_jax.cpus import available_cpus
-from mpanet_jax.evaluation.metrics import l2_normalize, rank_gallery, squared_norms
+from mpanet_jax.evaluation.metrics import (
+    first_equal_row,
+    l2_normalize,
+    product_function,
+    rank_gallery,
+    scale_to_one,
+    squared_norms,
+)
+
+Sparse = Any  # a csr_array or csc_array; type checkers do not see what comes out of their products
+
+_KEPT = 2**28  # where n² distances are no more than these, they are kept: 1 GiB
+_CHUNK = 2**25  # distances computed at once: 128 MiB
+_BLOCK = 2**20  # distances ranked by one thread at once
+_SET_ROWS = 4096  # images whose neighbours are expanded by one thread at once
+_PAIR_VALUES = 2**22  # feature values subtracted at once
+_QUERY_ROWS = 64  # queries whose vectors are compared by one thread at once
 
 
-def squared_distances(features: np.ndarray, metric: str) -> Float32[np.ndarray, "n n"]:
-    """Squared Euclidean distances between all rows of `features` float32[n, d], L2-normalised first under 'cosine'."""
+class KeptDistances:
+    """Distances between n images, as a matrix float32[n, n]."""
+
+    def __init__(self, matrix: Float32[np.ndarray, "n n"]):
+        self._matrix = matrix
+
+    def __len__(self) -> int:
+        return len(self._matrix)
+
+    def block(self, rows: Int[np.ndarray, " r"]) -> Float32[np.ndarray, "r n"]:
+        """From the images `rows` to all."""
+        return self._matrix[rows]
+
+    def pairs(self, rows: Int[np.ndarray, " m"], columns: Int[np.ndarray, " m"]) -> Float32[np.ndarray, " m"]:
+        """From image rows[i] to image columns[i]."""
+        return self._matrix[rows, columns]
+
+    def take(self, images: Int[np.ndarray, " k"]) -> "KeptDistances":
+        """Those between the `images` alone, in that order."""
+        return KeptDistances(self._matrix[np.ix_(images, images)])
+
+
+class ComputedDistances:
+    """Squared Euclidean distances between the rows of `features` float32[n, d], computed when they are asked for."""
+
+    def __init__(self, features: Float32[np.ndarray, "n d"], on_device: bool = False):
+        self._features, self._on_device = features, on_device
+        self._squares = squared_norms(features)
+        self._first = first_equal_row(features)
+        self._duplicates = np.flatnonzero(self._first != np.arange(len(features)))
+        self._product = product_function(features, on_device)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def block(self, rows: Int[np.ndarray, " r"]) -> Float32[np.ndarray, "r n"]:
+        """From the images `rows` to all; equal images are at distance 0, and equally far from any other."""
+        distance = self._product(self._features[rows])
+        distance *= -2
+        distance += self._squares[rows][:, None]
+        distance += self._squares[None, :]
+        np.maximum(distance, 0, out=distance)
+        distance[np.arange(len(rows)), self._first[rows]] = 0
+        distance[:, self._duplicates] = distance[:, self._first[self._duplicates]]
+        return distance
+
+    def pairs(self, rows: Int[np.ndarray, " m"], columns: Int[np.ndarray, " m"]) -> Float32[np.ndarray, " m"]:
+        """From image rows[i] to image columns[i]."""
+        distance = np.empty(len(rows), np.float32)
+        step = max(1, _PAIR_VALUES // self._features.shape[1])
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            distance[some] = squared_norms(self._features[rows[some]] - self._features[columns[some]])
+        return distance
+
+    def take(self, images: Int[np.ndarray, " k"]) -> "KeptDistances | ComputedDistances":
+        """Those between the `images` alone, in that order."""
+        if np.array_equal(images, np.arange(len(self))):
+            return self
+        return _kept_if_small(ComputedDistances(self._features[images], self._on_device))
+
+
+Distances = KeptDistances | ComputedDistances
+
+
+def squared_distances(features: np.ndarray, metric: str, *, on_device: bool = False) -> Distances:
+    """Squared Euclidean distances between all rows of `features` float32[n, d], L2-normalised first under 'cosine'.
+
+    Under 'euclidean' they are scaled by a power of two: re-ranking divides by the largest distance of a row, so this
+    changes nothing but overflow. `on_device` as in `product_function`.
+    """
     if metric == "cosine":
         features = l2_normalize(features)
-    else:  # re-ranking divides by the largest distance of a row, so a power of two changes nothing but overflow
-        features = features * np.ldexp(np.float32(1), -int(np.frexp(np.max(np.abs(features)))[1]))
-    squares = squared_norms(features)
-    distance = features @ features.T
-    distance *= -2
-    distance += squares[:, None]
-    distance += squares[None, :]
-    np.maximum(distance, 0, out=distance)
-    np.fill_diagonal(distance, 0)
-    return distance
+    else:
+        scale = scale_to_one(features)
+        features = features * scale if scale != 1 else features
+    return _kept_if_small(ComputedDistances(features, on_device))
+
+
+def _kept_if_small(distances: ComputedDistances) -> Distances:
+    number = len(distances)
+    return KeptDistances(distances.block(np.arange(number))) if number**2 <= _KEPT else distances
 
 
 def k_reciprocal(
-    distance: Float32[np.ndarray, "n n"], num_query: int, *, k1: int = 20, k2: int = 6, weight: float = 0.3
-) -> Float32[np.ndarray, "q g"]:
-    """Re-ranked distances of n = q + g images, the `num_query` queries first.
+    distances: Distances, num_query: int, *, k1: int = 20, k2: int = 6, weight: float = 0.3
+) -> Callable[[Int[np.ndarray, " r"]], Float32[np.ndarray, "r g"]]:
+    """Return `reranked(queries) -> float32[r, g]`: re-ranked distances from those of the q queries to all g others.
 
     Args:
-      distance: squared distances between all images, symmetric; overwritten.
+      distances: squared distances between n = q + g images, the `num_query` queries first.
       num_query: q.
       k1: size of the reciprocal neighbourhood (20).
       k2: size of the neighbourhood over which vectors are averaged (6).
       weight: λ, the original distance's share (0.3).
     """
-    total = len(distance)
-    k2 = min(k2, total)
-    largest = distance.max(axis=1, keepdims=True)
-    distance /= np.where(largest > 0, largest, 1)
-    blocks = [slice(start, start + 256) for start in range(0, total, 256)]
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        nearest = np.concatenate(list(pool.map(lambda rows: rank_gallery(distance[rows])[:, : k1 + 1], blocks)))
+    nearest, largest = _nearest(distances, k1 + 1)
+    vectors = _vectors(distances, nearest, largest, k1)
+    if k2 > 1:
+        neighbours = nearest[:, :k2]
+        vectors = (_adjacency(neighbours).astype(np.float64) @ vectors).tocsr() / neighbours.shape[1]
+    query_vectors, columns = vectors[:num_query], vectors[num_query:].tocsc()
+    del vectors
+    block_rows = min(_QUERY_ROWS, max(1, _BLOCK // max(1, columns.shape[0])))
 
-        reciprocal = _reciprocal(nearest)
-        half = _reciprocal(nearest[:, : round(k1 / 2) + 1])
+    def reranked(queries: np.ndarray) -> np.ndarray:
+        original = distances.block(queries)[:, num_query:]
+
+        def rerank_block(block: slice) -> np.ndarray:
+            minimum = _sums_of_minima(query_vectors[queries[block]], columns)
+            jaccard = 1 - minimum / (2 - minimum)
+            return ((1 - weight) * jaccard + weight * _divided(original[block], largest[queries[block]])).astype(
+                np.float32
+            )
+
+        blocks = [slice(start, start + block_rows) for start in range(0, len(queries), block_rows)]
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            return np.concatenate(list(pool.map(rerank_block, blocks)))
+
+    return reranked
+
+
+def _divided(distance: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    return distance / largest[:, None]
+
+
+def _nearest(distances: Distances, number: int) -> tuple[Int[np.ndarray, "n k"], Float32[np.ndarray, " n"]]:
+    """Of each image its `number` nearest, itself among them, and its largest distance (1 where that is 0)."""
+    total = len(distances)
+    largest = np.empty(total, np.float32)
+    nearest = np.empty((total, min(number, total)), np.int32)
+    chunk, block_rows = max(1, _CHUNK // total), min(256, max(1, _BLOCK // total))
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for start in range(0, total, chunk):
+            rows = np.arange(start, min(start + chunk, total))
+            distance = distances.block(rows)
+
+            def rank(block: slice, rows: np.ndarray = rows, distance: np.ndarray = distance) -> None:
+                furthest = distance[block].max(axis=1)
+                largest[rows[block]] = np.where(furthest > 0, furthest, 1)
+                nearest[rows[block]] = rank_gallery(_divided(distance[block], largest[rows[block]]), number)
+
+            list(pool.map(rank, [slice(first, first + block_rows) for first in range(0, len(rows), block_rows)]))
+    return nearest, largest
+
+
+def _vectors(distances: Distances, nearest: np.ndarray, largest: np.ndarray, k1: int) -> Sparse:
+    """Sparse float64[n, n]: row i has exp(−distance) on i's expanded reciprocal neighbours, and the sum 1."""
+    reciprocal = _reciprocal(nearest)
+    half = _reciprocal(nearest[:, : round(k1 / 2) + 1])
+    half_columns = half.T.tocsr()
+    size = np.asarray(half.sum(axis=1)).ravel()
+
+    def expand(rows: np.ndarray) -> Sparse:
+        own = reciprocal[rows]
         # A neighbour c lends its own half-size set R(c) if more than two thirds of it are in R(i) already.
-        overlap = (reciprocal @ half.T).multiply(reciprocal).tocsr()
-        size = np.asarray(half.sum(axis=1)).ravel()
+        overlap = (own @ half_columns).multiply(own).tocsr()
         overlap.data = (3 * overlap.data > 2 * size[overlap.indices]).astype(np.float32)
-        expanded = (reciprocal + overlap @ half).tocsr()
+        expanded = (own + overlap @ half).tocsr()
         expanded.eliminate_zeros()
         expanded.sort_indices()
 
-        rows = np.repeat(np.arange(total), np.diff(expanded.indptr))
+        owner = np.repeat(np.arange(len(rows)), np.diff(expanded.indptr))
+        distance = distances.pairs(rows[owner], expanded.indices) / largest[rows[owner]]
         vectors = expanded.astype(np.float64)
-        vectors.data = np.exp(-distance[rows, expanded.indices].astype(np.float64))
-        vectors.data /= np.bincount(rows, weights=vectors.data, minlength=total)[rows]
-        if k2 > 1:
-            vectors = (_adjacency(nearest[:, :k2]).astype(np.float64) @ vectors).tocsr() / k2
+        vectors.data = np.exp(-distance.astype(np.float64))
+        vectors.data /= np.bincount(owner, weights=vectors.data, minlength=len(rows))[owner]
+        return vectors
 
-        # Σ_k min(V_ik, V_jk) for queries i and gallery images j, from the columns' entries alone.
-        columns = vectors[num_query:].tocsc()
-        num_gallery = total - num_query
-
-        def rerank_block(block: slice) -> np.ndarray:
-            own = vectors[block]
-            lengths = np.diff(columns.indptr)[own.indices]
-            owner = np.repeat(np.repeat(np.arange(own.shape[0]), np.diff(own.indptr)), lengths)
-            ends = np.cumsum(lengths)
-            entry = np.arange(ends[-1] if len(ends) else 0)
-            entry += np.repeat(columns.indptr[own.indices] - (ends - lengths), lengths)
-            shared = np.minimum(np.repeat(own.data, lengths), columns.data[entry])
-            flat = owner * num_gallery + columns.indices[entry]
-            minimum = np.bincount(flat, weights=shared, minlength=own.shape[0] * num_gallery).reshape(-1, num_gallery)
-            jaccard = 1 - minimum / (2 - minimum)
-            return ((1 - weight) * jaccard + weight * distance[block, num_query:]).astype(np.float32)
-
-        queries = [slice(start, min(start + 64, num_query)) for start in range(0, num_query, 64)]
-        return np.concatenate(list(pool.map(rerank_block, queries)))
+    blocks = [np.arange(s, min(s + _SET_ROWS, len(nearest))) for s in range(0, len(nearest), _SET_ROWS)]
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        return sparse.vstack(list(pool.map(expand, blocks)), format="csr")
 
 
-def _adjacency(neighbours: np.ndarray) -> sparse.csr_array:
+def _sums_of_minima(own: Sparse, columns: Sparse) -> np.ndarray:
+    """Σ_k min(own[i, k], columns[j, k]), float64[r, g], from the columns' entries alone."""
+    num_gallery = columns.shape[0]
+    lengths = np.diff(columns.indptr)[own.indices]
+    owner = np.repeat(np.repeat(np.arange(own.shape[0]), np.diff(own.indptr)), lengths)
+    ends = np.cumsum(lengths)
+    entry = np.arange(ends[-1] if len(ends) else 0)
+    entry += np.repeat(columns.indptr[own.indices] - (ends - lengths), lengths)
+    shared = np.minimum(np.repeat(own.data, lengths), columns.data[entry])
+    flat = owner * num_gallery + columns.indices[entry]
+    return np.bincount(flat, weights=shared, minlength=own.shape[0] * num_gallery).reshape(-1, num_gallery)
+
+
+def _adjacency(neighbours: np.ndarray) -> Sparse:
     """0/1 matrix: row i has ones at `neighbours[i]`."""
     total, k = neighbours.shape
     return sparse.csr_array(
@@ -97,6 +231,6 @@ def _adjacency(neighbours: np.ndarray) -> sparse.csr_array:
     )
 
 
-def _reciprocal(neighbours: np.ndarray) -> sparse.csr_array:
+def _reciprocal(neighbours: np.ndarray) -> Sparse:
     adjacency = _adjacency(neighbours)
     return adjacency.multiply(adjacency.T).tocsr()

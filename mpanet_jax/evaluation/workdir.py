@@ -108,6 +108,7 @@ def evaluate_split(
         cmc=cmc,
         rerank=settings.eval.rerank if rerank is None else rerank,
         trial=settings.dataset.trial,
+        on_device=jax.default_backend() != "cpu",
     )
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from benchmarks.evaluation import benchmark_top_k, random_embeddings
+from benchmarks.evaluation import benchmark_rerank, benchmark_top_k, random_embeddings
 from benchmarks.evaluation import test_set_counts as counts_of_test_set
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from tests.evaluation import cases
@@ -31,3 +31,9 @@ def test_top_k_benchmark_leaves_nothing_behind(tmp_path):
     result = benchmark_top_k(tmp_path, num_gallery=300, num_query=3, dimension=4, k=5)
     assert result["num_gallery"] == 300
     assert not list(tmp_path.iterdir())
+
+
+def test_rerank_benchmark_times_distances_apart():
+    result = benchmark_rerank(40, 30, 8, repeats=2)
+    assert (result["num_query"], result["num_gallery"], result["dimension"]) == (40, 30, 8)
+    assert result["seconds"] > 0 and result["distance_seconds"] > 0

@@ -1,0 +1,69 @@
+"""How long, and in how much memory, the evaluator ranks a large gallery, plainly and re-ranked."""
+
+import time
+
+import numpy as np
+
+from benchmarks.evaluation import peak_memory_gib
+from mpanet_jax.cpus import available_cpus
+from mpanet_jax.evaluation.evaluate import evaluate_comparison
+from mpanet_jax.evaluation.protocols import Comparison, Embeddings, Setting
+
+IMAGES_OF_AN_ID = 10  # in the gallery
+_ROWS = 4096  # features drawn at once
+
+
+def clustered_embeddings(number: int, num_ids: int, dimension: int, *, noise: float, seed: int) -> Embeddings:
+    """Image i shows identity i mod `num_ids`: its centre, the same for every `seed`, plus `noise` times N(0, 1)."""
+    centres = np.random.default_rng(0).standard_normal((num_ids, dimension), np.float32)
+    pids, generator = np.arange(number) % num_ids, np.random.default_rng([1, seed])
+    features = np.empty((number, dimension), np.float32)
+    for start in range(0, number, _ROWS):
+        rows = features[start : start + _ROWS]
+        generator.standard_normal(out=rows, dtype=np.float32)
+        rows *= np.float32(noise)
+        rows += centres[pids[start : start + _ROWS]]
+    return Embeddings(features, pids, np.zeros(number, int), np.full(number, ""))
+
+
+def benchmark_gallery(
+    num_gallery: int = 100_000,
+    num_query: int = 1000,
+    dimension: int = 2048,
+    *,
+    rerank: bool = False,
+    metric: str = "cosine",
+    noise: float = 4.0,
+    on_device: bool = False,
+) -> dict:
+    """Evaluate `num_query` queries against one gallery of `num_gallery` synthetic images, ten of each identity.
+
+    Returns:
+      {'seconds', 'peak_gib' (this process's peak resident memory), 'before_gib' (that peak before the evaluation:
+      features, libraries), 'added_gib' (their difference), 'features_gib', 'rank1', 'mAP', 'mINP', …}
+    """
+    num_ids = max(1, num_gallery // IMAGES_OF_AN_ID)
+    query = clustered_embeddings(num_query, num_ids, dimension, noise=noise, seed=0)
+    gallery = clustered_embeddings(num_gallery, num_ids, dimension, noise=noise, seed=1)
+    groups = np.zeros(num_query, int), np.ones(num_gallery, int)
+    comparison = Comparison(query, gallery, [Setting("gallery", [np.arange(num_gallery)])], *groups)
+    before = peak_memory_gib()
+    start = time.perf_counter()
+    values = evaluate_comparison(comparison, metric, "image", rerank=rerank, on_device=on_device)["gallery"]
+    seconds = time.perf_counter() - start
+    peak = peak_memory_gib()
+    return {
+        "seconds": seconds,
+        "peak_gib": peak,
+        "before_gib": before,
+        "added_gib": peak - before,
+        "features_gib": (query.features.nbytes + gallery.features.nbytes) / 2**30,
+        "rerank": rerank,
+        "num_query": num_query,
+        "num_gallery": num_gallery,
+        "num_ids": num_ids,
+        "dimension": dimension,
+        "metric": metric,
+        "threads": available_cpus(),
+        **{name: values[name] for name in ("rank1", "mAP", "mINP")},
+    }
