@@ -11,6 +11,7 @@ import numpy as np
 
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.errors import UserError
+from mpanet_jax.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_intervals
 from mpanet_jax.evaluation.metrics import (
     CMC_DEFINITIONS,
     FIGURES,
@@ -41,7 +42,7 @@ def evaluate_embeddings(
     trial: int | None = None,
     on_device: bool = False,
 ) -> dict[str, dict]:
-    """Evaluate `query` against `gallery` by a named protocol (docs/method.md).
+    """Evaluate `query` against `gallery` by a named protocol (docs/protocols.md).
 
     Args:
       query, gallery: SYSU-MM01: every test image of cameras 3 and 6, and of cameras 1, 2, 4 and 5. RegDB and LLCM: the
@@ -80,8 +81,9 @@ def evaluate_comparison(
 
     Returns:
       {setting: {'rank1', 'rank5', 'rank10', 'rank20', 'mAP', 'mINP' (percent, mean over trials), 'std' (the same keys;
-      population standard deviation over trials), 'rerank', 'metric', 'cmc', 'trials', 'num_query',
-      'num_query_without_match', 'num_gallery'}, …}
+      population standard deviation over trials), 'interval' (the same keys; [low, high], see `bootstrap_intervals`; not
+      where only one identity has a match), 'rerank', 'metric', 'cmc', 'trials', 'num_query', 'num_query_without_match',
+      'num_gallery'}, …}
 
     Raises:
       UserError: a trial in which no query has a match.
@@ -95,9 +97,11 @@ def evaluate_comparison(
                 f"{comparison.gallery.source}; are both of the same test identities?"
             )
         summaries = [summarize(trial_scores, cmc) for trial_scores in trials]
+        intervals = bootstrap_intervals(query.pids, trials, cmc)
         results[setting.name] = {
             **{name: float(np.mean([s[name] for s in summaries])) for name in FIGURES},
             "std": {name: float(np.std([s[name] for s in summaries])) for name in FIGURES},
+            **({"interval": {name: list(ends) for name, ends in intervals.items()}} if intervals else {}),
             "rerank": bool(rerank),
             "metric": metric,
             "cmc": cmc,
@@ -195,9 +199,15 @@ def _mask(rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def format_table(metrics: Mapping[str, Mapping]) -> str:
-    """Lay out metrics for the terminal: how they were measured above, one line for each setting below."""
+    """Lay out metrics for the terminal: how they were measured above, below one line, or two, for each setting.
+
+    Metrics without 'interval' (averages over models, files of version 0.1) have no second line.
+    """
     titles = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
-    width = max([len("setting"), *map(len, metrics)])
+    interval_title = f"  {LEVEL} % interval"
+    width = max(
+        map(len, ["setting", *metrics, *([interval_title] if any("interval" in v for v in metrics.values()) else [])])
+    )
     lines, described = [], None  # "queries" counts those with a match, which alone are averaged
     for name, values in metrics.items():
         description = describe(values)
@@ -210,6 +220,9 @@ def format_table(metrics: Mapping[str, Mapping]) -> str:
         cells = [f"{values[key]:.2f} ± {values['std'][key]:.2f}" for key in FIGURES]
         scored = values["num_query"] - values["num_query_without_match"]
         lines.append(f"{name:<{width}}" + "".join(f"{c:>15}" for c in cells) + f"{scored:>9}{values['num_gallery']:>9}")
+        if "interval" in values:
+            ends = ["{:.2f}–{:.2f}".format(*values["interval"][key]) for key in FIGURES]
+            lines.append(f"{interval_title:<{width}}" + "".join(f"{e:>15}" for e in ends))
     left_out = [
         f"{name} {values['num_query_without_match']} of {values['num_query']}"
         for name, values in metrics.items()
@@ -225,9 +238,10 @@ def describe(values: Mapping) -> str:
     trials = "1 trial" if values["trials"] == 1 else f"mean ± standard deviation of {values['trials']} trials"
     split = f" · trial {values['trial']}" if "trial" in values else ""
     checkpoint = f" · {values['checkpoint']} checkpoint" if "checkpoint" in values else ""
+    interval = f" · bootstrap over query identities, {RESAMPLES} resamples" if "interval" in values else ""
     return (
         f"protocol {values['protocol']}{split}{checkpoint} · metric {values['metric']} · CMC by {values['cmc']} · "
-        f"re-ranking {'ON (k-reciprocal)' if values['rerank'] else 'off'} · {trials} · percent"
+        f"re-ranking {'ON (k-reciprocal)' if values['rerank'] else 'off'} · {trials}{interval} · percent"
     )
 
 

@@ -59,6 +59,9 @@ def test_features_of_another_framework(files):
     for name, values in expected.items():
         assert metrics[name]["mAP"] == pytest.approx(values["mAP"], abs=1e-9)
         assert f"{values['mAP']:.2f} ± {values['std']['mAP']:.2f}" in result.stdout
+        low, high = metrics[name]["interval"]["mAP"]
+        assert low <= metrics[name]["mAP"] <= high
+        assert f"{low:.2f}–{high:.2f}" in result.stdout
     for word in ("sysu_mm01", "cosine", "identity", "re-ranking off", "Rank-20", "mINP", "10 trials"):
         assert word in result.stdout
 
@@ -105,6 +108,13 @@ def test_table_says_when_reranking_is_on_and_metrics_are_written_whole(tmp_path)
     table = format_table({"regdb/visible_to_infrared": values})
     for text in ("re-ranking ON", "trial 3", "best checkpoint", "CMC by image", "70.58 ± 1.25", "2000", "2061"):
         assert text in table
+    # Files of version 0.1 have no intervals.
+    assert "interval" not in table and "bootstrap" not in table
+    of_today = {**values, "interval": {name: [60.0, 100.0] for name in figures}}
+    lines = format_table({"regdb/visible_to_infrared": of_today, "regdb/infrared_to_visible": values}).splitlines()
+    assert "bootstrap over query identities, 2000 resamples" in lines[0]
+    assert lines[3].split() == ["95", "%", "interval", *["60.00–100.00"] * 6]
+    assert lines[2].index("70.58 ± 1.25") + len("70.58 ± 1.25") == lines[3].index("60.00–100.00") + len("60.00–100.00")
     path = tmp_path / "metrics.json"
     path.write_text("old")
     with pytest.raises(TypeError):
