@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import settings_of
@@ -56,6 +57,13 @@ def check_init_from(init_from: str, workdir: Path) -> None:
         )
 
 
+def recipe_differences(settings: Settings, others: Settings) -> dict[str, tuple[Any, Any]]:
+    """`differences`, but for FREE_TO_CHANGE."""
+    return {
+        name: values for name, values in differences(settings, others).items() if not name.startswith(FREE_TO_CHANGE)
+    }
+
+
 def check_same_run(settings: Settings, workdir: Path) -> None:
     """Refuses to go on with a run in `workdir` by settings under which it would be another.
 
@@ -66,8 +74,7 @@ def check_same_run(settings: Settings, workdir: Path) -> None:
         return
     differing = [
         f"config.{name} = {now!r} ({before!r} before)"
-        for name, (now, before) in differences(settings, load_settings(workdir)).items()
-        if not name.startswith(FREE_TO_CHANGE)
+        for name, (now, before) in recipe_differences(settings, load_settings(workdir)).items()
     ]
     if differing:
         raise UserError(

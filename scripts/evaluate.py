@@ -1,7 +1,8 @@
 """Evaluate a trained model, or embeddings from any framework, by a named protocol.
 
 python scripts/evaluate.py --workdir=runs/sysu
-python scripts/evaluate.py --workdirs='runs/regdb_*'
+python scripts/evaluate.py --workdirs='runs/regdb_*'       (one run for each trial, averaged)
+python scripts/evaluate.py --workdirs='runs/sysu_seed*'    (one run for each seed, averaged)
 python scripts/evaluate.py --features query.npz gallery.npz --protocol sysu_mm01 \
     --permutation rand_perm_cam.mat --out metrics.json
 """
@@ -14,7 +15,6 @@ from mpanet_jax.errors import UserError, run_script
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings, format_table, write_metrics
 from mpanet_jax.evaluation.metrics import CMC_DEFINITIONS, METRICS
 from mpanet_jax.evaluation.protocols import DEFAULTS, load_embeddings
-from mpanet_jax.evaluation.trials import evaluate_workdirs
 
 FEATURES = flags.DEFINE_string(
     "features", None, "QUERY.npz, followed by GALLERY.npz (regdb, llcm: the visible and the infrared images)."
@@ -22,7 +22,7 @@ FEATURES = flags.DEFINE_string(
 PROTOCOL = flags.DEFINE_enum("protocol", None, list(DEFAULTS), "What --features are.")
 PERMUTATION = flags.DEFINE_string("permutation", None, "SYSU-MM01's rand_perm_cam.mat, for --protocol sysu_mm01.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run: restores its checkpoint, extracts and evaluates.")
-WORKDIRS = flags.DEFINE_string("workdirs", None, "A pattern of RegDB runs, one for each trial, to average.")
+WORKDIRS = flags.DEFINE_string("workdirs", None, "A pattern of runs to average: RegDB's, one a trial, or one a seed.")
 CHECKPOINT = flags.DEFINE_enum(
     "checkpoint",
     "last",
@@ -64,7 +64,9 @@ def main(files: list[str]) -> None:
         options.update(protocol=PROTOCOL.value, permutation=PERMUTATION.value, rerank=bool(RERANK.value))
         metrics = evaluate_embeddings(query, gallery, **options)
     else:
-        from mpanet_jax.evaluation.workdir import evaluate_workdir  # imports JAX, which embeddings do not need
+        # These import JAX, which embeddings do not need.
+        from mpanet_jax.evaluation.trials import evaluate_workdirs
+        from mpanet_jax.evaluation.workdir import evaluate_workdir
         from mpanet_jax.run_files import METRICS_FILES
 
         options.update(checkpoint=CHECKPOINT.value, data_dir=DATA_DIR.value)

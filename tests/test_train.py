@@ -97,6 +97,28 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(settings, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_runs_of_several_seeds_are_averaged_by_the_script(settings, tmp_path):
+    by_seed = []
+    for seed in (1, 2):
+        save_settings(replace(settings, {"seed": seed}), tmp_path / f"seed{seed}")
+        by_seed.append(evaluate_workdir(tmp_path / f"seed{seed}", checkpoint="untrained"))
+    out = tmp_path / "average.json"
+    command = ("evaluate.py", f"--workdirs={tmp_path}/seed*", "--checkpoint=untrained", f"--out={out}")
+    assert run_script(*command, cwd=tmp_path).returncode == 0
+    for name, values in json.loads(out.read_text()).items():
+        single = [metrics[name]["mAP"] for metrics in by_seed]
+        assert single[0] != single[1]
+        np.testing.assert_allclose([values["mAP"], values["std"]["mAP"]], [np.mean(single), np.std(single)], rtol=1e-6)
+        assert (values["seeds"], values["trials"], "interval" in values) == ([1, 2], 10, False)
+    save_settings(replace(settings, {"seed": 2}), tmp_path / "seed3")
+    refused = run_script(*command, cwd=tmp_path)
+    assert (
+        refused.returncode == 2
+        and refused.stderr.count("\n") == 1
+        and "seed3: was trained with seed 2" in refused.stderr
+    )
+
+
 # config.json as version 0.1 wrote it for `settings`; {source} and {data_dir} are filled in.
 OLD_CONFIG = """{
   "augment": {"crop_fill": 127, "crop_padding": 6, "erase_area": [0.02, 0.33], "erase_aspect": [0.3, 3.3],

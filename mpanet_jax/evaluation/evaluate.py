@@ -236,6 +236,9 @@ def format_table(metrics: Mapping[str, Mapping]) -> str:
 def describe(values: Mapping) -> str:
     """One line that says how figures were measured."""
     trials = "1 trial" if values["trials"] == 1 else f"mean ± standard deviation of {values['trials']} trials"
+    if "seeds" in values:
+        number = values["trials"]
+        trials = f"mean ± standard deviation of {len(values['seeds'])} seeds, {number} trial{'s' * (number > 1)} each"
     split = f" · trial {values['trial']}" if "trial" in values else ""
     checkpoint = f" · {values['checkpoint']} checkpoint" if "checkpoint" in values else ""
     interval = f" · bootstrap over query identities, {RESAMPLES} resamples" if "interval" in values else ""

@@ -1,14 +1,19 @@
-"""RegDB's ten trials: ten models, each trained and tested on its own split, averaged into one line of a table."""
+"""Several trained models as one line of a table: RegDB's ten trials, or one recipe's seeds on any data set."""
 
 import glob
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.evaluate import FIGURES
+from mpanet_jax.evaluation.metrics import FIGURES
+from mpanet_jax.run_files import CONFIG_FILE, load_settings, recipe_differences
+from mpanet_jax.settings import Settings
+
+# What all models must have been evaluated by; the last of them only where models are restored.
+_HOW = ("rerank", "protocol", "metric", "cmc", "checkpoint")
 
 
 def average_trials(trials: Sequence[Mapping[str, Mapping]], names: Sequence[str] | None = None) -> dict[str, dict]:
@@ -20,47 +25,85 @@ def average_trials(trials: Sequence[Mapping[str, Mapping]], names: Sequence[str]
 
     Returns:
       the same settings with the mean figures, 'std' (population standard deviation over the models), 'trials' (their
-      number) and 'trial_numbers'.
+      number) and 'trial_numbers'. There is no 'interval': each model has test identities of its own.
 
     Raises:
       UserError: no metrics, a missing trial number, a trial that comes twice, or metrics measured in different ways.
     """
-    names = list(names or [f"metrics {i + 1}" for i in range(len(trials))])
-    if not trials:
-        raise UserError("--workdirs: no trained models to average; expected one working directory for each trial")
-    how = ("rerank", "protocol", "metric", "cmc", "checkpoint")  # the last of them only where models are evaluated
-    for name, metrics in zip(names, trials, strict=True):
-        if set(metrics) != set(trials[0]):
-            raise UserError(f"{name}: has settings {sorted(metrics)}, but {names[0]} has {sorted(trials[0])}")
-        for setting, values in metrics.items():
-            if values.get("trial") is None:
+    names = _names(trials, names)
+    averaged = _average(trials, names, _HOW)
+    for setting, values in averaged.items():
+        for name, metrics in zip(names, trials, strict=True):
+            if metrics[setting].get("trial") is None:
                 raise UserError(
                     f"{name}: {setting} names no trial; evaluate a model that was trained on one trial's split"
                 )
+        numbers = [int(metrics[setting]["trial"]) for metrics in trials]
+        _refuse_repeated(numbers, names, "is of trial", "is", "expected one model for each trial")
+        values.update(trials=len(trials), trial_numbers=sorted(numbers))
+    return averaged
+
+
+def average_seeds(
+    results: Sequence[Mapping[str, Mapping]], seeds: Sequence[int], names: Sequence[str] | None = None
+) -> dict[str, dict]:
+    """Average the metrics of models that differ in the seed of their training.
+
+    Args:
+      results: one `evaluate_embeddings` result for each model.
+      seeds: what they were trained with.
+      names: as in `average_trials`.
+
+    Returns:
+      the same settings with the mean figures, 'std' (population standard deviation over the models), 'seeds', and
+      'trials': in how many galleries each model was tested. There is no 'interval'.
+
+    Raises:
+      UserError: no metrics, a seed that comes twice, or metrics measured in different ways, or after a different number
+        of steps (of the last checkpoint: one of the runs has not finished).
+    """
+    names = _names(results, names)
+    _refuse_repeated(seeds, names, "was trained with seed", "was", "expected runs with different seeds")
+    last = all(values.get("checkpoint") == "last" for metrics in results for values in metrics.values())
+    averaged = _average(results, names, (*_HOW, "trials", *(("step",) if last else ())))
+    for values in averaged.values():
+        values["seeds"] = sorted(seeds)
+    return averaged
+
+
+def _names(results: Sequence, names: Sequence[str] | None) -> list[str]:
+    if not results:
+        raise UserError("no trained models to average; expected the metrics of at least one")
+    return list(names or [f"metrics {i + 1}" for i in range(len(results))])
+
+
+def _refuse_repeated(values: Sequence[int], names: Sequence[str], what: str, verb: str, expected: str) -> None:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise UserError(f"{names[index]}: {what} {value}, as {verb} {names[values.index(value)]}; {expected}")
+
+
+def _average(results: Sequence[Mapping[str, Mapping]], names: Sequence[str], how: Sequence[str]) -> dict[str, dict]:
+    first = results[0]
+    for name, metrics in zip(names, results, strict=True):
+        if set(metrics) != set(first):
+            raise UserError(f"{name}: has settings {sorted(metrics)}, but {names[0]} has {sorted(first)}")
+        for setting, values in metrics.items():
             for key in how:
-                if values.get(key) != trials[0][setting].get(key):
+                if values.get(key) != first[setting].get(key):
                     raise UserError(
                         f"{name}: {setting} was measured with {key} {values.get(key)}, {names[0]} with "
-                        f"{trials[0][setting].get(key)}; evaluate all models in the same way"
+                        f"{first[setting].get(key)}; evaluate all models in the same way"
                     )
-    averaged = {}
-    for setting in trials[0]:
-        numbers = [int(metrics[setting]["trial"]) for metrics in trials]
-        for index, number in enumerate(numbers):
-            if number in numbers[:index]:
-                raise UserError(
-                    f"{names[index]}: is of trial {number}, as is {names[numbers.index(number)]}; "
-                    "expected one model for each trial"
-                )
-        values = {name: [metrics[setting][name] for metrics in trials] for name in FIGURES}
+    averaged: dict[str, dict[str, Any]] = {}
+    for setting in first:
+        values = {name: [metrics[setting][name] for metrics in results] for name in FIGURES}
         averaged[setting] = {
             **{name: float(np.mean(values[name])) for name in FIGURES},
             "std": {name: float(np.std(values[name])) for name in FIGURES},
-            **{key: trials[0][setting][key] for key in how if key in trials[0][setting]},
-            "trials": len(trials),
-            "trial_numbers": sorted(numbers),
+            **{key: first[setting][key] for key in how if key in first[setting]},
             **{
-                key: int(np.mean([metrics[setting][key] for metrics in trials]))
+                key: int(np.mean([metrics[setting][key] for metrics in results]))
                 for key in ("num_query", "num_query_without_match", "num_gallery")
             },
         }
@@ -70,51 +113,56 @@ def average_trials(trials: Sequence[Mapping[str, Mapping]], names: Sequence[str]
 def evaluate_workdirs(pattern: str, evaluate: Callable[[Path], Mapping[str, Mapping]]) -> dict[str, dict]:
     """Evaluate the model of every working directory that `pattern` matches ('runs/regdb_*') and average them.
 
-    `evaluate(workdir)` gives one model's metrics. Raises UserError as `average_trials` does, and for a model that was
-    tested on another split than the `dataset.trial` of its config.json, before any figure is averaged.
+    Of a data set with several splits (`dataset.trial`: RegDB) there is one model for each trial, of any other one for
+    each seed.
+
+    Args:
+      pattern: of working directories; others that match, without a config.json, are left out.
+      evaluate: gives the metrics of one working directory's model.
+
+    Raises:
+      UserError: as `average_trials` or `average_seeds`; for runs of different recipes; and for a model that was tested
+        on another split than the one it was trained on. Nothing is evaluated before the runs fit together.
     """
-    workdirs = sorted(path for path in map(Path, glob.glob(pattern)) if (path / "config.json").is_file())
+    workdirs = sorted(path for path in map(Path, glob.glob(pattern)) if (path / CONFIG_FILE).is_file())
     if not workdirs:
-        raise UserError(f"--workdirs: no working directory with a config.json matches {pattern!r}")
-    trained = [read_trial(workdir) for workdir in workdirs]
-    for index, trial in enumerate(trained):  # before hours of evaluation
-        if trial in trained[:index]:
-            raise UserError(
-                f"{workdirs[index]}: was trained on trial {trial}, as was {workdirs[trained.index(trial)]}; "
-                "expected one model for each trial"
-            )
-    trials = []
-    for workdir, trial in zip(workdirs, trained, strict=True):
+        raise UserError(f"--workdirs: no working directory with a {CONFIG_FILE} matches {pattern!r}")
+    names = [str(workdir) for workdir in workdirs]
+    runs = [load_settings(workdir) for workdir in workdirs]
+    _refuse_other_recipes(runs, names)
+    trials = [run.dataset.trial for run in runs if run.dataset.trial is not None]
+    if trials:
+        _refuse_repeated(trials, names, "was trained on trial", "was", "expected one model for each trial")
+    else:
+        _refuse_repeated([run.seed for run in runs], names, "was trained with seed", "was", "expected different seeds")
+    results = []
+    for workdir, run in zip(workdirs, runs, strict=True):
         metrics = evaluate(workdir)
-        refuse_other_trial(workdir, trial, metrics)
-        trials.append(metrics)
-    return average_trials(trials, [str(workdir) for workdir in workdirs])
+        refuse_other_trial(workdir, run.dataset.trial, metrics)
+        results.append(metrics)
+    return average_trials(results, names) if trials else average_seeds(results, [run.seed for run in runs], names)
 
 
-def read_trial(workdir: Path) -> int:
-    """The split a RegDB model was trained on: `dataset.trial` of the working directory's config.json."""
-    path = Path(workdir) / "config.json"
-    try:
-        dataset = json.loads(path.read_text())["dataset"]
-        name, trial = dataset["name"], dataset.get("trial")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a training run's config with dataset.name and dataset.trial ({error!r})"
-        ) from error
-    if name != "regdb":
-        raise UserError(f"{path}: dataset.name is {name!r}; only RegDB's trials are averaged over working directories")
-    if isinstance(trial, bool) or not isinstance(trial, int) or not 1 <= trial <= 10:
-        raise UserError(f"{path}: dataset.trial is {trial!r}; expected RegDB's split, 1 to 10")
-    return trial
+def _refuse_other_recipes(runs: Sequence[Settings], names: Sequence[str]) -> None:
+    varied = "dataset.trial" if runs[0].dataset.trial is not None else "seed"
+    for run, name in zip(runs, names, strict=True):
+        differences = recipe_differences(run, runs[0])
+        for field in sorted(differences, key=lambda field: field not in ("dataset.name", "method")):
+            if field not in ("seed", varied):
+                value, first = differences[field]
+                raise UserError(
+                    f"{name}: {field} is {value!r}, but {first!r} in {names[0]}; "
+                    f"expected runs of one recipe, which differ in {varied} alone"
+                )
 
 
-def refuse_other_trial(workdir: Path, trained: int, metrics: Mapping[str, Mapping]) -> None:
+def refuse_other_trial(workdir: Path, trained: int | None, metrics: Mapping[str, Mapping]) -> None:
     """Raise UserError if `metrics` were measured on another split than the model was trained on.
 
     RegDB's splits share identities: a model tested on another trial's split has seen most of its test identities.
     """
     for setting, values in metrics.items():
-        if values.get("trial") != trained:
+        if trained is not None and values.get("trial") != trained:
             raise UserError(
                 f"{workdir}: was trained on trial {trained}, but {setting} was tested on trial {values.get('trial')}: "
                 f"about half of its test identities were trained on; evaluate it on trial {trained}"
