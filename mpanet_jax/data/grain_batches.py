@@ -3,6 +3,7 @@
 Each workaround says here what it is for; the rest of the package uses grain as it is.
 """
 
+import atexit
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -69,8 +70,11 @@ class ResumableBatches(grain.DatasetIterator):
         self._num_workers = num_workers
         self._next_index = 0
         self._running = []  # grain's iterator; made for the first element asked for, so that set_state costs nothing
-        # Also at exit, before the interpreter takes apart what grain's own clean-up needs.
-        weakref.finalize(self, self._stop, self._running, num_workers)
+        stop = weakref.finalize(self, self._stop, self._running, num_workers)
+        # At exit too, and before multiprocessing ends the threads and processes that are waited for. Left to itself a
+        # finalizer may run after that: its turn depends on what was imported first.
+        stop.atexit = False
+        atexit.register(stop)
 
     def __next__(self) -> Batch:
         self._assert_not_closed()

@@ -98,6 +98,25 @@ def test_batches_after_a_kill_are_bit_identical_in_all_modes(tmp_path):
         assert [(int(s), h) for s, h in after] == list(hashes.items())[step:], mode
 
 
+# A finalizer from before multiprocessing was imported makes Python run all finalizers after its clean-up.
+UNCLOSED = """
+import weakref
+weakref.finalize(type("Early", (), {}), int)
+from tests.data.toy import toy_feed, toy_split
+if __name__ == "__main__":
+    feed = toy_feed(toy_split(), cache="none", num_workers=2)
+    next(feed.batches)
+"""
+
+
+def test_a_program_that_ends_without_closing_its_feed_ends_and_leaves_nothing(tmp_path):
+    (tmp_path / "unclosed.py").write_text(UNCLOSED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, tmp_path / "unclosed.py"]
+    result = subprocess.run(command, env=environment, timeout=HANGS_AFTER, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def save(folder, batches):
     ocp.save_checkpointables(folder, {"state": {"step": np.zeros(())}, "data": batches})
 
