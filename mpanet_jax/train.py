@@ -26,6 +26,7 @@ from mpanet_jax.settings import Settings, replace
 from mpanet_jax.state import TrainState, create_train_state, random_keys
 from mpanet_jax.step import train_steps
 from mpanet_jax.weights.convert import initial_variables
+from mpanet_jax.workdir_lock import locked_workdir
 
 
 def make_feed(method: Method, split: Split, parallel: Parallel) -> TrainFeed:
@@ -124,7 +125,7 @@ def train(
     evaluate_every = settings.train.eval_every_epochs * steps_per_epoch
     steps_per_call = 1 if feed.images is None else settings.train.steps_per_call
     check_same_workdir(workdir)
-    with Checkpoints(workdir, settings.train.keep_checkpoints) as checkpoints:
+    with locked_workdir(workdir), Checkpoints(workdir, settings.train.keep_checkpoints) as checkpoints:
         first_step = 0
         if checkpoints.latest_step is not None:
             check_same_run(settings, workdir)

@@ -24,6 +24,7 @@ ALLOWED = {
     "data": {"datasets", "settings", "processes", "errors", "cpus"},
     "parallel": {"state", "errors", "processes"},
     "checkpoint": {"state", "errors"},
+    "workdir_lock": {"processes", "errors"},
     "methods": {"datasets", "data", "models", "losses", "optim", "settings", "errors", "weights"},
     "step": {"methods", "models", "state"},
     "run_files": {"methods", "settings", "errors"},

@@ -29,6 +29,7 @@ from mpanet_jax.metric_log import MetricReader
 from mpanet_jax.run_files import load_settings, save_settings
 from mpanet_jax.settings import replace
 from mpanet_jax.train import train
+from mpanet_jax.workdir_lock import locked_workdir
 from tests.limits import HANGS_AFTER
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +96,16 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(settings, tmp_path):
     moved = run_script("evaluate.py", f"--workdir={tmp_path}/run", f"--data_dir={tmp_path}", cwd=tmp_path)
     assert moved.returncode == 2 and f"not prepared in {tmp_path}; name the folder that was" in moved.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_second_run_in_a_workdir_is_refused_and_evaluation_is_not(settings, tmp_path):
+    train(settings, tmp_path / "run")
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    with locked_workdir(tmp_path / "run"):
+        with pytest.raises(UserError, match=f"{tmp_path}/run: .* trains there"):
+            train(replace(settings, {"train.num_epochs": 2}), tmp_path / "run")
+        assert 0 < evaluate_workdir(tmp_path / "run")["sysu/all/single"]["mAP"] <= 100
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
 
 
 def test_runs_of_several_seeds_are_averaged_by_the_script(settings, tmp_path):
