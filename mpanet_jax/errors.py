@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +32,17 @@ class AbsentProcessError(UserError):
     """
 
 
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop, by a signal, and did.
+
+    Scripts print the message, if there is one, and exit with `exit_code`: 128 + the signal's number, as shells say it.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, as one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -41,11 +53,15 @@ def _fail(message: object) -> NoReturn:
     if isinstance(message, AbsentProcessError):
         sys.stdout.flush()
         os._exit(2)
-    # What threads and coroutines that were cut short would still say would bury that line.
+    _silence()
+    sys.exit(2)
+
+
+def _silence() -> None:
+    """What threads and coroutines that were cut short would still say would bury the last line."""
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = lambda _: None
     warnings.simplefilter("ignore")
-    sys.exit(2)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -80,7 +96,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     """Parse absl's flags, run `main(positional arguments)` and exit.
 
     The exit code is 0 or what `main` returns; 2, with one line on stderr, for a flag or config field that cannot be
-    parsed, for a `UserError`, and for a file or folder that the system refuses (missing, no permission, disk full).
+    parsed, for a `UserError`, and for a file or folder that the system refuses (missing, no permission, disk full);
+    130 after Ctrl-C and 143 after a SIGTERM that was caught.
     """
 
     def guarded(argv: list[str]) -> int:
@@ -89,6 +106,15 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
             return main(argv[1:]) or 0
         except UserError as error:
             _fail(f"--config.{error}" if isinstance(error, SettingsError) else error)
+        except Stopped as stopped:
+            if message := str(stopped):
+                print(message, file=sys.stderr, flush=True)
+            _silence()
+            return stopped.exit_code
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr, flush=True)
+            _silence()
+            return 128 + signal.SIGINT
         except Exception as error:
             # Libraries wrap it in exceptions of their own, and some leave the file's name out.
             if any(os.strerror(errno.ENOSPC) in str(cause) for cause in _chain(error)):

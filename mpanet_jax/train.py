@@ -1,5 +1,6 @@
 """The training loop: from settings to a trained, evaluated run."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from mpanet_jax.call_plan import cut_into_calls, stack_batches
 from mpanet_jax.checkpoint import Checkpoints, has_checkpoint
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
+from mpanet_jax.errors import Stopped
 from mpanet_jax.evaluation.best import keep_best
 from mpanet_jax.evaluation.evaluate import write_metrics
 from mpanet_jax.evaluation.workdir import embed_split, evaluate_split, make_embed, of_checkpoint
@@ -25,8 +27,11 @@ from mpanet_jax.run_files import METRICS_FILES, check_init_from, check_same_run,
 from mpanet_jax.settings import Settings, replace
 from mpanet_jax.state import TrainState, create_train_state, random_keys
 from mpanet_jax.step import train_steps
+from mpanet_jax.stop import StopRequest
 from mpanet_jax.weights.convert import initial_variables
 from mpanet_jax.workdir_lock import locked_workdir
+
+SAVED = "stopped at step {}, saved; start again with the same command"
 
 
 def make_feed(method: Method, split: Split, parallel: Parallel) -> TrainFeed:
@@ -100,8 +105,20 @@ def train(
     Raises:
       UserError: something in the settings or the data needs the user, and nothing has been written then; or the loss is
         not finite any more.
+      Stopped: SIGTERM or Ctrl-C; the steps done are saved.
     """
-    workdir, method = Path(workdir), make_method(settings)
+    with StopRequest() as stop:
+        return _train(settings, Path(workdir), feed, on_steps, stop)
+
+
+def _train(
+    settings: Settings,
+    workdir: Path,
+    feed: TrainFeed | None,
+    on_steps: Callable[[int, float], None] | None,
+    stop: StopRequest,
+) -> dict[str, dict[str, Any]]:
+    method = make_method(settings)
     method.check_form()  # before anything is written
     check_init_from(settings.init_from, workdir)
     parallel = all_devices(settings.parallel)
@@ -114,10 +131,18 @@ def train(
     run_steps = make_train_steps(method, train_split.num_ids, steps_per_epoch, parallel)
     make_embedder = make_embed(method, train_split.num_ids)
 
-    def evaluate(state: TrainState) -> dict[str, dict[str, Any]]:
-        variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})
-        results = evaluate_split(settings, *embed_split(settings, test_split, make_embedder(variables)))
+    def evaluate(step: int, state: TrainState) -> dict[str, dict[str, Any]]:
+        embed = make_embedder(on_first_device({"params": state.params, "batch_stats": state.batch_stats}))
+
+        def embed_unless_stopped(images: Any, modality: Any = None) -> Any:
+            if stop.interrupts_work_of_one():
+                raise stop.stopped(SAVED.format(step))
+            return embed(images, modality)
+
+        results = evaluate_split(settings, *embed_split(settings, test_split, embed_unless_stopped))
         wait_for_all_processes("the end of an evaluation")
+        log.evaluation(step, results)
+        keep_best(workdir, settings.eval.best, step, results, state, feed.batches)
         return results
 
     total_steps = steps_per_epoch * settings.train.num_epochs
@@ -136,24 +161,40 @@ def train(
             save_settings(settings, workdir)
         with MetricLog(workdir, total_steps, first_step, active=is_first_process()) as log:
             reader = MetricReader(log, settings.train.log_every_steps, steps_per_epoch, feed.batch_size, on_steps)
+
+            def evaluate_during_training(step: int) -> None:
+                reader.finish()
+                with contextlib.suppress(Stopped):  # the state is saved then, and evaluated when the run goes on
+                    evaluate(step, state)
+                reader.restart_timer(step)
+
+            def is_due(every: int, step: int) -> bool:
+                return bool(every) and step % every == 0
+
+            stop.defer()
+            # A run that was stopped in this evaluation, or killed, has yet to finish it.
+            if first_step and first_step != total_steps and is_due(evaluate_every, first_step):
+                evaluate_during_training(first_step)
             stops = (checkpoint_every, evaluate_every)
             for before, step in cut_into_calls(first_step, total_steps, steps_per_call, stops):
                 state, metrics = run_steps(state, stack_batches(feed.batches, step - before), feed.images)
                 # The call before this one is read after this one was sent off: the device always has work.
                 reader.read_previous(before, step, metrics)
-                if step == total_steps or (checkpoint_every and step % checkpoint_every == 0):
+                saves = step == total_steps or is_due(checkpoint_every, step)
+                if saves:
                     reader.finish()  # a diverged state must not take the place of the last good one
                     checkpoints.save(step, state, feed.batches)
-                if evaluate_every and step % evaluate_every == 0 and step != total_steps:
-                    reader.finish()
-                    results = evaluate(state)
-                    log.evaluation(step, results)
-                    keep_best(workdir, settings.eval.best, step, results, state, feed.batches)
-                    reader.restart_timer(step)
+                evaluates = step != total_steps and is_due(evaluate_every, step)
+                if evaluates:
+                    evaluate_during_training(step)
+                if step != total_steps and stop.agreed(before, step, ask=evaluates):
+                    if not saves:
+                        reader.finish()
+                        checkpoints.save(step, state, feed.batches)
+                    checkpoints.wait()
+                    raise stop.stopped(SAVED.format(step))
             reader.finish()
-            results = evaluate(state)
-            log.evaluation(total_steps, results)
-            keep_best(workdir, settings.eval.best, total_steps, results, state, feed.batches)
+            results = evaluate(total_steps, state)
     feed.batches.close()
     results = of_checkpoint(results, "last", total_steps)
     if is_first_process():

@@ -25,6 +25,7 @@ ALLOWED = {
     "parallel": {"state", "errors", "processes"},
     "checkpoint": {"state", "errors"},
     "workdir_lock": {"processes", "errors"},
+    "stop": {"processes", "errors"},
     "methods": {"datasets", "data", "models", "losses", "optim", "settings", "errors", "weights"},
     "step": {"methods", "models", "state"},
     "run_files": {"methods", "settings", "errors"},

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,10 @@ from configs import regdb as regdb_config
 from configs import synthetic as synthetic_config
 from configs import sysu as sysu_config
 from mpanet_jax import checkpoint
+from mpanet_jax import train as train_module
 from mpanet_jax.checkpoint import Checkpoints, load_model
 from mpanet_jax.datasets.synthetic import write_dataset
-from mpanet_jax.errors import SettingsError, UserError
+from mpanet_jax.errors import SettingsError, Stopped, UserError
 from mpanet_jax.evaluation.workdir import evaluate_workdir
 from mpanet_jax.methods import METHODS, make_method, settings_of
 from mpanet_jax.methods.mpanet import MPANet
@@ -197,6 +199,41 @@ def test_resumed_training_is_bit_identical(settings, tmp_path, monkeypatch, vers
     assert trees_equal(whole, halves)
     kept = sorted(int(p.name) for p in (tmp_path / "halves/checkpoints").iterdir() if p.name.isdigit())
     assert kept == [3, 4]
+
+
+@pytest.mark.parametrize("when", ["between steps", "during an evaluation"])
+def test_run_that_is_asked_to_stop_loses_nothing(settings, tmp_path, monkeypatch, when):
+    # One step an epoch, an evaluation after the second, no checkpoint but at the end.
+    changes = {"train.num_epochs": 4, "train.checkpoint_every_epochs": 0, "train.eval_every_epochs": 2}
+    settings = replace(settings, {**changes, "eval.best": "mAP"})
+    monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
+    begun, evaluated, embed_split = [], [], train_module.embed_split
+
+    def embed(settings, split, embed):
+        begun.append(split)
+        if when == "during an evaluation" and len(begun) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        evaluated.append(embed_split(settings, split, embed))
+        return evaluated[-1]
+
+    def on_steps(step, _):
+        if when == "between steps" and step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("mpanet_jax.train.embed_split", embed)
+    with pytest.raises(Stopped, match="stopped at step 2, saved; start again with the same command") as stopped:
+        train(settings, tmp_path / "run", on_steps=on_steps)
+    # The step under way when the signal came is finished; the evaluation that is due is not begun, or left off.
+    assert stopped.value.exit_code == (130 if when == "between steps" else 143)
+    assert not evaluated and not (tmp_path / "run/metrics_best.json").exists()
+    assert final_state(tmp_path / "run")[0] == 2
+    train(settings, tmp_path / "run")
+    assert len(evaluated) == 2  # of step 2, and of step 4
+    monkeypatch.setattr("mpanet_jax.train.embed_split", embed_split)
+    train(settings, tmp_path / "whole")
+    assert trees_equal(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
+    best = [json.loads((tmp_path / name / "metrics_best.json").read_text()) for name in ("run", "whole")]
+    assert best[0] == best[1]
 
 
 def test_best_checkpoint_is_the_one_with_the_greatest_figure(settings, tmp_path, monkeypatch):
