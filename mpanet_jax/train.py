@@ -162,6 +162,12 @@ def _train(
         with MetricLog(workdir, total_steps, first_step, active=is_first_process()) as log:
             reader = MetricReader(log, settings.train.log_every_steps, steps_per_epoch, feed.batch_size, on_steps)
 
+            def save(step: int) -> None:
+                # What diverged, or comes from damaged images, must not take the place of the last good state.
+                reader.finish()
+                feed.require_sound_images()
+                checkpoints.save(step, state, feed.batches)
+
             def evaluate_during_training(step: int) -> None:
                 reader.finish()
                 with contextlib.suppress(Stopped):  # the state is saved then, and evaluated when the run goes on
@@ -182,15 +188,13 @@ def _train(
                 reader.read_previous(before, step, metrics)
                 saves = step == total_steps or is_due(checkpoint_every, step)
                 if saves:
-                    reader.finish()  # a diverged state must not take the place of the last good one
-                    checkpoints.save(step, state, feed.batches)
+                    save(step)
                 evaluates = step != total_steps and is_due(evaluate_every, step)
                 if evaluates:
                     evaluate_during_training(step)
                 if step != total_steps and stop.agreed(before, step, ask=evaluates):
                     if not saves:
-                        reader.finish()
-                        checkpoints.save(step, state, feed.batches)
+                        save(step)
                     checkpoints.wait()
                     raise stop.stopped(SAVED.format(step))
             reader.finish()
