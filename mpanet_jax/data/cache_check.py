@@ -7,6 +7,7 @@ import weakref
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -90,8 +91,9 @@ class CacheFile:
           UserError: the file was cut off meanwhile.
         """
         images = np.empty((len(index), *self._shape[1:]), np.uint8)
-        for image, row in zip(images, map(int, index), strict=True):
-            place = self._offset + row * image.nbytes
-            if os.preadv(self._descriptor, [memoryview(image).cast("B")], place) != image.nbytes:
+        size = images[:1].nbytes
+        for number, row in enumerate(map(int, index)):
+            buffers: list[Any] = [images[number : number + 1]]  # NumPy's stubs hide that arrays are buffers
+            if os.preadv(self._descriptor, buffers, self._offset + row * size) != size:
                 raise UserError(f"{self._path}: the image cache was cut off during the run; delete it and start again")
         return images
