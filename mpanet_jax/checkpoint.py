@@ -8,7 +8,9 @@ and the position is the same in all processes (grain's own handler writes, and a
 """
 
 import contextlib
+import functools
 import itertools
+import logging
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +20,12 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+from absl import logging as absl_logging
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from mpanet_jax.checksums import damage, write_checksums
-from mpanet_jax.errors import UserError, first_line
+from mpanet_jax.errors import UserError, first_line, lacks_room
 from mpanet_jax.processes import gather, is_first_process, wait_for_all_processes
 from mpanet_jax.state import TrainState
 
@@ -50,6 +53,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int, which: str = "last"):
         """Of the run in `workdir`; the latest `keep` stay. `which` = 'best': those that `train.keep_best` chooses."""
+        _quiet_orbax()
         self._workdir = workdir
         self._checkpointer = ocp.training.Checkpointer(
             str((workdir / FOLDERS[which]).resolve()),
@@ -63,12 +67,15 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = True
         try:
             self.wait()
+            failed = kind is not None
         finally:
             self._finishing.shutdown()
-            self._checkpointer.close()
+            with contextlib.suppress(*[Exception] if failed else []):  # orbax says a failed save again
+                self._checkpointer.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -95,10 +102,31 @@ class Checkpoints:
         return Path(self._checkpointer.directory) / str(step)
 
     def wait(self) -> None:
-        """Returns once everything saved so far is on disk."""
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
+        """Returns once everything saved so far is on disk.
+
+        Raises:
+          UserError: there is no room for it; the checkpoints before stay.
+        """
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        try:
             saving.result()
+        except Exception as error:
+            if not lacks_room(error):
+                raise
+            raise UserError(
+                f"{self._checkpointer.directory}: no room for a checkpoint; make room there, and start again with the "
+                f"same command: the run goes on from step {self._whole_step()}"
+            ) from error
+
+    def raise_failure(self) -> None:
+        """Raises what the save under way has failed with, if it has; waits for nothing."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def _whole_step(self) -> int:
+        return max(_whole_steps(Path(self._checkpointer.directory)), default=0)
 
     def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """The newest sound checkpoint as a state like `state` (shapes, types, placement); moves `batches` to its place.
@@ -162,6 +190,17 @@ class Checkpoints:
             raise _Damaged(f"it is of step {int(items['training']['step'])}")
         batches.set_state(items["data"])
         return TrainState(**_renamed(items["model"], OLD_NAMES), **items["training"])
+
+
+class _Unsaid(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+@functools.cache
+def _quiet_orbax() -> None:
+    """orbax logs an exception in each of the threads that it passes through, with tracebacks, before it raises it."""
+    absl_logging.get_absl_logger().addFilter(_Unsaid())
 
 
 def is_finite(tree: Any) -> bool:
@@ -261,6 +300,7 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
         )
     newest = directory / str(steps[-1])
     device = SingleDeviceSharding(jax.local_devices()[0])
+    _quiet_orbax()
     try:
         with _readable(newest), _alone():
             _check_files(newest)

@@ -48,6 +48,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def lacks_room(error: BaseException) -> bool:
+    """Whether something could not be written for lack of room: a full disk, a quota, a limit of file sizes.
+
+    Libraries wrap the system's error in exceptions of their own, which keep its words at best.
+    """
+    words = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    return any(said in str(cause) for cause in _chain(error) for said in words)
+
+
 def _fail(message: object) -> NoReturn:
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     if isinstance(message, AbsentProcessError):
@@ -116,8 +125,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
             _silence()
             return 128 + signal.SIGINT
         except Exception as error:
-            # Libraries wrap it in exceptions of their own, and some leave the file's name out.
-            if any(os.strerror(errno.ENOSPC) in str(cause) for cause in _chain(error)):
+            if lacks_room(error):
                 _fail(f"{os.strerror(errno.ENOSPC)}: make room where this program writes, or name another place for it")
             if not isinstance(error, OSError) or error.filename is None:
                 raise

@@ -186,6 +186,7 @@ def _train(
                 state, metrics = run_steps(state, stack_batches(feed.batches, step - before), feed.images)
                 # The call before this one is read after this one was sent off: the device always has work.
                 reader.read_previous(before, step, metrics)
+                checkpoints.raise_failure()
                 saves = step == total_steps or is_due(checkpoint_every, step)
                 if saves:
                     save(step)
