@@ -206,12 +206,11 @@ def _quiet_orbax() -> None:
 def is_finite(tree: Any) -> bool:
     """Whether all numbers of a tree of arrays are finite."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return bool(_all_finite(leaves))
+    return all(jax.device_get(list(map(_all_finite, leaves))))
 
 
-@jax.jit
-def _all_finite(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in leaves] or [True]).all()
+# An array at a time: one program for all of them would take long to compile.
+_all_finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
 
 
 def _check_files(directory: Path) -> None:

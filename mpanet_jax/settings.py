@@ -161,6 +161,11 @@ class TrainSettings:
     steps_per_call: int = setting(
         15, "steps sent to the device as one program, at most, where it holds the images (else 1)", at_least(1)
     )
+    on_nonfinite: str = setting(
+        "stop",
+        "when loss, weights or moments are no numbers: 'stop', or 'skip' the step, up to 10 in a row",
+        one_of("stop", "skip"),
+    )
 
 
 @dataclass(frozen=True)

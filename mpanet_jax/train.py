@@ -11,7 +11,7 @@ import jax
 
 from mpanet_jax import datasets
 from mpanet_jax.call_plan import cut_into_calls, stack_batches
-from mpanet_jax.checkpoint import Checkpoints, has_checkpoint
+from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, is_finite
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import Stopped
@@ -21,6 +21,7 @@ from mpanet_jax.evaluation.workdir import embed_split, evaluate_split, make_embe
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog, MetricReader
+from mpanet_jax.nonfinite import FiniteCheck
 from mpanet_jax.parallel import Parallel, all_devices, global_num_ids, on_first_device
 from mpanet_jax.processes import check_same_workdir, is_first_process, wait_for_all_processes
 from mpanet_jax.run_files import METRICS_FILES, check_init_from, check_same_run, save_settings
@@ -160,12 +161,22 @@ def _train(
         if is_first_process():
             save_settings(settings, workdir)
         with MetricLog(workdir, total_steps, first_step, active=is_first_process()) as log:
-            reader = MetricReader(log, settings.train.log_every_steps, steps_per_epoch, feed.batch_size, on_steps)
+            finite = FiniteCheck(
+                settings.train.on_nonfinite,
+                workdir,
+                lambda step: train_split.paths[feed.rows(step - 1)],
+                writes=is_first_process(),
+            )
+            reader = MetricReader(
+                log, settings.train.log_every_steps, steps_per_epoch, feed.batch_size, on_steps, finite
+            )
 
             def save(step: int) -> None:
                 # What diverged, or comes from damaged images, must not take the place of the last good state.
                 reader.finish()
                 feed.require_sound_images()
+                if not is_finite((state.params, state.batch_stats, state.opt_state)):
+                    raise finite.error(step, "the weights are not finite any more", {})
                 checkpoints.save(step, state, feed.batches)
 
             def evaluate_during_training(step: int) -> None:

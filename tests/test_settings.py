@@ -64,6 +64,7 @@ PAPER = {
         "keep_checkpoints": 2,
         "log_every_steps": 50,
         "steps_per_call": 15,
+        "on_nonfinite": "stop",
     },
     "eval": {"batch_size": 256, "best": "", "rerank": False},
     "loss": {
@@ -238,6 +239,7 @@ BAD_VALUES = [
     ("train.keep_checkpoints", 0, "expected at least 1"),
     ("train.log_every_steps", 0, "expected at least 1"),
     ("train.steps_per_call", 0, "expected at least 1"),
+    ("train.on_nonfinite", "ignore", "expected one of 'stop', 'skip'"),
     ("eval.batch_size", 0, "expected at least 1"),
     ("loss.identity", -1.0, "expected at least 0"),
     ("loss.center_cluster", -1.0, "expected at least 0"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from configs import synthetic as synthetic_config
 from configs import sysu as sysu_config
 from mpanet_jax import checkpoint
 from mpanet_jax import train as train_module
-from mpanet_jax.checkpoint import Checkpoints, load_model
+from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, load_model
 from mpanet_jax.checksums import CHECKSUMS_FILE
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import SettingsError, Stopped, UserError
@@ -406,6 +407,23 @@ def test_diverged_run_stops_and_keeps_its_last_good_checkpoint(settings, tmp_pat
     with pytest.raises(UserError, match=r"step 4: the loss is nan; lower config.optim.learning_rate"):
         train(settings, tmp_path / "run")
     assert final_state(tmp_path / "run")[0] == 2
+    check_report(tmp_path / "run", step=4, num_images=12)
+
+
+def check_report(workdir, step, num_images):
+    report = json.loads((workdir / "nonfinite.json").read_text())
+    assert report["step"] == step and len(set(report["images"])) == num_images
+    assert all(re.fullmatch(r"cam\d/\d+/\d+\.jpg", path) for path in report["images"])
+    assert report["terms"]["loss"] == "nan" and "identity" in report["terms"]
+
+
+def test_state_that_is_not_finite_is_not_saved(settings, tmp_path, monkeypatch):
+    # The only step's loss is finite, the weights after it are not.
+    monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
+    monkeypatch.setattr(MPANet, "learning_rate", lambda self, steps_per_epoch: lambda step: jnp.nan)
+    with pytest.raises(UserError, match=r"step 1: the weights are not finite any more; lower config\.optim"):
+        train(settings, tmp_path / "run")
+    assert not has_checkpoint(tmp_path / "run")
 
 
 def test_weights_alone_are_no_run_to_go_on_with(settings, tmp_path):

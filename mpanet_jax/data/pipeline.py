@@ -42,6 +42,7 @@ class TrainFeed:
       images: uint8[N, height, width, 3] on the accelerator, to be indexed with a batch's `index`; None in the
         other modes.
       cache: the mode in use: 'device', 'host' or 'none'.
+      plan: of all processes.
       check: of the images' file, under way in the background; None where no file is read.
     """
 
@@ -50,7 +51,13 @@ class TrainFeed:
     batch_size: int
     images: jax.Array | None
     cache: str
+    plan: BatchPlan
     check: CacheCheck | None
+
+    def rows(self, step: int) -> np.ndarray:
+        """int[P·K], the images in the split of batch `step` of the whole training (from 0), over all processes."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self.plan.epoch(epoch)[place]
 
     def require_sound_images(self) -> None:
         """Returns once the images that the batches come from are known to be what was cached.
@@ -110,7 +117,7 @@ def train_feed(
     else:
         on_device = put_images(images)
     batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
-    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, on_device, cache, check)
+    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, on_device, cache, plan, check)
 
 
 def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_size: int) -> Iterator[Batch]:
