@@ -463,8 +463,7 @@ def test_every_config_and_preset_is_valid_and_survives_json(arguments, tmp_path)
     save_settings(settings, tmp_path)
     assert load_settings(tmp_path) == settings
     assert settings.preset == ("official" if "official" in arguments[-1] else "paper")
-    names = {"default": "sysu_mm01", "synthetic": "sysu_mm01", "sysu": "sysu_mm01", "regdb": "regdb", "llcm": "llcm"}
-    assert settings.dataset.name == names[arguments[0]]
+    assert settings.dataset.name == (arguments[0] if arguments[0] in ("regdb", "llcm") else "sysu_mm01")
     trial = arguments[-1].partition("split=")[2] or 1
     assert settings.dataset.trial == (int(trial) if arguments[0] == "regdb" else None)
 
@@ -488,6 +487,15 @@ def test_where_the_configs_differ_from_the_papers_recipe():
         "dataset.name": "regdb",
         "dataset.trial": 3,
     }
+    assert differences(MPANetSettings(), config_settings("synthetic_gpu")) == {
+        "dataset.data_dir": "data/bench",
+        "data.height": 192,
+        "data.width": 64,
+        "optim.milestones": (16, 24),
+        "train.num_epochs": 28,
+        "train.eval_every_epochs": 0,
+        "train.checkpoint_every_epochs": 0,
+    }
 
 
 def test_where_the_published_program_differs():
@@ -507,6 +515,11 @@ def test_where_the_published_program_differs():
         "data.num_ids_per_batch": 12,
         "data.images_per_id": 10,
         "optim.milestones": (110,),
+    }
+    assert differences(config_settings("synthetic_gpu"), config_settings("synthetic_gpu", "official")) == {
+        **official,
+        "augment.crop_padding": 5,
+        "mean.epochs_at_full": 20,
     }
     own_crop = {name: value for name, value in official.items() if name != "augment.crop_padding"}
     assert differences(config_settings("synthetic"), config_settings("synthetic", "official")) == own_crop
