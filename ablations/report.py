@@ -90,7 +90,7 @@ def markdown(table: Table, recipes: Mapping[str, Settings], results: Results) ->
         f"Published: {PUBLISHED_ON}. The other columns are of the runs here ({'; '.join(data) or 'none yet'}): mean ± "
         "standard deviation over the seeds. The difference is between runs of one seed. An interval is the 95 % "
         "bootstrap of a run over query identities, its ends averaged over the seeds. All in percent. Images: how many "
-        "a run saw in training, each as often as it was seen.",
+        "a run saw in training, each as often as it was seen." + (f" {table.note}" if table.note else ""),
     ]
     return "\n".join(text) + "\n"
 

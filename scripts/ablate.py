@@ -24,7 +24,9 @@ from mpanet_jax.errors import UserError, run_script
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "the recipe and the data that the rows start from; its fields are the same in all rows"
 )
-TABLES = flags.DEFINE_multi_string("table", None, "which: 3, 4; may be given several times", required=True)
+TABLES = flags.DEFINE_multi_string(
+    "table", None, "3, 4, methods or augmentations; may be given several times", required=True
+)
 ROWS = flags.DEFINE_list("rows", [], "only these rows, by the names of their folders: baseline,cc")
 SEEDS = flags.DEFINE_integer("seeds", 3, "runs of a row, with the seeds 0, 1, …", lower_bound=1)
 OUT = flags.DEFINE_string("out", "runs/ablations/results", "the folder of ablations.json and the tables")

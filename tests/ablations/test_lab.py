@@ -139,7 +139,9 @@ def test_picture_without_matplotlib_is_an_error_that_names_the_extra(monkeypatch
 @pytest.mark.parametrize("name", TABLES)
 def test_rows_of_a_table_are_recipes_and_differ(name):
     base = settings_of(synthetic_gpu.get_config("official").to_dict())
-    recipes = [replace(base, row.changes) for row in TABLES[name].rows if row.preset is None]
+    presets = {row.preset for row in TABLES[name].rows} - {None}
+    bases = {None: base} | {p: settings_of(synthetic_gpu.get_config(p).to_dict()) for p in presets}
+    recipes = [replace(bases[row.preset], row.changes) for row in TABLES[name].rows]
     assert len(set(recipes)) == len(recipes)
     names = [row.name for row in TABLES[name].rows]
     assert len(set(names)) == len(names)
@@ -185,8 +187,10 @@ def test_script_runs_a_row_and_goes_on_from_its_json(tmp_path):
     (tmp_path / "data").rename(tmp_path / "data_gone")
     assert ablate(tmp_path, *fields, "--rows=baseline", "--seeds=2")[0] == 0
     assert (tmp_path / "out/table_3.md").read_text() == table
-    code, _, err = ablate(tmp_path, *fields, "--seeds=1", "--time_limit=0")
-    assert code == 0 and "5 runs are left" in err
+    # Rows of other presets of the same config file, with its flags; the preset paper is the row mpanet.
+    code, _, err = ablate(tmp_path, *fields, "--seeds=1", "--time_limit=0", "--table=methods")
+    assert code == 0 and "7 runs are left" in err
+    assert "| MPANet, official |" in (tmp_path / "out/table_methods.md").read_text()
     assert not (tmp_path / "runs").exists()
 
 
