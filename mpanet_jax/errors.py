@@ -106,6 +106,6 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
                 raise
             _fail(f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}); name another place")
 
-    # Beside the folder of scripts lie configs/ and benchmarks/, which are not installed.
+    # Beside the folder of scripts lie configs/, benchmarks/ and ablations/, which are not installed.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     app.run(guarded, flags_parser=_parse_flags)

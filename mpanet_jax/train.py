@@ -15,6 +15,7 @@ from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.evaluation.best import keep_best
 from mpanet_jax.evaluation.evaluate import write_metrics
+from mpanet_jax.evaluation.extract import Embed
 from mpanet_jax.evaluation.workdir import evaluate_set, make_embed, of_checkpoint
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
@@ -81,12 +82,31 @@ def make_train_steps(method: Method, num_ids: int, steps_per_epoch: int, paralle
     return parallel.map_steps(steps, on_compiled=partial(wait_for_all_processes, "the first call of the compiled step"))
 
 
+class Programs:
+    """The compiled programs of a run, which the runs after it share that differ from it in their seed alone."""
+
+    def __init__(self):
+        self._key = self._made = None
+
+    def of(
+        self, method: Method, num_ids: int, steps_per_epoch: int, parallel: Parallel
+    ) -> tuple[Any, Callable[[Any], Embed]]:
+        """`make_train_steps` and `make_embed` of a run; of the run before, where they are the same."""
+        key = (replace(method.settings, {"seed": 0}), num_ids, steps_per_epoch, parallel)
+        if key != self._key:
+            made = make_train_steps(method, num_ids, steps_per_epoch, parallel), make_embed(method, num_ids)
+            self._key, self._made = key, made
+        assert self._made is not None
+        return self._made
+
+
 def train(
     settings: Settings,
     workdir: str | Path,
     *,
     feed: TrainFeed | None = None,
     on_steps: Callable[[int, float], None] | None = None,
+    programs: Programs | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Trains by `settings` on all devices, resuming from the newest checkpoint under `workdir`, and evaluates.
 
@@ -99,6 +119,7 @@ def train(
       feed: its `make_feed`, where the caller has made it already; it is closed at the end.
       on_steps: told the steps done whenever the device has finished some more, and when that was by
         `time.perf_counter`; what it raises ends the run.
+      programs: of runs before this one.
 
     Returns:
       The final metrics by setting of the protocol (`sysu/all/single`, …).
@@ -120,8 +141,7 @@ def train(
     feed = feed or make_feed(method, train_split, parallel)
     steps_per_epoch = feed.steps_per_epoch
     state = parallel.replicate(initial_state(method, variables, steps_per_epoch))
-    run_steps = make_train_steps(method, train_split.num_ids, steps_per_epoch, parallel)
-    make_embedder = make_embed(method, train_split.num_ids)
+    run_steps, make_embedder = (programs or Programs()).of(method, train_split.num_ids, steps_per_epoch, parallel)
 
     def evaluate(state: TrainState, tested: datasets.EvaluationSet) -> dict[str, dict[str, Any]]:
         variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})

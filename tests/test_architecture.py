@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mpanet_jax"
-SOURCES = ("mpanet_jax", "configs", "scripts", "benchmarks", "tests", "docs")
+SOURCES = ("mpanet_jax", "configs", "scripts", "benchmarks", "ablations", "tests", "docs")
 
 # part: the internal modules or packages that it may import, beside itself
 ALLOWED = {

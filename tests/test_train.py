@@ -28,7 +28,8 @@ from mpanet_jax.methods.mpanet import MPANet
 from mpanet_jax.metric_log import MetricReader
 from mpanet_jax.run_files import load_settings, save_settings
 from mpanet_jax.settings import replace
-from mpanet_jax.train import train
+from mpanet_jax.step import train_steps
+from mpanet_jax.train import Programs, train
 from tests.datasets.by_name import prepare
 from tests.limits import HANGS_AFTER
 
@@ -187,6 +188,21 @@ def test_resumed_training_is_bit_identical(settings, tmp_path, monkeypatch, vers
     assert trees_equal(whole, halves)
     kept = sorted(int(p.name) for p in (tmp_path / "halves/checkpoints").iterdir() if p.name.isdigit())
     assert kept == [3, 4]
+
+
+def test_runs_of_several_seeds_share_their_programs(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
+    traced = []
+    monkeypatch.setattr("mpanet_jax.train.train_steps", lambda *a, **k: traced.append(0) or train_steps(*a, **k))
+    programs, second = Programs(), replace(settings, {"seed": 1})
+    train(settings, tmp_path / "first", programs=programs)
+    train(second, tmp_path / "second", programs=programs)
+    assert len(traced) == 1
+    train(second, tmp_path / "alone")
+    assert trees_equal(final_state(tmp_path / "second"), final_state(tmp_path / "alone"))
+    # Anything else makes another program.
+    train(replace(second, {"optim.learning_rate": 1e-3}), tmp_path / "slower", programs=programs)
+    assert not trees_equal(final_state(tmp_path / "second"), final_state(tmp_path / "slower"))
 
 
 def test_best_checkpoint_is_the_one_with_the_greatest_figure(settings, tmp_path, monkeypatch):
