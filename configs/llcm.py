@@ -13,4 +13,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     config = default_config()
     config.init_from = "hf:timm/resnet50.tv_in1k"
     config.dataset.name = "llcm"
-    return apply_preset(config, preset)
+    apply_preset(config, preset)
+    if preset == "strong":
+        config.augment.grey_probability = 0.5  # RLE's on LLCM
+    return config

@@ -1,7 +1,8 @@
 """RegDB. Rank-1 / mAP over the ten trials: infrared→visible 82.8 / 80.7, visible→infrared 83.7 / 80.9.
 
 python scripts/train.py --config=configs/regdb.py:split=3 --config.dataset.source=/path/to/RegDB
-`split=N` picks the trial, 1 to 10; `:official` or `:split=3,official` follows the published program.
+`split=N` picks the trial, 1 to 10; `:official` or `:split=3,official` follows the published program, `strong` adds
+RLE's augmentations.
 """
 
 from ml_collections import ConfigDict
@@ -24,8 +25,10 @@ def get_config(options: str = "") -> ConfigDict:
         else:
             preset = option
     apply_preset(config, preset)
-    if preset == "official":
+    if preset in ("official", "strong"):
         config.data.height, config.data.width = 256, 128
         config.data.num_ids_per_batch, config.data.images_per_id = 12, 10
         config.optim.milestones = (110,)
+    if preset == "strong":
+        config.augment.grey_probability = 0.5  # RLE's on RegDB
     return config

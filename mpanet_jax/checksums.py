@@ -1,10 +1,11 @@
 """Checksums of the files of a folder, kept in it: whether it is still what was written."""
 
 import json
-import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from mpanet_jax.files import write_whole
 
 CHECKSUMS_FILE = "checksums.json"
 _CHUNK = 1 << 20
@@ -30,9 +31,8 @@ def write_checksums(folder: Path) -> None:
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = dict(zip(files, pool.map(checksum, files.values()), strict=True))
-    unfinished = folder.with_name(f".{folder.name}.{CHECKSUMS_FILE}")
-    unfinished.write_text(json.dumps(sums, indent=1))
-    os.replace(unfinished, folder / CHECKSUMS_FILE)
+    with write_whole(folder / CHECKSUMS_FILE) as file:
+        json.dump(sums, file, indent=1)
 
 
 def damage(folder: Path) -> str | None:

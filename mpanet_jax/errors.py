@@ -25,6 +25,13 @@ class SettingsError(UserError):
     """A field of the settings that cannot be as it is; the message begins with the field's path, `data.height`."""
 
 
+class ArgumentError(UserError):
+    """An argument of a function that cannot be as it is; a script's flag has the same name."""
+
+    def __init__(self, argument: str, message: str):
+        super().__init__(f"{argument} {message}")
+
+
 class AbsentProcessError(UserError):
     """Another process of the run did not come in time.
 
@@ -113,8 +120,10 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             return main(argv[1:]) or 0
+        except (SettingsError, ArgumentError) as error:
+            _fail(f"--{'config.' if isinstance(error, SettingsError) else ''}{error}")
         except UserError as error:
-            _fail(f"--config.{error}" if isinstance(error, SettingsError) else error)
+            _fail(error)
         except Stopped as stopped:
             if message := str(stopped):
                 print(message, file=sys.stderr, flush=True)
@@ -131,6 +140,6 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
                 raise
             _fail(f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}); name another place")
 
-    # Beside the folder of scripts lie configs/ and benchmarks/, which are not installed.
+    # Beside the folder of scripts lie configs/, benchmarks/ and ablations/, which are not installed.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     app.run(guarded, flags_parser=_parse_flags)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from mpanet_jax.errors import UserError
+from mpanet_jax.files import write_whole
 
 REPORT_FILE = "nonfinite.json"
 MOST_IN_A_ROW = 10  # skipped steps
@@ -60,8 +61,8 @@ class FiniteCheck:
         if self._writes:
             shown = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
             content = {"step": step, "what": what, "terms": shown, "images": self._paths(step).tolist()}
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(json.dumps(content, indent=2) + "\n")
+            with write_whole(report) as file:
+                file.write(json.dumps(content, indent=2) + "\n")
         return UserError(
             f"step {step}: {what}; lower config.optim.learning_rate, or check the weights of config.init_from and the "
             f"images that {report} names; the run stops, its last checkpoint is from before"

@@ -65,14 +65,31 @@ def _backbones() -> Mapping[str, Any]:
     return BACKBONES
 
 
+def _datasets() -> Mapping[str, Any]:
+    from mpanet_jax.datasets.registry import DATASETS  # imports this module
+
+    return DATASETS
+
+
 @dataclass(frozen=True)
 class DatasetSettings:
-    """Which data, and where they lie."""
+    """Which data, and where they lie; a data set's own fields lie in its file, as a subclass."""
 
-    name: str = setting("sysu_mm01", "the data set")
+    name: str = setting("sysu_mm01", "the data set", _datasets)
     source: str = setting("", "the raw folder; needed once, to prepare")
     data_dir: str = setting("data", "where prepared data sets and caches live")
+    validation: bool = setting(
+        False, "hold the identities of the list 'val' out of training, and evaluate on them during training"
+    )
     trial: ClassVar[int | None] = None  # which of several splits; a field where a data set has them
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """The data set's own class of settings, and what it can do."""
+        dataset = _datasets()[self.name]
+        if not isinstance(self, dataset.settings_class):
+            yield "name", f"its settings are a {dataset.settings_class.__name__}"
+        if self.validation and not dataset.has_validation:
+            yield "validation", f"{self.name} has no list 'val'; leave it out"
 
 
 @dataclass(frozen=True)
@@ -109,10 +126,23 @@ class AugmentSettings:
     flip_probability: float = setting(0.5, "of the horizontal flip", between(0, 1))
     crop_padding: int = setting(0, "pixels added on every side before a random crop back; 0: no crop", at_least(0))
     crop_fill: int = setting(127, "the padding's value", Rule("a pixel's value, 0 to 255", lambda v: 0 <= v <= 255))
+    exchange_probability: float = setting(0.0, "of one channel, drawn at random, in place of all", between(0, 1))
+    grey_probability: float = setting(0.0, "of grey, where no channel was exchanged", between(0, 1))
+    mrle_probability: float = setting(0.0, "of a random mix of the channels in place of all (RLE)", between(0, 1))
+    mrle_beta: float = setting(0.3, "β of the Beta(β, β) that the mix is drawn from", POSITIVE)
+    rrle_probability: float = setting(0.0, "of random factors in random rectangles (RLE)", between(0, 1))
+    rrle_beta: float = setting(0.4, "β of the Beta(β, β) that the factors are drawn from", POSITIVE)
+    rrle_area: tuple[float, float] = setting((0.02, 0.4), "as erase_area, of a rectangle", SHARE_RANGE)
+    rrle_aspect: tuple[float, float] = setting((0.3, 1 / 0.3), "as erase_aspect, drawn uniformly", POSITIVE_RANGE)
     erase_probability: float = setting(0.5, "of random erasing", between(0, 1))
     erase_area: tuple[float, float] = setting((0.02, 0.33), "least and greatest share of the image", SHARE_RANGE)
-    erase_aspect: tuple[float, float] = setting(
-        (0.3, 3.3), "least and greatest height / width, drawn log-uniformly", POSITIVE_RANGE
+    erase_aspect: tuple[float, float] = setting((0.3, 3.3), "least and greatest height / width", POSITIVE_RANGE)
+    erase_log_aspect: bool = setting(True, "the aspect is drawn log-uniformly; False: uniformly")
+    erase_attempts: int = setting(10, "rectangles until one is smaller than the image", at_least(1))
+    erase_fill: tuple[float, float, float] = setting(
+        (0.0, 0.0, 0.0),
+        "the channels' values in the rectangle, after normalisation",
+        Rule("finite numbers", lambda values: all(map(math.isfinite, values))),
     )
 
 
@@ -189,7 +219,9 @@ class Settings:
     """
 
     seed: int = setting(0, "of initialisation, plan and augmentation", between(0, 2**32 - 1))
-    preset: str = setting("paper", "only recorded: what the config file made of it", one_of("paper", "official"))
+    preset: str = setting(
+        "paper", "only recorded: what the config file made of it", one_of("paper", "official", "strong")
+    )
     method: str = setting("mpanet", "which method the other fields are of")
     dtype: str = setting(
         "auto",
@@ -217,8 +249,13 @@ class Settings:
     eval: EvalSettings = group(EvalSettings)
 
     def __post_init__(self):
-        for path, message in _faults(self, ""):
-            raise SettingsError(f"{path} {message}")
+        check(self)
+
+
+def check(settings: Any, prefix: str = "") -> None:
+    """Raise `SettingsError` for the first field, of the settings or of a group, that cannot be as it is."""
+    for path, message in _faults(settings, prefix):
+        raise SettingsError(f"{path} {message}")
 
 
 def _faults(settings: Any, prefix: str) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,8 @@ from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import Stopped
 from mpanet_jax.evaluation.best import keep_best
 from mpanet_jax.evaluation.evaluate import write_metrics
-from mpanet_jax.evaluation.workdir import embed_split, evaluate_split, make_embed, of_checkpoint
+from mpanet_jax.evaluation.extract import Embed
+from mpanet_jax.evaluation.workdir import evaluate_set, make_embed, of_checkpoint
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog, MetricReader
@@ -39,9 +40,16 @@ def make_feed(method: Method, split: Split, parallel: Parallel) -> TrainFeed:
     """The batches of the whole run, of which this process gets its share."""
     settings = method.settings
     num_ids = global_num_ids(settings.data.num_ids_per_batch, parallel.num_devices, settings.batch_scale)
+    plan = method.batch_plan(split.pids, split.modality, num_ids)
+    if plan.num_resampled and is_first_process():
+        print(
+            f"batches: {plan.num_resampled} of {split.num_ids} identities have fewer than K/2 = "
+            f"{plan.images_per_id // 2} images in a modality; theirs are drawn with replacement",
+            file=sys.stderr,
+        )
     return train_feed(
         split,
-        method.batch_plan(split.pids, split.modality, num_ids),
+        plan,
         settings.data,
         num_epochs=settings.train.num_epochs,
         cache_dir=Path(settings.dataset.data_dir) / "cache",
@@ -81,17 +89,36 @@ def make_train_steps(method: Method, num_ids: int, steps_per_epoch: int, paralle
     return parallel.map_steps(steps, on_compiled=partial(wait_for_all_processes, "the first call of the compiled step"))
 
 
+class Programs:
+    """The compiled programs of a run, which the runs after it share that differ from it in their seed alone."""
+
+    def __init__(self):
+        self._key = self._made = None
+
+    def of(
+        self, method: Method, num_ids: int, steps_per_epoch: int, parallel: Parallel
+    ) -> tuple[Any, Callable[[Any], Embed]]:
+        """`make_train_steps` and `make_embed` of a run; of the run before, where they are the same."""
+        key = (replace(method.settings, {"seed": 0}), num_ids, steps_per_epoch, parallel)
+        if key != self._key:
+            made = make_train_steps(method, num_ids, steps_per_epoch, parallel), make_embed(method, num_ids)
+            self._key, self._made = key, made
+        assert self._made is not None
+        return self._made
+
+
 def train(
     settings: Settings,
     workdir: str | Path,
     *,
     feed: TrainFeed | None = None,
     on_steps: Callable[[int, float], None] | None = None,
+    programs: Programs | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Trains by `settings` on all devices, resuming from the newest checkpoint under `workdir`, and evaluates.
 
     Writes config.json, checkpoints/, logs/ and, at the end, metrics.json; with settings.eval.best also
-    checkpoints_best/ and metrics_best.json.
+    checkpoints_best/ and metrics_best.json, or with settings.dataset.validation metrics_best_validation.json.
 
     Args:
       settings: the run.
@@ -99,6 +126,7 @@ def train(
       feed: its `make_feed`, where the caller has made it already; it is closed at the end.
       on_steps: told the steps done whenever the device has finished some more, and when that was by
         `time.perf_counter`; what it raises ends the run.
+      programs: of runs before this one.
 
     Returns:
       The final metrics by setting of the protocol (`sysu/all/single`, …).
@@ -109,7 +137,7 @@ def train(
       Stopped: SIGTERM or Ctrl-C; the steps done are saved.
     """
     with StopRequest() as stop:
-        return _train(settings, Path(workdir), feed, on_steps, stop)
+        return _train(settings, Path(workdir), feed, on_steps, programs or Programs(), stop)
 
 
 def _train(
@@ -117,22 +145,25 @@ def _train(
     workdir: Path,
     feed: TrainFeed | None,
     on_steps: Callable[[int, float], None] | None,
+    programs: Programs,
     stop: StopRequest,
 ) -> dict[str, dict[str, Any]]:
     method = make_method(settings)
     method.check_form()  # before anything is written
     check_init_from(settings.init_from, workdir)
     parallel = all_devices(settings.parallel)
-    train_split, test_split = (datasets.open_split(settings.dataset, name) for name in ("train", "test"))
+    train_split = datasets.open_split(settings.dataset, "train")
+    test_set = datasets.open_evaluation(settings.dataset)
+    validation = settings.dataset.validation
+    watched = datasets.open_evaluation(settings.dataset, validation=True) if validation else test_set
     # Before the feed: weights that cannot be had should not cost the time of building a cache first.
     variables = start_of_run(method, train_split.num_ids, workdir)
     feed = feed or make_feed(method, train_split, parallel)
     steps_per_epoch = feed.steps_per_epoch
     state = parallel.replicate(initial_state(method, variables, steps_per_epoch))
-    run_steps = make_train_steps(method, train_split.num_ids, steps_per_epoch, parallel)
-    make_embedder = make_embed(method, train_split.num_ids)
+    run_steps, make_embedder = programs.of(method, train_split.num_ids, steps_per_epoch, parallel)
 
-    def evaluate(step: int, state: TrainState) -> dict[str, dict[str, Any]]:
+    def evaluate(step: int, state: TrainState, tested: datasets.EvaluationSet) -> dict[str, dict[str, Any]]:
         embed = make_embedder(on_first_device({"params": state.params, "batch_stats": state.batch_stats}))
 
         def embed_unless_stopped(images: Any, modality: Any = None) -> Any:
@@ -140,10 +171,8 @@ def _train(
                 raise stop.stopped(SAVED.format(step))
             return embed(images, modality)
 
-        results = evaluate_split(settings, *embed_split(settings, test_split, embed_unless_stopped))
+        results = evaluate_set(settings, tested, embed_unless_stopped)
         wait_for_all_processes("the end of an evaluation")
-        log.evaluation(step, results)
-        keep_best(workdir, settings.eval.best, step, results, state, feed.batches)
         return results
 
     total_steps = steps_per_epoch * settings.train.num_epochs
@@ -179,10 +208,16 @@ def _train(
                     raise finite.error(step, "the weights are not finite any more", {})
                 checkpoints.save(step, state, feed.batches)
 
-            def evaluate_during_training(step: int) -> None:
+            def watch(step: int) -> dict[str, dict[str, Any]]:
+                results = evaluate(step, state, watched)
+                log.evaluation(step, results)
+                keep_best(workdir, settings.eval.best, step, results, state, feed.batches, validation=validation)
+                return results
+
+            def watch_during_training(step: int) -> None:
                 reader.finish()
                 with contextlib.suppress(Stopped):  # the state is saved then, and evaluated when the run goes on
-                    evaluate(step, state)
+                    watch(step)
                 reader.restart_timer(step)
 
             def is_due(every: int, step: int) -> bool:
@@ -191,7 +226,7 @@ def _train(
             stop.defer()
             # A run that was stopped in this evaluation, or killed, has yet to finish it.
             if first_step and first_step != total_steps and is_due(evaluate_every, first_step):
-                evaluate_during_training(first_step)
+                watch_during_training(first_step)
             stops = (checkpoint_every, evaluate_every)
             for before, step in cut_into_calls(first_step, total_steps, steps_per_call, stops):
                 state, metrics = run_steps(state, stack_batches(feed.batches, step - before), feed.images)
@@ -201,16 +236,18 @@ def _train(
                 saves = step == total_steps or is_due(checkpoint_every, step)
                 if saves:
                     save(step)
-                evaluates = step != total_steps and is_due(evaluate_every, step)
-                if evaluates:
-                    evaluate_during_training(step)
-                if step != total_steps and stop.agreed(before, step, ask=evaluates):
+                watches = step != total_steps and is_due(evaluate_every, step)
+                if watches:
+                    watch_during_training(step)
+                if step != total_steps and stop.agreed(before, step, ask=watches):
                     if not saves:
                         save(step)
                     checkpoints.wait()
                     raise stop.stopped(SAVED.format(step))
             reader.finish()
-            results = evaluate(total_steps, state)
+            results = watch(total_steps)
+            if validation:
+                results = evaluate(total_steps, state, test_set)
     feed.batches.close()
     results = of_checkpoint(results, "last", total_steps)
     if is_first_process():

@@ -28,7 +28,7 @@ PAPER = {
     "parallel": "pmap",
     "batch_scale": "global",
     "init_from": "",
-    "dataset": {"name": "sysu_mm01", "source": "", "data_dir": "data"},
+    "dataset": {"name": "sysu_mm01", "source": "", "data_dir": "data", "validation": False},
     "data": {
         "height": 384,
         "width": 128,
@@ -42,9 +42,20 @@ PAPER = {
         "flip_probability": 0.5,
         "crop_padding": 0,
         "crop_fill": 127,
+        "exchange_probability": 0.0,
+        "grey_probability": 0.0,
+        "mrle_probability": 0.0,
+        "mrle_beta": 0.3,
+        "rrle_probability": 0.0,
+        "rrle_beta": 0.4,
+        "rrle_area": (0.02, 0.4),
+        "rrle_aspect": (0.3, 1 / 0.3),
         "erase_probability": 0.5,
         "erase_area": (0.02, 0.33),
         "erase_aspect": (0.3, 3.3),
+        "erase_log_aspect": True,
+        "erase_attempts": 10,
+        "erase_fill": (0.0, 0.0, 0.0),
     },
     "model": {
         "backbone": "resnet50",
@@ -90,7 +101,14 @@ OLD_CONFIG = {
     "init_from": "",
     "dataset": {"name": "sysu_mm01", "source": "", "data_dir": "data", "trial": 1},
     "data": PAPER["data"],
-    "augment": PAPER["augment"] | {"erase_area": [0.02, 0.33], "erase_aspect": [0.3, 3.3]},
+    "augment": {
+        "flip_probability": 0.5,
+        "crop_padding": 0,
+        "crop_fill": 127,
+        "erase_probability": 0.5,
+        "erase_area": [0.02, 0.33],
+        "erase_aspect": [0.3, 3.3],
+    },
     "model": {
         "stage_sizes": [3, 4, 6, 3],
         "width": 64,
@@ -108,7 +126,9 @@ OLD_CONFIG = {
 
 REGDB = {"dataset.name": "regdb"}
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-OPTIONS = {"default": [()]} | {name: [(), ("paper",), ("official",)] for name in CONFIGS if name != "default"}
+OPTIONS = {"default": [()]} | {
+    name: [(), ("paper",), ("official",), ("strong",)] for name in CONFIGS if name != "default"
+}
 OPTIONS["regdb"] += [("official,split=2",), *((f"split={trial}",) for trial in range(1, 11))]
 ALL_CONFIGS = [(name, *options) for name in CONFIGS for options in OPTIONS[name]]
 
@@ -193,7 +213,7 @@ SHARES = "expected a smallest and a largest value, above 0 and at most 1"
 RATIOS = "expected a smallest and a largest value above 0"
 BAD_VALUES = [
     # one of some names, with the nearest
-    ("preset", "oficial", "expected one of 'paper', 'official'; did you mean 'official'?"),
+    ("preset", "oficial", "expected one of 'paper', 'official', 'strong'; did you mean 'official'?"),
     ("dtype", "bfloat", "expected one of 'auto', 'float32', 'bfloat16', 'float64'; did you mean 'bfloat16'?"),
     ("dtype", "half", "expected one of 'auto', 'float32', 'bfloat16', 'float64'"),
     ("parallel", "shardmap", "expected one of 'pmap', 'shard_map'; did you mean 'shard_map'?"),
@@ -222,6 +242,16 @@ BAD_VALUES = [
     ("augment.erase_area", (0.0, 0.2), SHARES),
     ("augment.erase_aspect", (0.0, 3.3), RATIOS),
     ("augment.erase_aspect", (0.3, float("inf")), RATIOS),
+    ("augment.erase_attempts", 0, "expected at least 1"),
+    ("augment.erase_fill", (0.0, float("inf"), 0.0), "expected finite numbers"),
+    ("augment.exchange_probability", 2.0, "expected a number from 0 to 1"),
+    ("augment.grey_probability", -1.0, "expected a number from 0 to 1"),
+    ("augment.mrle_probability", 1.1, "expected a number from 0 to 1"),
+    ("augment.mrle_beta", 0.0, "expected a positive number"),
+    ("augment.rrle_probability", -0.1, "expected a number from 0 to 1"),
+    ("augment.rrle_beta", -0.4, "expected a positive number"),
+    ("augment.rrle_area", (0.5, 0.4), SHARES),
+    ("augment.rrle_aspect", (0.0, 1.0), RATIOS),
     ("model.width", 0, "expected at least 1"),
     ("model.num_patterns", 0, "expected at least 1"),
     ("model.reduction", 0, "expected at least 1"),
@@ -266,6 +296,7 @@ BAD_VALUES = [
     ("optim.milestones", (80, 120.5), "expected a tuple of whole numbers"),
     ("model.stage_sizes", "3463", "expected a tuple of whole numbers"),
     ("augment.erase_area", (0.5,), "expected 2 numbers"),
+    ("augment.erase_fill", (0.5, 0.5), "expected 3 numbers"),
     ("augment.erase_aspect", (0.3, 1.0, 3.3), "expected 2 numbers"),
     ("augment.erase_aspect", (0.3, "3.3"), "expected 2 numbers"),
     ("data", 5, "expected a DataSettings"),
@@ -392,13 +423,13 @@ def test_a_field_within_a_value_is_not_there():
         ({"method": 3}, "method = 3: expected one of 'mpanet'"),
         (
             {"dataset": {"name": "sysu"}},
-            "dataset.name = 'sysu': expected one of 'sysu_mm01', 'regdb', 'llcm'; did you mean 'sysu_mm01'?",
+            "dataset.name = 'sysu': expected one of 'sysu_mm01', 'regdb', 'llcm', 'own'; did you mean 'sysu_mm01'?",
         ),
-        ({"dataset": {"name": 1}}, "dataset.name = 1: expected one of 'sysu_mm01', 'regdb', 'llcm'"),
+        ({"dataset": {"name": 1}}, "dataset.name = 1: expected one of 'sysu_mm01', 'regdb', 'llcm', 'own'"),
         (
             {"dataset": {"sourc": "x"}},
-            "dataset.sourc: unknown field; there are dataset.name, dataset.source, dataset.data_dir; "
-            "did you mean 'dataset.source'?",
+            "dataset.sourc: unknown field; there are dataset.name, dataset.source, dataset.data_dir, "
+            "dataset.validation; did you mean 'dataset.source'?",
         ),
     ],
 )
@@ -423,11 +454,33 @@ def test_a_fused_form_that_is_not_there_is_refused():
         make_method(settings).build(num_ids=3)
 
 
+def test_a_data_set_is_changed_with_its_own_class_of_settings_only():
+    with pytest.raises(SettingsError, match=r"^dataset\.name = 'sysu': expected one of 'sysu_mm01', .*did you mean"):
+        replace(MPANetSettings(), {"dataset.name": "sysu"})
+    with pytest.raises(SettingsError, match=r"^dataset\.name = 'regdb': its settings are a RegdbSettings$"):
+        replace(MPANetSettings(), {"dataset.name": "regdb"})
+    assert replace(MPANetSettings(), {"dataset.name": "llcm"}).dataset == DatasetSettings(name="llcm")
+
+
+def test_validation_needs_a_list_of_validation_identities():
+    for name in ("sysu_mm01", "own"):
+        assert settings_of(tree_of({"dataset.name": name, "dataset.validation": True})).dataset.validation
+    for name in ("regdb", "llcm"):
+        with pytest.raises(SettingsError, match=rf"^dataset\.validation = True: {name} has no list 'val'"):
+            settings_of(tree_of({"dataset.name": name, "dataset.validation": True}))
+
+
 def test_the_trial_is_a_field_of_regdb_only():
     regdb = settings_of(tree_of(REGDB))
     assert regdb.dataset == RegdbSettings() == RegdbSettings(name="regdb", trial=1)
     assert replace(regdb, {"dataset.trial": 4}) == settings_of(tree_of({**REGDB, "dataset.trial": 4}))
-    assert to_dict(regdb)["dataset"] == {"name": "regdb", "source": "", "data_dir": "data", "trial": 1}
+    assert to_dict(regdb)["dataset"] == {
+        "name": "regdb",
+        "source": "",
+        "data_dir": "data",
+        "validation": False,
+        "trial": 1,
+    }
     for trial in (0, 11):
         with pytest.raises(SettingsError, match=rf"^dataset\.trial = {trial}: expected a number from 1 to 10$"):
             settings_of(tree_of({**REGDB, "dataset.trial": trial}))
@@ -460,13 +513,12 @@ def test_every_config_and_preset_is_valid_and_survives_json(arguments, tmp_path)
     settings = config_settings(*arguments)
     assert type(settings) is MPANetSettings
     assert settings_of(through_json(settings)) == settings
-    if settings.dataset.name != "regdb":
+    if type(settings.dataset) is DatasetSettings:
         assert from_dict(MPANetSettings, through_json(settings)) == settings
     save_settings(settings, tmp_path)
     assert load_settings(tmp_path) == settings
-    assert settings.preset == ("official" if "official" in arguments[-1] else "paper")
-    names = {"default": "sysu_mm01", "synthetic": "sysu_mm01", "sysu": "sysu_mm01", "regdb": "regdb", "llcm": "llcm"}
-    assert settings.dataset.name == names[arguments[0]]
+    assert settings.preset == next((name for name in ("official", "strong") if name in arguments[-1]), "paper")
+    assert settings.dataset.name == (arguments[0] if arguments[0] in ("regdb", "llcm", "own") else "sysu_mm01")
     trial = arguments[-1].partition("split=")[2] or 1
     assert settings.dataset.trial == (int(trial) if arguments[0] == "regdb" else None)
 
@@ -490,6 +542,15 @@ def test_where_the_configs_differ_from_the_papers_recipe():
         "dataset.name": "regdb",
         "dataset.trial": 3,
     }
+    assert differences(MPANetSettings(), config_settings("synthetic_gpu")) == {
+        "dataset.data_dir": "data/bench",
+        "data.height": 192,
+        "data.width": 64,
+        "optim.milestones": (16, 24),
+        "train.num_epochs": 28,
+        "train.eval_every_epochs": 0,
+        "train.checkpoint_every_epochs": 0,
+    }
 
 
 def test_where_the_published_program_differs():
@@ -510,8 +571,31 @@ def test_where_the_published_program_differs():
         "data.images_per_id": 10,
         "optim.milestones": (110,),
     }
+    assert differences(config_settings("synthetic_gpu"), config_settings("synthetic_gpu", "official")) == {
+        **official,
+        "augment.crop_padding": 5,
+        "mean.epochs_at_full": 20,
+    }
     own_crop = {name: value for name, value in official.items() if name != "augment.crop_padding"}
     assert differences(config_settings("synthetic"), config_settings("synthetic", "official")) == own_crop
+
+
+def test_strong_is_the_published_program_with_the_augmentations_of_rle():
+    fill = [(0.4914 - 0.485) / 0.229, (0.4822 - 0.456) / 0.224, (0.4465 - 0.406) / 0.225]
+    rle = {
+        "preset": "strong",
+        "augment.mrle_probability": 0.5,
+        "augment.rrle_probability": 0.5,
+        "augment.erase_area": (0.02, 0.4),
+        "augment.erase_aspect": (0.3, 1 / 0.3),
+        "augment.erase_log_aspect": False,
+        "augment.erase_attempts": 100,
+        "augment.erase_fill": pytest.approx(fill),
+    }
+    assert differences(config_settings("sysu", "official"), config_settings("sysu", "strong")) == rle
+    for name in ("regdb", "llcm"):
+        found = differences(config_settings(name, "official"), config_settings(name, "strong"))
+        assert found == {**rle, "augment.grey_probability": 0.5}
 
 
 def test_an_old_runs_config_is_todays_default(tmp_path):

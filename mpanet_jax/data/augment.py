@@ -1,27 +1,125 @@
 """Augmentation and normalisation inside the step: uint8 in, normalised images out.
 
-Order: flip, pad-and-crop (preset `official`), normalise, erase. Every image draws from its own key, folded
-from its place in the *global* batch, so the augmented batch does not depend on how many devices share it.
+Order: flip, pad-and-crop, one channel for all or grey, MRLE, RRLE, normalise, erase; `settings.augment` says which of
+them there are. Every image draws from its own key, folded from its place in the *global* batch, so the augmented batch
+does not depend on how many devices share it. Leaving an operation out changes no draw of the others.
+
+MRLE and RRLE are the augmentations of RLE (Tan et al., NeurIPS 2024).
 """
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from mpanet_jax.settings import AugmentSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-ERASE_ATTEMPTS = 10
+LUMINANCE = (0.2989, 0.5870, 0.1140)
+RRLE_ATTEMPTS = 100
+RRLE_DARK = 0.1  # a pixel this dark by its factors is the last
 
 
-def normalize(images: UInt8[Array, "*b h w 3"], dtype: DTypeLike) -> Float[Array, "*b h w 3"]:
-    """Bytes to the network's input: (x/255 − mean)/std with ImageNet's statistics, in `dtype`."""
+def normalize(
+    images: UInt8[Array, "*b h w 3"] | Float[Array, "*b h w 3"], dtype: DTypeLike
+) -> Float[Array, "*b h w 3"]:
+    """Bytes, or floats from 0 to 255, to the network's input: (x/255 − mean)/std with ImageNet's statistics."""
     wide = jnp.promote_types(dtype, jnp.float32)
     scale = 1 / (255 * jnp.asarray(IMAGENET_STD, wide))
     offset = -jnp.asarray(IMAGENET_MEAN, wide) / jnp.asarray(IMAGENET_STD, wide)
     return (images.astype(wide) * scale + offset).astype(dtype)
+
+
+def one_channel(key: PRNGKeyArray, image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
+    """One of the three channels, drawn uniformly, in place of all (channel exchange; Ye et al., ICCV 2021)."""
+    channel = image[..., jax.random.randint(key, (), 0, 3)]
+    return jnp.broadcast_to(channel[..., None], image.shape)
+
+
+def grey(image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
+    """The luminance, 0.2989 R + 0.5870 G + 0.1140 B, in place of all channels."""
+    luminance = (image * jnp.asarray(LUMINANCE, image.dtype)).sum(-1, keepdims=True)
+    return jnp.broadcast_to(luminance, image.shape)
+
+
+def mrle(key: PRNGKeyArray, image: Float[Array, "h w 3"], beta: float) -> Float[Array, "h w 3"]:
+    """A random mix of the channels in place of all: three draws of Beta(β, β), over their sum, are the weights."""
+    draws = jax.random.beta(key, beta, beta, (3,), image.dtype)
+    total = draws.sum()
+    weights = jnp.where(total > 0, draws / jnp.where(total > 0, total, 1), 1 / 3)  # all three may round to 0
+    return jnp.broadcast_to((image * weights).sum(-1, keepdims=True), image.shape)
+
+
+def rrle(
+    key: PRNGKeyArray,
+    image: Float[Array, "h w 3"],
+    *,
+    beta: float,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> Float[Array, "h w 3"]:
+    """Rectangles in each of which each channel is multiplied by b/(its largest value there), b from Beta(β, β).
+
+    Area and aspect (height / width) of a rectangle are uniform in their ranges; one that is not smaller than the image
+    counts for nothing. It ends with the first after which some pixel has factors of a product below 0.1, at the
+    hundredth at the latest. A channel that is 0 all over a rectangle stays 0.
+    """
+    height, width, _ = image.shape
+    area_key, aspect_key, top_key, left_key, beta_key = jax.random.split(key, 5)
+    shape = (RRLE_ATTEMPTS,)
+    box_height, box_width, fits = _box_sizes(
+        area_key, aspect_key, shape, (height, width), area=area, aspect=aspect, log_aspect=False
+    )
+    places = zip((top_key, left_key), (height - box_height, width - box_width), strict=True)
+    top, left = (jax.random.randint(k, shape, 0, jnp.maximum(last, 0) + 1) for k, last in places)
+    brightness = jax.random.beta(beta_key, beta, beta, (RRLE_ATTEMPTS, 3), image.dtype)
+
+    def goes_on(carry: tuple[Array, Array]) -> Array:
+        attempt, factors = carry
+        return (attempt < RRLE_ATTEMPTS) & (factors.min() >= RRLE_DARK)
+
+    def rescale(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        attempt, factors = carry
+        inside = _inside((height, width), top[attempt], left[attempt], box_height[attempt], box_width[attempt])
+        inside = inside & fits[attempt]
+        largest = jnp.where(inside, image * factors, 0).max((0, 1))
+        factor = jnp.where(largest > 0, brightness[attempt] / jnp.where(largest > 0, largest, 1), 1)
+        return attempt + 1, jnp.where(inside, factors * factor, factors)
+
+    _, factors = lax.while_loop(goes_on, rescale, (jnp.zeros((), jnp.int32), jnp.ones_like(image)))
+    return image * factors
+
+
+def _box_sizes(
+    area_key: PRNGKeyArray,
+    aspect_key: PRNGKeyArray,
+    shape: tuple[int, ...],
+    size: tuple[int, int],
+    *,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    log_aspect: bool,
+) -> tuple[Int[Array, " n"], Int[Array, " n"], Bool[Array, " n"]]:
+    """Heights and widths of boxes, and whether they are smaller than the image of `size` (height, width) both ways.
+
+    Area, as a share of the image's, is uniform in its range, and so is the aspect, or the logarithm of it.
+    """
+    height, width = size
+    share = jax.random.uniform(area_key, shape, minval=area[0], maxval=area[1])
+    ends = jnp.log(jnp.asarray(aspect)) if log_aspect else jnp.asarray(aspect)
+    ratio = jax.random.uniform(aspect_key, shape, minval=ends[0], maxval=ends[1])
+    ratio = jnp.exp(ratio) if log_aspect else ratio
+    box_height = jnp.round(jnp.sqrt(share * height * width * ratio)).astype(jnp.int32)
+    box_width = jnp.round(jnp.sqrt(share * height * width / ratio)).astype(jnp.int32)
+    return box_height, box_width, (box_height < height) & (box_width < width)
+
+
+def _inside(size: tuple[int, int], top: Array, left: Array, height: Array, width: Array) -> Bool[Array, "h w 1"]:
+    """Which pixels of an image lie in a box."""
+    row, column = jnp.arange(size[0])[:, None], jnp.arange(size[1])
+    return ((row >= top) & (row < top + height) & (column >= left) & (column < left + width))[..., None]
 
 
 def erase_box(
@@ -29,17 +127,19 @@ def erase_box(
 ) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
     """Draws (top, left, box height, box width) of the rectangle to erase; its size is 0 × 0 where nothing is erased.
 
-    Up to ten boxes are drawn, area uniform and aspect log-uniform in their ranges, and the first that is smaller than
-    the image counts (Zhong et al., AAAI 2020).
+    Up to `erase_attempts` boxes are drawn, area uniform and aspect log-uniform (or uniform) in their ranges, and the
+    first that is smaller than the image counts (Zhong et al., AAAI 2020).
     """
     apply_key, area_key, aspect_key, top_key, left_key = jax.random.split(key, 5)
-    shape = (ERASE_ATTEMPTS,)
-    area = jax.random.uniform(area_key, shape, minval=settings.erase_area[0], maxval=settings.erase_area[1])
-    low, high = jnp.log(jnp.asarray(settings.erase_aspect))
-    aspect = jnp.exp(jax.random.uniform(aspect_key, shape, minval=low, maxval=high))
-    box_height = jnp.round(jnp.sqrt(area * height * width * aspect)).astype(jnp.int32)
-    box_width = jnp.round(jnp.sqrt(area * height * width / aspect)).astype(jnp.int32)
-    fits = (box_height < height) & (box_width < width)
+    box_height, box_width, fits = _box_sizes(
+        area_key,
+        aspect_key,
+        (settings.erase_attempts,),
+        (height, width),
+        area=settings.erase_area,
+        aspect=settings.erase_aspect,
+        log_aspect=settings.erase_log_aspect,
+    )
     first = jnp.argmax(fits)
     erase = fits.any() & (jax.random.uniform(apply_key) < settings.erase_probability)
     box_height = jnp.where(erase, box_height[first], 0)
@@ -49,12 +149,32 @@ def erase_box(
     return top, left, box_height, box_width
 
 
+def change_colours(
+    key: PRNGKeyArray, image: UInt8[Array, "h w 3"], settings: AugmentSettings, dtype: DTypeLike
+) -> Float[Array, "h w 3"]:
+    """One channel for all or grey, then MRLE, then RRLE, each with its probability; from 0 to 255, in `dtype`."""
+    pixels = image.astype(dtype) / 255
+    keys = jax.random.split(key, 7)
+    if settings.exchange_probability or settings.grey_probability:
+        exchanged = jax.random.uniform(keys[0]) < settings.exchange_probability
+        greyed = jax.random.uniform(keys[1]) < settings.grey_probability
+        pixels = jnp.where(exchanged, one_channel(keys[2], pixels), jnp.where(greyed, grey(pixels), pixels))
+    if settings.mrle_probability:
+        mixed = jax.random.uniform(keys[3]) < settings.mrle_probability
+        pixels = jnp.where(mixed, mrle(keys[4], pixels, settings.mrle_beta), pixels)
+    if settings.rrle_probability:
+        rescaled = jax.random.uniform(keys[5]) < settings.rrle_probability
+        beta, area, aspect = settings.rrle_beta, settings.rrle_area, settings.rrle_aspect
+        pixels = jnp.where(rescaled, rrle(keys[6], pixels, beta=beta, area=area, aspect=aspect), pixels)
+    return 255 * pixels
+
+
 def augment_image(
     key: PRNGKeyArray, image: UInt8[Array, "h w 3"], settings: AugmentSettings, dtype: DTypeLike
 ) -> Float[Array, "h w 3"]:
-    """Flips, crops, normalises and erases one image; all draws come from `key`."""
+    """Augments and normalises one image; all draws come from `key`."""
     height, width, _ = image.shape
-    flip_key, row_key, column_key, erase_key = jax.random.split(key, 4)
+    flip_key, row_key, column_key, erase_key, colour_key = jax.random.split(key, 5)
     # Flip and crop are one gather: output pixel (i, j) reads source pixel (rows[i], columns[j]).
     pad = settings.crop_padding
     if pad or settings.flip_probability:
@@ -65,13 +185,15 @@ def augment_image(
         columns = jnp.where(flip, width - 1 - columns, columns)
         image_there = image[jnp.clip(rows, 0, height - 1)][:, jnp.clip(columns, 0, width - 1)]
         image = jnp.where(inside[..., None], image_there, jnp.asarray(settings.crop_fill, image.dtype))
-    normalised = normalize(image, dtype)
+    if any(getattr(settings, f"{name}_probability") for name in ("exchange", "grey", "mrle", "rrle")):
+        wide = jnp.promote_types(dtype, jnp.float32)
+        normalised = normalize(change_colours(colour_key, image, settings, wide), dtype)
+    else:
+        normalised = normalize(image, dtype)
     if not settings.erase_probability:
         return normalised
-    top, left, box_height, box_width = erase_box(erase_key, height, width, settings)
-    row, column = jnp.arange(height)[:, None], jnp.arange(width)
-    erased = (row >= top) & (row < top + box_height) & (column >= left) & (column < left + box_width)
-    return jnp.where(erased[..., None], jnp.zeros((), dtype), normalised)
+    erased = _inside((height, width), *erase_box(erase_key, height, width, settings))
+    return jnp.where(erased, jnp.asarray(settings.erase_fill, dtype), normalised)
 
 
 def augment(

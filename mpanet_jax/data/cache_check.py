@@ -13,6 +13,7 @@ import numpy as np
 
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.errors import UserError
+from mpanet_jax.files import write_whole
 
 _BLOCK = 64 << 20  # bytes that have a checksum of their own
 _CHUNK = 1 << 20
@@ -25,9 +26,8 @@ def sums_path(cache: Path) -> Path:
 
 def write_sums(cache: Path, file: Path) -> None:
     """Writes the checksums of `file`, which is about to become `cache`; whole or not at all."""
-    unfinished = sums_path(cache).with_suffix(".part")
-    unfinished.write_text(json.dumps(_sums(file)))
-    os.replace(unfinished, sums_path(cache))
+    with write_whole(sums_path(cache)) as stream:
+        json.dump(_sums(file), stream)
 
 
 def _sums(file: Path) -> list[int]:

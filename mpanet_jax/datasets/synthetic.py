@@ -20,24 +20,27 @@ import scipy.io
 from PIL import Image
 from scipy.io.matlab import MatReadError
 
+from mpanet_jax.datasets.llcm import CAMERAS as LLCM_CAMERAS
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE
 from mpanet_jax.datasets.synthetic_people import draw_image
+from mpanet_jax.datasets.sysu_mm01 import CAMERAS as SYSU_CAMERAS
+from mpanet_jax.datasets.sysu_mm01 import load_permutation
 from mpanet_jax.errors import UserError
+from mpanet_jax.protocol import NUM_TRIALS
 
-NUM_TRIALS = 10
-SYSU_CAMERAS = {1: VISIBLE, 2: VISIBLE, 3: INFRARED, 4: VISIBLE, 5: VISIBLE, 6: INFRARED}
 SYSU_SCENES = {1: 1, 2: 2, 3: 2, 4: 4, 5: 5, 6: 6}  # cameras 2 and 3 share a room
-LLCM_CAMERAS = {VISIBLE: (1, 2, 3, 4, 5, 6, 7, 8, 9), INFRARED: (1, 2, 4, 5, 6, 7, 8, 9)}
 
 # (layout, scale) -> identities for training (SYSU-MM01: train + val) and testing, images an identity and camera,
-# image height in pixels (drawn between the two; RegDB's images are all 64x128).
+# image height in pixels (drawn between the two; RegDB's images are all 64x128), and how often an identity misses a
+# camera.
 _SIZES = {
-    ("sysu_mm01", "small"): dict(train=204, test=32, images=(1, 3), height=(120, 152)),
-    ("sysu_mm01", "full"): dict(train=395, test=96, images=(4, 30), height=(180, 400)),
+    ("sysu_mm01", "small"): dict(train=204, test=32, images=(1, 3), height=(120, 152), missing=0.12),
+    ("sysu_mm01", "bench"): dict(train=395, test=96, images=(4, 10), height=(150, 200), missing=0.0),
+    ("sysu_mm01", "full"): dict(train=395, test=96, images=(4, 30), height=(180, 400), missing=0.12),
     ("regdb", "small"): dict(train=63, test=63, images=(10, 10), height=(128, 128)),
     ("regdb", "full"): dict(train=206, test=206, images=(10, 10), height=(128, 128)),
-    ("llcm", "small"): dict(train=76, test=28, images=(1, 3), height=(120, 152)),
-    ("llcm", "full"): dict(train=713, test=351, images=(1, 6), height=(180, 400)),
+    ("llcm", "small"): dict(train=76, test=28, images=(1, 3), height=(120, 152), missing=0.3),
+    ("llcm", "full"): dict(train=713, test=351, images=(1, 6), height=(180, 400), missing=0.3),
 }
 
 
@@ -83,7 +86,8 @@ def write_dataset(
       layout: 'sysu_mm01', 'regdb' or 'llcm'.
       out: the folder to make; it must not exist, or be empty. It appears only when it is complete.
       seed: the same seed gives byte-identical files, whatever `workers` is.
-      scale: 'small' (about 2,500 images) or 'full' (the real data set's numbers of identities and like image sizes).
+      scale: 'small' (about 2,500 images), 'full' (the real data set's numbers of identities and like image sizes) or,
+        for SYSU-MM01, 'bench' (its identities, all in every camera, with few and small images: 20,608 with seed 0).
       permutation: SYSU-MM01 at full scale only: its rand_perm_cam.mat, whose counts are taken (45,863 images); the
         id lists train_id.mat and test_id.mat lie beside it. The file is copied to exp/rand_perm_cam.mat.
       workers: processes that draw; 0 draws in this one.
@@ -100,7 +104,8 @@ def write_dataset(
     """
     if (layout, scale) not in _SIZES:
         raise UserError(
-            f"layout={layout!r}, scale={scale!r}: expected layout sysu_mm01, regdb or llcm and scale small or full"
+            f"layout={layout!r}, scale={scale!r}: expected layout sysu_mm01, regdb or llcm and scale small or full, "
+            "or layout sysu_mm01 and scale bench"
         )
     size = dict(_SIZES[layout, scale])
     given = dict(train=num_train_ids, test=num_test_ids, images=images_per_camera, height=height)
@@ -145,7 +150,7 @@ def _plan_sysu_mm01(rng: np.random.Generator, size: dict, permutation: str | os.
         num_val = size["train"] // 4
         order = rng.permutation(ids)
         test, val, train = np.split(order, [size["test"], size["test"] + num_val])
-        counts = _draw_counts(rng, ids, SYSU_CAMERAS, size["images"], missing=0.12)
+        counts = _draw_counts(rng, ids, SYSU_CAMERAS, size["images"], size["missing"])
         plan.files["exp/rand_perm_cam.mat"] = _permutation_file(rng, counts, max(ids))
     for name, ids in {"train": train, "val": val, "test": test, "available": [*train, *val, *test]}.items():
         plan.files[f"exp/{name}_id.txt"] = (",".join(str(pid) for pid in sorted(ids)) + "\n").encode()
@@ -185,7 +190,7 @@ def _plan_llcm(rng: np.random.Generator, size: dict) -> _Plan:
     order = rng.permutation(_draw_ids(rng, size["train"] + size["test"]))
     train, test = sorted(order[: size["train"]].tolist()), sorted(order[size["train"] :].tolist())
     cameras = {(camid, modality): modality for modality, camids in LLCM_CAMERAS.items() for camid in camids}
-    counts = _draw_counts(rng, train + test, cameras, size["images"], missing=0.3)
+    counts = _draw_counts(rng, train + test, cameras, size["images"], size["missing"])
     label = {pid: index for index, pid in enumerate(train)}
     lines: dict[int, list[str]] = {VISIBLE: [], INFRARED: []}
     for ((camid, modality), pid), count in sorted(counts.items(), key=lambda item: (item[0][1], item[0][0])):
@@ -260,18 +265,16 @@ def _read_sysu_structure(permutation: Path) -> tuple[dict, list[int], list[int],
     in one modality only; their images are on disk and in no list.)
     """
     try:
-        cameras = scipy.io.loadmat(permutation)["rand_perm_cam"]
-        cells = [[cell[0].shape[1] for cell in camera[0]] for camera in cameras]
+        counts = {key: rows.shape[1] for key, rows in load_permutation(permutation).items()}
         train, test = (
             sorted(int(pid) for pid in scipy.io.loadmat(permutation.parent / f"{name}_id.mat")["id"].ravel())
             for name in ("train", "test")
         )
-    except (OSError, LookupError, AttributeError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
+    except (UserError, OSError, LookupError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
         raise UserError(
             f"permutation={permutation}: expected SYSU-MM01's rand_perm_cam.mat with train_id.mat and test_id.mat "
             f"beside it; copy all three from the data set's exp folder ({error})"
         ) from None
-    counts = {(camid, pid): n for camid, row in enumerate(cells, start=1) for pid, n in enumerate(row, start=1) if n}
     seen = {modality: {p for c, p in counts if SYSU_CAMERAS[c] == modality} for modality in (VISIBLE, INFRARED)}
     val = sorted((seen[VISIBLE] & seen[INFRARED]) - set(train) - set(test))
     return counts, train, val, test

@@ -75,11 +75,11 @@ class MPANetSettings(Settings):
     def check(self) -> Iterator[tuple[str, str]]:
         """The preset is what the other fields say, and something is learned."""
         official = (not self.loss.per_modality_identity, self.loss.student_first, self.mean.epochs_at_full)
-        if self.preset == "official" and not any(official):
+        if self.preset != "paper" and not any(official):
             yield (
                 "preset",
                 "the other fields are still the paper's; the preset is chosen behind the config file's name: "
-                "--config=configs/NAME.py:official",
+                f"--config=configs/NAME.py:{self.preset}",
             )
         if not any(getattr(self.loss, term) for term in TERMS):
             yield "loss.identity", "all weights are 0, so nothing is learned; give one of them a value"

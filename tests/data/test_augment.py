@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from mpanet_jax.data.augment import (
     IMAGENET_MEAN,
@@ -13,7 +14,11 @@ from mpanet_jax.data.augment import (
     augment,
     augment_image,
     erase_box,
+    grey,
+    mrle,
     normalize,
+    one_channel,
+    rrle,
 )
 from mpanet_jax.settings import AugmentSettings
 
@@ -155,17 +160,119 @@ def test_places_of_the_box_are_uniform():
         assert ((counts - DRAWS / 41) ** 2 / (DRAWS / 41)).sum() < 85  # 40 degrees of freedom: p < 1e-4 beyond
 
 
+def test_uniform_aspects_and_another_fill():
+    settings = replace(
+        NOTHING, erase_probability=1.0, erase_aspect=(0.5, 2.0), erase_log_aspect=False, erase_area=(0.04, 0.2)
+    )
+    keys = jax.random.split(jax.random.key(1), DRAWS)
+    _, _, box_height, box_width = (np.asarray(v) for v in jax.vmap(lambda k: erase_box(k, 400, 400, settings))(keys))
+    aspects = box_height / box_width
+    # Uniform: a third of them is above 1.5; of log-uniform ones a fifth.
+    assert abs((aspects > 1.5).mean() - 1 / 3) < 5 * np.sqrt(2 / 9 / DRAWS)
+    filled = augment_many(draw_image(), replace(settings, erase_fill=(7.0, 8.0, 9.0)), 50)
+    erased = filled[..., 0] == 7
+    assert 0.02 < erased.mean() < 0.25
+    assert (filled[erased] == (7, 8, 9)).all()
+
+
+def test_one_channel_is_drawn_uniformly_and_copied():
+    image = jnp.asarray(np.random.default_rng(0).random((4, 3, 3)), jnp.float32)
+    drawn = np.asarray(jax.vmap(lambda k: one_channel(k, image))(jax.random.split(jax.random.key(0), DRAWS)))
+    matches = np.stack([(drawn == np.asarray(image)[..., c : c + 1]).all((1, 2, 3)) for c in range(3)])
+    assert (matches.sum(0) == 1).all()
+    assert (abs(matches.mean(1) - 1 / 3) < 5 * np.sqrt(2 / 9 / DRAWS)).all()
+
+
+def test_grey_by_hand():
+    pixel = jnp.array([[[0.5, 0.25, 1.0]]], jnp.float32)
+    np.testing.assert_allclose(grey(pixel), np.full((1, 1, 3), 0.14945 + 0.14675 + 0.1140), rtol=1e-6)
+
+
+def test_mrle_weights_are_beta_draws_over_their_sum():
+    image = jnp.eye(3)[None]  # three pixels: the channels' weights come out
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    mixed = np.asarray(jax.jit(jax.vmap(lambda k: mrle(k, image, 0.3)))(keys))[:, 0]
+    assert (mixed == mixed[..., :1]).all()
+    weights = mixed[..., 0]
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
+    draws = np.random.default_rng(0).beta(0.3, 0.3, (DRAWS, 3))
+    for channel in range(3):
+        assert scipy.stats.ks_2samp(weights[:, channel], (draws / draws.sum(1, keepdims=True))[:, 0]).pvalue > 1e-4
+
+
+RRLE = {"area": (0.02, 0.4), "aspect": (0.3, 1 / 0.3)}
+
+
+def test_rrle_first_rectangle_keeps_to_area_and_aspect():
+    # Beta(0.01, 0.01) is 0 or 1, nearly: most images are over with the first rectangle, black in some channel.
+    height, width, draws = 300, 300, 300
+    image = jnp.ones((height, width, 3))
+    keys = jax.random.split(jax.random.key(0), draws)
+    black = np.asarray(jax.jit(jax.vmap(lambda k: (rrle(k, image, beta=0.01, **RRLE) < 0.1).any(-1)))(keys))
+    rows, columns = black.any(2), black.any(1)
+    box_height, box_width = rows.sum(1), columns.sum(1)
+    np.testing.assert_array_equal(black.sum((1, 2)), box_height * box_width)  # one whole rectangle each
+    share, aspect = box_height * box_width / (height * width), box_height / box_width
+    assert share.min() > 0.019 and share.max() < 0.41
+    assert aspect.min() > 0.29 and aspect.max() < 3.4
+    # Area and aspect are uniform, but what is as large as the image is left out: on a square one, the longest boxes.
+    assert abs(share.mean() - 0.21) < 0.03
+    assert abs((aspect > 1).mean() - (1 / 0.3 - 1) / (1 / 0.3 - 0.3)) < 0.1
+    assert abs(rows[:, height // 2].mean() - columns[:, width // 2].mean()) < 0.35
+
+
+def test_rrle_multiplies_by_beta_over_the_largest_value():
+    # Beta(1e8, 1e8) is ½ and no product comes near 0.1, so all hundred rectangles are drawn: the first of them makes
+    # the largest value ½, a later one that meets such a pixel changes nothing.
+    image = jnp.full((20, 20, 3), 0.25).at[..., 1].set(0.0)
+    found = np.asarray(rrle(jax.random.key(0), image, beta=1e8, **RRLE))
+    assert (found[..., 1] == 0).all()  # a channel of zeros stays as it is
+    values = found[..., (0, 2)]
+    np.testing.assert_allclose(values, np.where(values > 0.375, 0.5, 0.25), atol=2e-3)
+    assert (values > 0.375).mean() > 0.2
+
+
+def test_rrle_ends_once_a_pixel_is_dark():
+    image = jnp.asarray(np.random.default_rng(0).uniform(0.2, 1, (24, 12, 3)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 200)
+    together = jax.jit(jax.vmap(lambda k: rrle(k, image, beta=0.4, **RRLE)))(keys)
+    # Others of the batch, with more rectangles, change nothing.
+    alone = jax.jit(lambda k: rrle(k, image, beta=0.4, **RRLE))
+    np.testing.assert_allclose(together[:20], jnp.stack([alone(k) for k in keys[:20]]), rtol=1e-5)
+    factors = np.asarray(together / image)
+    assert (factors.min((1, 2, 3)) < 0.1).all()
+    # What is dark lies in one rectangle, the last.
+    dark = (factors < 0.1).any(-1)
+    rows, columns = dark.any(2), dark.any(1)
+    extent = [np.ptp(np.flatnonzero(places)) + 1 for places in (*rows, *columns)]
+    whole = np.array(extent[:200]) * np.array(extent[200:])
+    assert (dark.sum((1, 2)) >= 0.3 * whole).all() and (whole <= 0.45 * 24 * 12).all()
+    # P(one of three factors is below 0.1) is above a half: there are few rectangles, most of the image stays.
+    assert 0.4 < (factors == 1).mean() < 0.95
+
+
+@pytest.mark.parametrize("name", ["exchange", "grey", "mrle", "rrle"])
+def test_colours_change_at_their_rate(name):
+    image, draws = draw_image(), 1000
+    results = augment_many(image, replace(NOTHING, **{f"{name}_probability": 0.3}), draws)
+    kept = same(results, normalize(image, jnp.float32))
+    assert abs((~kept).mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / draws)
+    bytes_again = results[~kept] * IMAGENET_STD + IMAGENET_MEAN
+    if name != "rrle":
+        np.testing.assert_allclose(bytes_again[..., 0], bytes_again[..., 1], atol=1e-5)
+        np.testing.assert_allclose(bytes_again[..., 0], bytes_again[..., 2], atol=1e-5)
+    assert bytes_again.min() > -1e-5 and bytes_again.max() < 1 + 1e-5
+
+
 @pytest.mark.parametrize("share", [2, 3, 4])
 def test_draws_depend_on_the_place_in_the_global_batch_only(share):
     images = jnp.stack([draw_image(seed) for seed in range(12)])
-    settings = AugmentSettings(crop_padding=2)
+    settings = AugmentSettings(crop_padding=2, exchange_probability=0.5)
     key = jax.random.key(3)
-    whole = augment(key, images, settings, dtype=jnp.float32)
+    run = jax.jit(lambda part, first: augment(key, part, settings, dtype=jnp.float32, first_index=first))
     size = 12 // share
-    parts = [
-        augment(key, images[i * size : (i + 1) * size], settings, dtype=jnp.float32, first_index=i * size)
-        for i in range(share)
-    ]
+    whole = run(images, 0)
+    parts = [run(images[i * size : (i + 1) * size], i * size) for i in range(share)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 

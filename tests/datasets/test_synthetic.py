@@ -241,6 +241,19 @@ def test_full_scale_takes_the_counts_of_a_permutation_file(sysu, tmp_path, monke
         assert (tmp_path / "full/exp" / name).read_bytes() == (root / "exp" / name).read_bytes()
 
 
+def test_bench_scale_has_sysu_mm01s_identities_in_every_camera(tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr("mpanet_jax.datasets.synthetic._write", lambda plan, *_: plans.append(plan))
+    assert write_dataset("sysu_mm01", tmp_path / "bench", scale="bench") == 20_608
+    counts = Counter((image.camid, image.pid) for image in plans[0].images)
+    assert len({pid for _, pid in counts}) == 491
+    assert len(counts) == 6 * 491
+    assert set(counts.values()) == set(range(4, 11))
+    assert {image.height for image in plans[0].images} == set(range(150, 201))
+    with pytest.raises(UserError, match="bench"):
+        write_dataset("regdb", tmp_path / "new", scale="bench")
+
+
 def test_refuses_what_it_cannot_do(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").write_text("mine")

@@ -1,0 +1,265 @@
+"""Runs rows × seeds, keeps what they gave in one JSON, and goes on from it.
+
+A row's seeds share a process, so that the row is compiled once; the lab itself takes no accelerator. Each finished run
+is in the JSON before the next one ends, and the JSON alone is enough to go on, on another machine too.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from mpanet_jax.errors import UserError, first_line
+from mpanet_jax.evaluation.evaluate import write_metrics
+from mpanet_jax.methods import settings_of
+from mpanet_jax.settings import Settings, flat, replace, to_dict
+
+# What does not matter for a run's figures: where its data lie and how it is watched.
+INDIFFERENT = (
+    *("seed", "preset", "parallel", "dataset.source", "dataset.data_dir", "data.cache", "data.num_workers"),
+    *("model.fused", "eval.batch_size", "eval.best", "train.eval_every_epochs", "train.checkpoint_every_epochs"),
+    *("train.keep_checkpoints", "train.log_every_steps", "train.steps_per_call"),
+)
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run gave.
+
+    Attributes:
+      row: under which name it was run.
+      settings: of the run.
+      outcome: {"metrics": of the test split, "images": seen in training, "seconds", "device"}, or {"error": why}.
+    """
+
+    row: str
+    settings: Settings
+    outcome: dict[str, Any]
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """Of the settings."""
+        return recipe_of(self.settings)
+
+
+def recipe_of(settings: Settings) -> dict[str, Any]:
+    """The fields that a run's figures depend on, but for the seed."""
+    return {name: value for name, value in flat(to_dict(settings)).items() if name not in INDIFFERENT}
+
+
+@dataclass
+class Results:
+    """The runs in the JSON file `path`: {"runs": [{"row", the outcome, "settings"}, …]}."""
+
+    path: Path
+    runs: list[Run] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """The runs of a file, none where it does not exist.
+
+        Raises:
+          UserError: another file.
+        """
+        if not path.exists():
+            return cls(path)
+        try:
+            runs = []
+            for entry in json.loads(path.read_text())["runs"]:
+                run = Run(entry.pop("row"), settings_of(entry.pop("settings")), entry)
+                if ("metrics" in entry) == ("error" in entry):
+                    raise ValueError(f"a run of {run.row!r} without metrics")
+                runs.append(run)
+        except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+            raise UserError(f"{path}: not the results of ablations ({first_line(error)}); name another --out") from None
+        return cls(path, runs)
+
+    def check(self, row: str, settings: Settings) -> None:
+        """Refuses a row that was run by other settings.
+
+        Raises:
+          UserError: names the fields that differ.
+        """
+        recipe = recipe_of(settings)
+        for run in self.runs:
+            if run.row != row or "error" in run.outcome or run.recipe == recipe:
+                continue
+            names = sorted(name for name in recipe | run.recipe if recipe.get(name) != run.recipe.get(name))
+            fields = ", ".join(f"{name} = {recipe.get(name)!r} ({run.recipe.get(name)!r} there)" for name in names)
+            raise UserError(f"{self.path}: row {row!r} was run by other settings, {fields}; name another --out")
+
+    def finished(self, settings: Settings) -> dict[int, dict[str, Any]]:
+        """The outcomes of the finished runs by these settings, whatever their row was called, by seed."""
+        recipe = recipe_of(settings)
+        return {r.settings.seed: r.outcome for r in self.runs if "error" not in r.outcome and r.recipe == recipe}
+
+    def errors(self, settings: Settings) -> dict[int, str]:
+        """Why runs by these settings failed, by seed."""
+        recipe = recipe_of(settings)
+        return {r.settings.seed: r.outcome["error"] for r in self.runs if "error" in r.outcome and r.recipe == recipe}
+
+    def add(self, run: Run) -> None:
+        """Puts a run in the file, in place of an earlier one of its row and seed."""
+        place = run.row, run.settings.seed
+        self.runs = [r for r in self.runs if (r.row, r.settings.seed) != place] + [run]
+        self.runs.sort(key=lambda r: (r.row, r.settings.seed))
+        entries = [{"row": r.row, **r.outcome, "settings": to_dict(r.settings)} for r in self.runs]
+        write_metrics(self.path, {"runs": entries})  # type: ignore[dict-item]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The runs of a row that are to be done: one settings a seed."""
+
+    row: str
+    runs: tuple[Settings, ...]
+
+
+def work_left(rows: Mapping[str, Settings], seeds: Sequence[int], results: Results) -> list[Work]:
+    """What `results` lacks, in the order of the rows {name: settings with any seed}; of equal rows the first is run.
+
+    Raises:
+      UserError: a row was run by other settings.
+    """
+    left, recipes = [], []
+    for row, settings in rows.items():
+        results.check(row, settings)
+        missing = [seed for seed in seeds if seed not in results.finished(settings)]
+        if missing and recipe_of(settings) not in recipes:
+            left.append(Work(row, tuple(replace(settings, {"seed": seed}) for seed in missing)))
+            recipes.append(recipe_of(settings))
+    return left
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a row's process works.
+
+    Attributes:
+      workdir: the runs' folders lie in it, ROW_SEED, and each row's output, ROW.log.
+      deadline: by `time.time`; no run starts after it.
+      compilation_cache: a folder for compiled programs, '' for none.
+      memory_share: of an accelerator's memory, for this process.
+    """
+
+    workdir: Path
+    deadline: float
+    compilation_cache: str
+    memory_share: float | None = None
+
+
+def train_row(work: Work, options: Options) -> Iterator[dict[str, Any]]:
+    """Trains the runs of a row, one after the other; yields what is to be kept of each."""
+    import jax
+
+    from mpanet_jax.compilation import set_compilation_cache
+    from mpanet_jax.train import Programs, train
+
+    set_compilation_cache(options.compilation_cache)
+    programs = Programs()
+    for settings in work.runs:
+        if time.time() > options.deadline:
+            return
+        begin = time.perf_counter()
+        metrics = train(settings, options.workdir / f"{work.row}_{settings.seed}", programs=programs)
+        device, data = jax.devices()[0], settings.data
+        steps = next(iter(metrics.values()))["step"]
+        yield {
+            "metrics": metrics,
+            "images": steps * data.num_ids_per_batch * data.images_per_id,
+            "seconds": round(time.perf_counter() - begin, 1),
+            "device": f"{jax.device_count()} × {device.device_kind}",
+        }
+
+
+def _process(work: Work, options: Options, connection: Connection) -> None:
+    """A row's process: sends each outcome, and None in the end; an error ends it."""
+    if options.memory_share is not None:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{options.memory_share:.2f}")
+    with open(options.workdir / f"{work.row}.log", "a") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    try:
+        for outcome in train_row(work, options):
+            connection.send(outcome)
+    except UserError as error:
+        connection.send({"error": first_line(error)})
+    except Exception as error:
+        traceback.print_exc()
+        connection.send({"error": f"{type(error).__name__}: {first_line(error)}"})
+    connection.send(None)
+
+
+def run_work(
+    left: Sequence[Work],
+    results: Results,
+    options: Options,
+    *,
+    jobs: int,
+    report: Report,
+    target: Callable[[Work, Options, Connection], None] = _process,
+) -> None:
+    """Does the work, `jobs` rows at a time, each in a process of its own.
+
+    A run that fails is kept with its error and ends its row; the other rows go on.
+
+    Args:
+      left: the work.
+      results: where the outcomes are put.
+      options: of the processes.
+      jobs: how many rows at a time.
+      report: told each outcome in a line.
+      target: what a row's process does.
+    """
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    waiting, running = list(left), {}
+    try:
+        while True:
+            while waiting and len(running) < jobs and time.time() <= options.deadline:
+                work = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=target, args=(work, options, theirs))
+                process.start()
+                theirs.close()
+                running[ours] = process, work, list(work.runs)
+            if not running:
+                return
+            for connection in wait(list(running)):
+                assert isinstance(connection, Connection)
+                process, work, runs = running[connection]
+                try:
+                    outcome = connection.recv()
+                    ended = outcome is None
+                except EOFError:
+                    process.join()
+                    log = options.workdir / f"{work.row}.log"
+                    outcome = {"error": f"its process ended with exit code {process.exitcode}; see {log}"}
+                    ended = True
+                if outcome is not None:
+                    settings = runs.pop(0)
+                    results.add(Run(work.row, settings, outcome))
+                    report(f"{work.row}, seed {settings.seed}: {in_words(outcome)}")
+                if ended:
+                    process.join()
+                    del running[connection]
+    finally:
+        for process, *_ in running.values():
+            process.terminate()
+
+
+def in_words(outcome: dict[str, Any]) -> str:
+    """A run's outcome as one line."""
+    if "error" in outcome:
+        return f"failed: {outcome['error']}"
+    setting, values = next(iter(outcome["metrics"].items()))
+    return f"{setting} Rank-1 {values['rank1']:.1f} % mAP {values['mAP']:.1f} % in {outcome['seconds']:.0f} s"

@@ -1,0 +1,92 @@
+"""The tables: which rows they have, what a row changes in the settings, and the published figures beside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table, which is trained with several seeds.
+
+    Attributes:
+      name: of its folders, and in the flag --rows.
+      title: in the table.
+      changes: fields of the settings, as for `settings.replace`.
+      preset: the config file's option for it; None is the one of the command line.
+      published: Rank-1 and mAP on SYSU-MM01, all-search, single-shot, in percent; None where there are none.
+    """
+
+    name: str
+    title: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+    published: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some rows, the first of which the others are held against; `note` says what else a reader has to know."""
+
+    title: str
+    rows: tuple[Row, ...]
+    note: str = ""
+
+
+_CLUSTER = {"loss.center_cluster": 0.0}
+_MUTUAL = {"loss.modality_identity": 0.0, "loss.mutual_mean": 0.0}
+_CHANNEL = {"model.channel_module": "none"}
+_PATTERN = {"model.pattern_module": "none"}
+
+_NO_ERASING = {"augment.erase_probability": 0.0}
+
+MPANET = Row("mpanet", "MPANet", published=(70.58, 68.24))
+
+TABLES = {
+    "3": Table(
+        "Table 3: the parts of MPANet",
+        (
+            Row("baseline", "baseline", {**_CLUSTER, **_MUTUAL, **_CHANNEL, **_PATTERN}, published=(54.50, 51.84)),
+            Row("cc", "+ CC", {**_MUTUAL, **_CHANNEL, **_PATTERN}, published=(57.56, 56.59)),
+            Row("ml", "+ ML", {**_CLUSTER, **_CHANNEL, **_PATTERN}, published=(58.55, 55.06)),
+            Row("ml_cc", "+ ML + CC", {**_CHANNEL, **_PATTERN}, published=(64.24, 61.39)),
+            Row("pam", "+ ML + CC + PAM", _CHANNEL, published=(68.27, 64.98)),
+            Row("mpanet", "+ ML + CC + PAM + MAM (MPANet)", published=MPANET.published),
+        ),
+    ),
+    "4": Table(
+        "Table 4: what MAM and PAM are replaced by",
+        (
+            MPANET,
+            Row("se", "MAM → SE", {"model.channel_module": "se"}, published=(65.83, 63.29)),
+            Row("in", "MAM → IN", {"model.channel_module": "in"}, published=(61.32, 58.35)),
+            Row("nl", "PAM → NL", {"model.pattern_module": "non_local"}, published=(63.87, 60.39)),
+            Row("cbam", "MAM + PAM → CBAM", {"model.channel_module": "cbam", **_PATTERN}, published=(63.72, 61.54)),
+        ),
+    ),
+    "methods": Table(
+        "Methods and recipes",
+        (
+            Row("paper", "MPANet, paper", preset="paper", published=MPANET.published),
+            Row("official", "MPANet, official", preset="official", published=MPANET.published),
+            Row("strong", "MPANet, strong (official + RLE)", preset="strong"),
+        ),
+    ),
+    "augmentations": Table(
+        "Augmentations of MPANet",
+        (
+            Row("none", "none", _NO_ERASING, published=(64.5, 62.9)),
+            Row("erasing", "erasing", {"augment.erase_probability": 0.5}, published=(71.0, 69.5)),
+            Row(
+                "exchange",
+                "channel exchange",
+                {**_NO_ERASING, "augment.exchange_probability": 0.5},
+                published=(68.3, 65.3),
+            ),
+            Row("rle", "RLE", {**_NO_ERASING, "augment.mrle_probability": 0.5, "augment.rrle_probability": 0.5}),
+            Row("strong", "RLE + its erasing (strong)", preset="strong", published=(75.4, 72.4)),
+        ),
+        "All rows have the flip, and the crop of the config. The published figures are those of RLE's authors, on a "
+        "network of their own at 384×192.",
+    ),
+}
