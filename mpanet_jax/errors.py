@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +90,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         return positional
     except (AttributeError, KeyError) as error:  # what ml_collections raises for a field that the config lacks
         text = str(error).replace("\\n", " ")
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if "get_config" in text or "ml_collections" not in raised_in:
+            _fail_config(error)
         path, close = re.search(r"Attempting to lookup: ([\w.]+)", text), re.search(r'Did you mean "(\w+)"', text)
         name = path[1] if path else re.findall(r"\w+", text)[0]
         _fail(f"unknown config field '{name}'" + (f"; did you mean '{close[1]}'?" if close else ""))
@@ -99,7 +103,19 @@ def _parse_flags(argv: list[str]) -> list[str]:
             _fail(f"--config: {text.splitlines()[-1].partition('] ')[2]}; expected configs/NAME.py")
         if field := re.match(r"Unknown command line flag '(config\..*?)'", text):
             _fail(f"--{field[1]}: fields of a config go with --config=configs/NAME.py")
+        if "earlier failure to load" in text:
+            _fail(
+                f"--config: cannot be read ({text.rpartition(': [')[2].rpartition('] ')[2]}); expected configs/NAME.py"
+            )
         _fail(text.splitlines()[-1].partition(": ")[2] if "Traceback" in text else text)
+    except Exception as error:
+        _fail_config(error)
+
+
+def _fail_config(error: Exception) -> NoReturn:
+    """Ends with whatever a file raised that is no config, or no Python at all."""
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    _fail(f"--config: cannot be read as a config ({reason}); expected configs/NAME.py")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

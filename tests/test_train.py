@@ -600,6 +600,7 @@ BAD_TRAINING = {
     "preset by its field": (["--config.preset=official"], "--config=configs/NAME.py:official"),
     "no such trial": (["--config.dataset.name=regdb", "--config.dataset.trial=11"], "config.dataset.trial"),
     "not a flag": (["extra"], "extra: not a flag"),
+    "empty workdir": (["--workdir="], "--workdir: is empty"),
     "one of several, alone": (["--num_processes=2"], "--num_processes goes with --distributed"),
     "weights that are not there": (["--config.init_from=/no/such/file.safetensors"], "/no/such/file.safetensors"),
 }
@@ -644,6 +645,16 @@ def test_config_file_that_is_not_there(tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: --config: No such file") and "configs/none.py" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [None, "# A page — no program", "raise KeyError('x')", "x = 1"])
+def test_config_file_that_is_none(tmp_path, content):
+    path = tmp_path / "config.py"
+    path.mkdir() if content is None else path.write_text(content)
+    result = run_script("train.py", f"--config={path}", "--workdir=run", cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: --config: cannot be read"), result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_workdir_that_cannot_be_made(settings, tmp_path):
