@@ -636,5 +636,5 @@ def test_scripts_say_it_as_the_flag(tmp_path):
         text=True,
     )
     assert process.returncode == 2
-    assert process.stderr.splitlines()[-1] == "error: --config.data.height = 0: expected at least 1"
+    assert process.stderr.splitlines()[-1] == "error: --config.data.height = 0: expected a number from 4 to 4096"
     assert not list(tmp_path.iterdir())
