@@ -9,7 +9,7 @@ SOURCES = ("mpanet_jax", "configs", "scripts", "benchmarks", "ablations", "tests
 
 # part: the internal modules or packages that it may import, beside itself
 ALLOWED = {
-    "errors": set(),
+    "errors": {"lost_process"},
     "cpus": set(),
     "compilation": set(),
     "call_plan": set(),
@@ -24,7 +24,8 @@ ALLOWED = {
     "protocol": {"embeddings", "errors", "modality"},
     "nonfinite": {"errors", "files"},
     "metric_log": {"nonfinite"},
-    "processes": {"errors"},
+    "lost_process": set(),
+    "processes": {"errors", "lost_process"},
     "datasets": {"errors", "settings", "embeddings", "protocol", "modality", "files"},
     "data": {"datasets", "modality", "settings", "processes", "errors", "cpus", "files"},
     "parallel": {"state", "errors", "processes"},
