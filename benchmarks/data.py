@@ -32,7 +32,7 @@ def benchmark_dataset(settings: Settings, *, num_images: int = 1000, num_batches
     """
     dataset = settings.dataset
     with tempfile.TemporaryDirectory() as folder:
-        prepared = datasets.is_prepared(dataset.name, dataset.data_dir, trial=dataset.trial or 1)
+        prepared = datasets.is_prepared(dataset)
         drawn = not (dataset.source or prepared)
         if drawn:
             settings = replace(settings, {"dataset.source": f"{folder}/raw"})

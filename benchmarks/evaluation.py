@@ -11,9 +11,11 @@ import numpy as np
 import scipy.io
 
 from mpanet_jax.cpus import available_cpus
+from mpanet_jax.datasets import make_protocol
+from mpanet_jax.datasets.sysu_mm01 import load_permutation
+from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
-from mpanet_jax.evaluation.protocols import Embeddings, load_permutation
 from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
 from mpanet_jax.evaluation.top_k import top_k
 
@@ -32,7 +34,7 @@ def test_set_counts(
     if permutation is not None:
         matrices = load_permutation(permutation)
         return {
-            (camera, pid): matrices[camera - 1][pid - 1].shape[1]
+            (camera, pid): matrices[camera, pid].shape[1] if (camera, pid) in matrices else 0
             for camera in CAMERA_IMAGES
             for pid in (test_ids or range(1, NUM_TEST_IDS + 1))
         }
@@ -84,11 +86,11 @@ def benchmark_evaluation(
     'num_gallery', 'dimension', 'threads', 'rank1' (all-search, single-shot)}.
     """
     query, gallery = random_embeddings(test_set_counts(permutation, test_ids), dimension, noise=noise, seed=seed)
-    protocol = "sysu_mm01" if permutation is not None else "sysu_mm01_random"
+    protocol = make_protocol("sysu_mm01_random" if permutation is None else "sysu_mm01", permutation=permutation)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        metrics = evaluate_embeddings(query, gallery, protocol=protocol, permutation=permutation, on_device=on_device)
+        metrics = evaluate_embeddings(query, gallery, protocol=protocol, on_device=on_device)
         seconds.append(time.perf_counter() - start)
     return {
         "seconds": float(np.median(seconds)),

@@ -11,7 +11,7 @@ from benchmarks import measure
 from benchmarks.step import NUM_IDS, forward_work, random_images
 from mpanet_jax import datasets
 from mpanet_jax.evaluation.extract import extract_embeddings
-from mpanet_jax.evaluation.workdir import embed_split, make_embed
+from mpanet_jax.evaluation.workdir import embed_rows, make_embed
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import compute_dtype
 from mpanet_jax.settings import Settings
@@ -72,7 +72,7 @@ def benchmark_extract(
     if from_files:
         split = datasets.open_split(settings.dataset, "test")
         started = time.perf_counter()
-        embed_split(settings, split, embed)
+        embed_rows(split, np.arange(len(split)), embed, settings.data, settings.eval.batch_size)
         results["files_images_per_second"] = len(split) / (time.perf_counter() - started)
     ceilings = measure.ceilings(compute_dtype(settings.dtype))
     tflops = forward_work(settings)[0] * results["images_per_second"] / 1e12
@@ -83,7 +83,14 @@ def benchmark_extract(
 def _fetched_rate(call: Any, batch_size: int, num_batches: int) -> float:
     """Images/s of `extract_embeddings` over batches whose images are in device memory."""
     rows = np.arange(batch_size)
-    batch = {"images": None, "pids": rows, "camids": rows, "index": rows, "mask": np.ones(batch_size, bool)}
+    batch = {
+        "images": None,
+        "pids": rows,
+        "camids": rows,
+        "modality": rows % 2,
+        "index": rows,
+        "mask": np.ones(batch_size, bool),
+    }
     started = time.perf_counter()
     extract_embeddings(lambda *_: call(), itertools.repeat(batch, num_batches), np.full(batch_size, ""))
     return batch_size * num_batches / (time.perf_counter() - started)

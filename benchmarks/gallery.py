@@ -6,8 +6,9 @@ import numpy as np
 
 from benchmarks.evaluation import peak_memory_gib
 from mpanet_jax.cpus import available_cpus
+from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.evaluation.evaluate import evaluate_comparison
-from mpanet_jax.evaluation.protocols import Comparison, Embeddings, Setting
+from mpanet_jax.protocol import Comparison, Setting
 
 IMAGES_OF_AN_ID = 10  # in the gallery
 _ROWS = 4096  # features drawn at once

@@ -5,13 +5,16 @@ Any scalar can be set on the command line: `--config=configs/sysu.py --config.op
 
 from ml_collections import ConfigDict
 
+from mpanet_jax.datasets import own_fields
 from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.settings import to_dict
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict(to_dict(MPANetSettings()))
-    config.dataset.trial = 1  # RegDB: which of its ten splits
+    # What only one data set has, such as RegDB's trial, at its default; `--config` knows the fields of all.
+    for name, dataset in own_fields().items():
+        config.dataset[name] = getattr(dataset.settings_class(), name)
     return config
 
 

@@ -24,6 +24,13 @@ class SettingsError(UserError):
     """A field of the settings that cannot be as it is; the message begins with the field's path, `data.height`."""
 
 
+class ArgumentError(UserError):
+    """An argument of a function that cannot be as it is; a script's flag has the same name."""
+
+    def __init__(self, argument: str, message: str):
+        super().__init__(f"{argument} {message}")
+
+
 class AbsentProcessError(UserError):
     """Another process of the run did not come in time.
 
@@ -87,8 +94,10 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             return main(argv[1:]) or 0
+        except (SettingsError, ArgumentError) as error:
+            _fail(f"--{'config.' if isinstance(error, SettingsError) else ''}{error}")
         except UserError as error:
-            _fail(f"--config.{error}" if isinstance(error, SettingsError) else error)
+            _fail(error)
         except Exception as error:
             # Libraries wrap it in exceptions of their own, and some leave the file's name out.
             if any(os.strerror(errno.ENOSPC) in str(cause) for cause in _chain(error)):

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from mpanet_jax.errors import UserError
+from mpanet_jax.files import write_whole
 from mpanet_jax.methods import settings_of
 from mpanet_jax.settings import Settings, differences, to_dict
 
 CONFIG_FILE = "config.json"
 # Where the metrics of each `checkpoint` that can be evaluated are written.
 METRICS_FILES = {"last": "metrics.json", "best": "metrics_best.json", "untrained": "metrics_untrained.json"}
+# The validation figures by which a run with dataset.validation chose its best checkpoint.
+VALIDATION_FILE = "metrics_best_validation.json"
 # Fields, and groups of them, that a resumed run may change: its length, its reports, and what alters no number of it.
 FREE_TO_CHANGE = (
     *("train.", "eval.", "parallel", "init_from", "model.fused"),
@@ -20,10 +23,8 @@ FREE_TO_CHANGE = (
 
 def save_settings(settings: Settings, workdir: Path) -> None:
     """Writes config.json, whole or not at all."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    unfinished = workdir / (CONFIG_FILE + ".tmp")
-    unfinished.write_text(json.dumps(to_dict(settings), indent=2) + "\n")
-    unfinished.rename(workdir / CONFIG_FILE)
+    with write_whole(workdir / CONFIG_FILE) as file:
+        file.write(json.dumps(to_dict(settings), indent=2) + "\n")
 
 
 def load_settings(workdir: str | Path) -> Settings:

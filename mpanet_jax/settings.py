@@ -66,14 +66,31 @@ def _backbones() -> Mapping[str, Any]:
     return BACKBONES
 
 
+def _datasets() -> Mapping[str, Any]:
+    from mpanet_jax.datasets.registry import DATASETS  # imports this module
+
+    return DATASETS
+
+
 @dataclass(frozen=True)
 class DatasetSettings:
-    """Which data, and where they lie."""
+    """Which data, and where they lie; a data set's own fields lie in its file, as a subclass."""
 
-    name: str = setting("sysu_mm01", "the data set")
+    name: str = setting("sysu_mm01", "the data set", _datasets)
     source: str = setting("", "the raw folder; needed once, to prepare")
     data_dir: str = setting("data", "where prepared data sets and caches live")
+    validation: bool = setting(
+        False, "hold the identities of the list 'val' out of training, and evaluate on them during training"
+    )
     trial: ClassVar[int | None] = None  # which of several splits; a field where a data set has them
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """The data set's own class of settings, and what it can do."""
+        dataset = _datasets()[self.name]
+        if not isinstance(self, dataset.settings_class):
+            yield "name", f"its settings are a {dataset.settings_class.__name__}"
+        if self.validation and not dataset.has_validation:
+            yield "validation", f"{self.name} has no list 'val'; leave it out"
 
 
 @dataclass(frozen=True)
@@ -228,8 +245,13 @@ class Settings:
     eval: EvalSettings = group(EvalSettings)
 
     def __post_init__(self):
-        for path, message in _faults(self, ""):
-            raise SettingsError(f"{path} {message}")
+        check(self)
+
+
+def check(settings: Any, prefix: str = "") -> None:
+    """Raise `SettingsError` for the first field, of the settings or of a group, that cannot be as it is."""
+    for path, message in _faults(settings, prefix):
+        raise SettingsError(f"{path} {message}")
 
 
 def _faults(settings: Any, prefix: str) -> Iterator[tuple[str, str]]:

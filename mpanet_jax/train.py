@@ -16,7 +16,7 @@ from mpanet_jax.datasets.schema import Split
 from mpanet_jax.evaluation.best import keep_best
 from mpanet_jax.evaluation.evaluate import write_metrics
 from mpanet_jax.evaluation.extract import Embed
-from mpanet_jax.evaluation.workdir import embed_split, evaluate_split, make_embed, of_checkpoint
+from mpanet_jax.evaluation.workdir import evaluate_set, make_embed, of_checkpoint
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog, MetricReader
@@ -33,9 +33,16 @@ def make_feed(method: Method, split: Split, parallel: Parallel) -> TrainFeed:
     """The batches of the whole run, of which this process gets its share."""
     settings = method.settings
     num_ids = global_num_ids(settings.data.num_ids_per_batch, parallel.num_devices, settings.batch_scale)
+    plan = method.batch_plan(split.pids, split.modality, num_ids)
+    if plan.num_resampled and is_first_process():
+        print(
+            f"batches: {plan.num_resampled} of {split.num_ids} identities have fewer than K/2 = "
+            f"{plan.images_per_id // 2} images in a modality; theirs are drawn with replacement",
+            file=sys.stderr,
+        )
     return train_feed(
         split,
-        method.batch_plan(split.pids, split.modality, num_ids),
+        plan,
         settings.data,
         num_epochs=settings.train.num_epochs,
         cache_dir=Path(settings.dataset.data_dir) / "cache",
@@ -104,7 +111,7 @@ def train(
     """Trains by `settings` on all devices, resuming from the newest checkpoint under `workdir`, and evaluates.
 
     Writes config.json, checkpoints/, logs/ and, at the end, metrics.json; with settings.eval.best also
-    checkpoints_best/ and metrics_best.json.
+    checkpoints_best/ and metrics_best.json, or with settings.dataset.validation metrics_best_validation.json.
 
     Args:
       settings: the run.
@@ -125,7 +132,10 @@ def train(
     method.check_form()  # before anything is written
     check_init_from(settings.init_from, workdir)
     parallel = all_devices(settings.parallel)
-    train_split, test_split = (datasets.open_split(settings.dataset, name) for name in ("train", "test"))
+    train_split = datasets.open_split(settings.dataset, "train")
+    test_set = datasets.open_evaluation(settings.dataset)
+    validation = settings.dataset.validation
+    watched = datasets.open_evaluation(settings.dataset, validation=True) if validation else test_set
     # Before the feed: weights that cannot be had should not cost the time of building a cache first.
     variables = start_of_run(method, train_split.num_ids, workdir)
     feed = feed or make_feed(method, train_split, parallel)
@@ -133,9 +143,9 @@ def train(
     state = parallel.replicate(initial_state(method, variables, steps_per_epoch))
     run_steps, make_embedder = (programs or Programs()).of(method, train_split.num_ids, steps_per_epoch, parallel)
 
-    def evaluate(state: TrainState) -> dict[str, dict[str, Any]]:
+    def evaluate(state: TrainState, tested: datasets.EvaluationSet) -> dict[str, dict[str, Any]]:
         variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})
-        results = evaluate_split(settings, *embed_split(settings, test_split, make_embedder(variables)))
+        results = evaluate_set(settings, tested, make_embedder(variables))
         wait_for_all_processes("the end of an evaluation")
         return results
 
@@ -156,6 +166,13 @@ def train(
         with MetricLog(workdir, total_steps, first_step, active=is_first_process()) as log:
             reader = MetricReader(log, settings.train.log_every_steps, steps_per_epoch, feed.batch_size, on_steps)
             stops = (checkpoint_every, evaluate_every)
+
+            def watch(step: int, state: TrainState) -> dict[str, dict[str, Any]]:
+                results = evaluate(state, watched)
+                log.evaluation(step, results)
+                keep_best(workdir, settings.eval.best, step, results, state, feed.batches, validation=validation)
+                return results
+
             for before, step in cut_into_calls(first_step, total_steps, steps_per_call, stops):
                 state, metrics = run_steps(state, stack_batches(feed.batches, step - before), feed.images)
                 # The call before this one is read after this one was sent off: the device always has work.
@@ -165,14 +182,12 @@ def train(
                     checkpoints.save(step, state, feed.batches)
                 if evaluate_every and step % evaluate_every == 0 and step != total_steps:
                     reader.finish()
-                    results = evaluate(state)
-                    log.evaluation(step, results)
-                    keep_best(workdir, settings.eval.best, step, results, state, feed.batches)
+                    watch(step, state)
                     reader.restart_timer(step)
             reader.finish()
-            results = evaluate(state)
-            log.evaluation(total_steps, results)
-            keep_best(workdir, settings.eval.best, total_steps, results, state, feed.batches)
+            results = watch(total_steps, state)
+            if validation:
+                results = evaluate(state, test_set)
     feed.batches.close()
     results = of_checkpoint(results, "last", total_steps)
     if is_first_process():

@@ -3,6 +3,7 @@
 python scripts/evaluate.py --workdir=runs/sysu
 python scripts/evaluate.py --workdirs='runs/regdb_*'       (one run for each trial, averaged)
 python scripts/evaluate.py --workdirs='runs/sysu_seed*'    (one run for each seed, averaged)
+python scripts/evaluate.py --workdir=runs/sysu --dataset=regdb --data_dir=data    (a model on another data set)
 python scripts/evaluate.py --features query.npz gallery.npz --protocol sysu_mm01 \
     --permutation rand_perm_cam.mat --out metrics.json
 """
@@ -11,15 +12,17 @@ from pathlib import Path
 
 from absl import flags
 
-from mpanet_jax.errors import UserError, run_script
+from mpanet_jax import datasets
+from mpanet_jax.datasets import DATASETS, PROTOCOLS, make_protocol
+from mpanet_jax.embeddings import load_embeddings
+from mpanet_jax.errors import ArgumentError, UserError, run_script
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings, format_table, write_metrics
 from mpanet_jax.evaluation.metrics import CMC_DEFINITIONS, METRICS
-from mpanet_jax.evaluation.protocols import DEFAULTS, load_embeddings
 
 FEATURES = flags.DEFINE_string(
     "features", None, "QUERY.npz, followed by GALLERY.npz (regdb, llcm: the visible and the infrared images)."
 )
-PROTOCOL = flags.DEFINE_enum("protocol", None, list(DEFAULTS), "What --features are.")
+PROTOCOL = flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "What --features are.")
 PERMUTATION = flags.DEFINE_string("permutation", None, "SYSU-MM01's rand_perm_cam.mat, for --protocol sysu_mm01.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run: restores its checkpoint, extracts and evaluates.")
 WORKDIRS = flags.DEFINE_string("workdirs", None, "A pattern of runs to average: RegDB's, one a trial, or one a seed.")
@@ -29,6 +32,10 @@ CHECKPOINT = flags.DEFINE_enum(
     ["last", "best", "untrained"],
     "Of --workdir(s); untrained: the network before its first step.",
 )
+DATASET = flags.DEFINE_enum(
+    "dataset", None, list(DATASETS), "Test --workdir's model on this data set, by its protocol, instead of the run's."
+)
+TRIAL = flags.DEFINE_integer("trial", None, "Which of --dataset's splits (regdb: 1 to 10); default: 1.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's prepared data, if not where config.dataset.data_dir was.")
 RERANK = flags.DEFINE_bool("rerank", None, "k-reciprocal re-ranking; off by default, as in the papers' tables.")
 METRIC = flags.DEFINE_enum("metric", None, METRICS, "By default the protocol's.")
@@ -51,17 +58,22 @@ def main(files: list[str]) -> None:
     if FEATURES.value and CHECKPOINT.value != "last":
         raise UserError(f"--checkpoint={CHECKPOINT.value} goes with --workdir or --workdirs; --features are embedded")
     if FEATURES.value and (len(files) != 1 or PROTOCOL.value is None):
-        raise UserError("--features: expected --features QUERY.npz GALLERY.npz --protocol " + "|".join(DEFAULTS))
+        raise UserError("--features: expected --features QUERY.npz GALLERY.npz --protocol " + "|".join(PROTOCOLS))
     if WORKDIRS.value and files:
         raise UserError(f"--workdirs: {files[0]} comes behind it; quote the pattern: --workdirs='runs/regdb_*'")
     if FEATURES.value and DATA_DIR.value:
         raise UserError("--data_dir goes with --workdir or --workdirs; --features are embedded")
     if not FEATURES.value and (files or PROTOCOL.value or PERMUTATION.value):
         raise UserError("--protocol, --permutation and file names go with --features; a run's config says its own")
+    if DATASET.value and not WORKDIR.value:
+        raise UserError("--dataset goes with --workdir: a model on another data set than its own")
+    if TRIAL.value is not None and not DATASET.value:
+        raise UserError("--trial goes with --dataset; a run is tested on the split that it was trained on")
     out = OUT.value
     if FEATURES.value:
+        protocol = make_protocol(PROTOCOL.value, permutation=PERMUTATION.value)
         query, gallery = load_embeddings(FEATURES.value), load_embeddings(files[0])
-        options.update(protocol=PROTOCOL.value, permutation=PERMUTATION.value, rerank=bool(RERANK.value))
+        options.update(protocol=protocol, rerank=bool(RERANK.value))
         metrics = evaluate_embeddings(query, gallery, **options)
     else:
         # These import JAX, which embeddings do not need.
@@ -71,15 +83,32 @@ def main(files: list[str]) -> None:
 
         options.update(checkpoint=CHECKPOINT.value, data_dir=DATA_DIR.value)
         if WORKDIR.value:
-            metrics = evaluate_workdir(Path(WORKDIR.value), **options)
+            metrics = evaluate_workdir(Path(WORKDIR.value), dataset=_other_dataset(), **options)
             # The run's own record (training goes by that of the best checkpoint) holds figures by its own options only.
             if as_the_run_says:
-                out = out or Path(WORKDIR.value) / METRICS_FILES[CHECKPOINT.value]
+                file = METRICS_FILES[CHECKPOINT.value]
+                if DATASET.value:
+                    file = file.replace(".json", f"_on_{DATASET.value}{TRIAL.value or ''}.json")
+                out = out or Path(WORKDIR.value) / file
         else:
             metrics = evaluate_workdirs(WORKDIRS.value, lambda workdir: evaluate_workdir(workdir, **options))
     print(format_table(metrics))
     if out:
         write_metrics(out, metrics)
+
+
+def _other_dataset():
+    """The settings of --dataset, where it is given."""
+    if not DATASET.value:
+        return None
+    from mpanet_jax.run_files import load_settings
+
+    tree = {"name": DATASET.value, "data_dir": DATA_DIR.value or load_settings(WORKDIR.value).dataset.data_dir}
+    if TRIAL.value is not None:
+        if (owner := datasets.own_fields()["trial"].name) != DATASET.value:
+            raise ArgumentError("trial", f"= {TRIAL.value}: goes with --dataset {owner}")
+        tree["trial"] = TRIAL.value
+    return datasets.settings_of(tree)
 
 
 if __name__ == "__main__":

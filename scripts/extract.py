@@ -1,4 +1,4 @@
-"""Embeds images: writes features, pids, camids and paths to an .npz that scripts/evaluate.py and NumPy read.
+"""Embeds images: writes features, pids, camids, modality and paths to an .npz that scripts/evaluate.py and NumPy read.
 
 python scripts/extract.py --workdir=runs/sysu --images=photos --out=photos.npz
 python scripts/extract.py --weights=published.pth --images=list.txt --out=list.npz
@@ -7,9 +7,10 @@ Weights that carry no settings are taken for the paper's MPANet; --config names 
   --weights=se.pth --config=configs/sysu.py --config.model.channel_module=se
 
 --images is a folder (with all below it; .jpg .jpeg .png .bmp .tif .tiff .webp .gif .ppm .pgm) or a text file with one
-path a line, relative to that file. pids and camids come from paths as SYSU-MM01 (cam3/0007/0003.jpg), LLCM
-(test_vis/cam3/0007/…) and RegDB (Visible/7/…, Thermal/7/…: cameras 1 and 2) have them, and are -1 elsewhere; put your
-own in before evaluating: np.savez("F.npz", **(dict(np.load("F.npz")) | {"pids": …, "camids": …})).
+path a line, relative to that file, or an images.csv (docs/data.md), of which --split takes a part. Without a CSV, pids,
+camids and modality come from paths as SYSU-MM01 (cam3/0007/0003.jpg), LLCM (test_vis/cam3/0007/…) and RegDB
+(Visible/7/…, Thermal/7/…: cameras 1 and 2) have them, and are -1 elsewhere; --modality says what these are. Your own go
+in before evaluating: np.savez("F.npz", **(dict(np.load("F.npz")) | {"pids": …, "camids": …})).
 
 An image that cannot be read is named and left out, with exit code 1 at the end; --strict stops and writes nothing.
 
@@ -37,7 +38,13 @@ WEIGHTS = flags.DEFINE_string(
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The network of --weights, where they carry no settings.", lock_config=True
 )
-IMAGES = flags.DEFINE_string("images", None, "A folder, or a text file with one path a line.", required=True)
+IMAGES = flags.DEFINE_string(
+    "images", None, "A folder, a text file with one path a line, or an images.csv.", required=True
+)
+SPLIT = flags.DEFINE_string("split", "", "Of an images.csv: train, val, test, query or gallery; default: all.")
+MODALITY = flags.DEFINE_enum(
+    "modality", None, ["visible", "infrared"], "Only the images of it, and those of which nothing says what they are."
+)
 OUT = flags.DEFINE_string("out", None, "The .npz to write.", required=True)
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels after the resize; default: the run's, or 384.", lower_bound=16)
 WIDTH = flags.DEFINE_integer("width", None, "Pixels after the resize; default: the run's, or 128.", lower_bound=16)
@@ -57,10 +64,11 @@ def main(arguments: list[str]) -> int:
         raise UserError("--config goes with --weights; --workdir has the config of its run")
     if Path(OUT.value).suffix != ".npz" or Path(OUT.value).is_dir():
         raise UserError(f"--out={OUT.value}: expected the name of a file that ends in .npz")
-    from mpanet_jax.evaluation.images import embed_images, list_images  # imports JAX, which --help does not need
+    from mpanet_jax.embeddings import check_embeddings, save_embeddings
+    from mpanet_jax.evaluation.images import embed_images, list_images, of_modality  # imports JAX
     from mpanet_jax.evaluation.network import network_of_weights, network_of_workdir
-    from mpanet_jax.evaluation.protocols import check_embeddings, save_embeddings
     from mpanet_jax.methods import settings_of
+    from mpanet_jax.modality import MODALITY_NAMES
     from mpanet_jax.settings import replace
 
     def report(fault: str) -> None:
@@ -68,7 +76,9 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"{fault}; nothing is written (--strict)")
         print(f"skipped {fault}", file=sys.stderr)
 
-    images = list_images(IMAGES.value)
+    images = list_images(IMAGES.value, split=SPLIT.value)
+    if MODALITY.value:
+        images = of_modality(images, {name: number for number, name in MODALITY_NAMES.items()}[MODALITY.value])
     if WORKDIR.value:
         network = network_of_workdir(WORKDIR.value, DTYPE.value)
     else:

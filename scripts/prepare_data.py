@@ -3,6 +3,7 @@
     python scripts/prepare_data.py --dataset sysu_mm01 --source /data/SYSU-MM01
     python scripts/prepare_data.py --dataset regdb --source /data/RegDB --trial all
     python scripts/prepare_data.py --dataset llcm --source /data/LLCM --check
+    python scripts/prepare_data.py --dataset own --source /data/my_cameras     (a folder with images.csv: docs/data.md)
 
 Everything is checked before anything is written, every image decoded. `--check` stops there. Faults are listed all,
 one a line, and end in exit code 2; counts that differ from the published ones are a warning. Safe to kill and rerun.
@@ -12,29 +13,35 @@ import sys
 
 from absl import flags
 
-from mpanet_jax.datasets import BUILDERS, is_prepared, prepare, prepared_dir, progress_bar
+from mpanet_jax import datasets
+from mpanet_jax.datasets import DATASETS, is_prepared, make_dataset, prepare, prepared_dir, progress_bar
 from mpanet_jax.datasets.verify import format_counts, verify
-from mpanet_jax.errors import UserError, run_script
+from mpanet_jax.errors import ArgumentError, UserError, run_script
+from mpanet_jax.settings import DatasetSettings
 
-_DATASET = flags.DEFINE_enum("dataset", None, list(BUILDERS), "Which data set.", required=True)
+_DATASET = flags.DEFINE_enum("dataset", None, list(DATASETS), "Which data set.", required=True)
 _SOURCE = flags.DEFINE_string("source", None, "The folder that holds the raw data set.", required=True)
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where prepared data sets go (tfds's data_dir).")
-_TRIAL = flags.DEFINE_string("trial", "1", "RegDB's split, 1 to 10, or 'all'.")
+_TRIAL = flags.DEFINE_string("trial", None, "RegDB's split, 1 to 10, or 'all'; default: 1.")
+_DROP_UNPAIRED = flags.DEFINE_bool(
+    "drop_unpaired", False, "own: leave out training identities that have images of one modality only."
+)
 _CHECK = flags.DEFINE_bool("check", False, "Check only, build nothing.")
 
 
 def main(arguments):
     if arguments:
         raise UserError(f"{arguments[0]}: not a flag; see --help")
-    name, source, data_dir = _DATASET.value, _SOURCE.value, _DATA_DIR.value
-    trials = [t for t in _trials() if _CHECK.value or not is_prepared(name, data_dir, trial=t)]
-    for trial in sorted(set(_trials()) - set(trials)):
-        print(f"already prepared: {prepared_dir(name, data_dir, trial=trial)} (delete it to build it again)")
-    if not trials:
+    asked_for = _variants()
+    variants = [v for v in asked_for if _CHECK.value or not is_prepared(v)]
+    for variant in asked_for:
+        if variant not in variants:
+            print(f"already prepared: {prepared_dir(variant)} (delete it to build it again)")
+    if not variants:
         return 0
-    found = verify(name, source, trials=trials, track=progress_bar)
-    for trial, images in found.images.items():
-        print(f"\n{name}" + (f", trial {trial}" if name == "regdb" else "") + f"\n{format_counts(images)}")
+    found = verify([make_dataset(variant) for variant in variants], _SOURCE.value, track=progress_bar)
+    for title, images in found.images.items():
+        print(f"\n{title}\n{format_counts(images)}")
     print()
     for warning in found.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -43,20 +50,31 @@ def main(arguments):
     if found.faults:
         print(f"{len(found.faults)} fault(s); nothing was built", file=sys.stderr)
         return 2
-    print(f"{source}: no faults")
-    for trial in [] if _CHECK.value else trials:
-        print("prepared:", prepare(name, source, data_dir, trial=trial, verify=False, track=progress_bar))
+    print(f"{_SOURCE.value}: no faults")
+    for variant in [] if _CHECK.value else variants:
+        print("prepared:", prepare(variant, verify=False, track=progress_bar))
     return 0
 
 
-def _trials() -> list[int]:
-    if _DATASET.value != "regdb":
-        return [1]
-    if _TRIAL.value == "all":
-        return list(range(1, 11))
-    if not (_TRIAL.value.isdigit() and 1 <= int(_TRIAL.value) <= 10):
-        raise UserError(f"--trial {_TRIAL.value}: expected 1 to 10 or 'all'")
-    return [int(_TRIAL.value)]
+def _variants() -> list[DatasetSettings]:
+    """The settings of the data set, one for each of its variants that are asked for."""
+    places = {"name": _DATASET.value, "source": _SOURCE.value, "data_dir": _DATA_DIR.value}
+    own = {}
+    for flag, value in (("trial", _TRIAL.value), ("drop_unpaired", _DROP_UNPAIRED.value or None)):
+        owner = datasets.own_fields()[flag].name
+        if value is not None and owner != _DATASET.value:
+            raise ArgumentError(flag, f"= {value}: goes with --dataset {owner}")
+        if value is not None:
+            own[flag] = value
+    if own.get("trial") == "all":
+        everything = DATASETS[_DATASET.value].variants().values()
+        return [datasets.settings_of(places | {"trial": variant.trial}) for variant in everything]
+    if "trial" in own:
+        trials = [str(v.trial) for v in DATASETS[_DATASET.value].variants().values()]
+        if own["trial"] not in trials:
+            raise ArgumentError("trial", f"{own['trial']}: expected {trials[0]} to {trials[-1]} or 'all'")
+        own["trial"] = int(own["trial"])
+    return [datasets.settings_of(places | own)]
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from mpanet_jax.datasets import DATASETS, open_evaluation, open_split
 from mpanet_jax.errors import UserError
+from mpanet_jax.evaluation.workdir import evaluate_set
 from mpanet_jax.methods import METHODS, make_method, settings_of
 from mpanet_jax.models.resnet import BACKBONES
 from mpanet_jax.settings import replace, to_dict
@@ -24,14 +27,14 @@ P, K, HEIGHT, WIDTH = 4, 4, 64, 32
 @pytest.fixture(scope="module", autouse=True)
 def snippets_run():
     """Runs all snippets, one after the other, and forgets afterwards what they registered."""
-    before = dict(METHODS), dict(BACKBONES)
+    before = dict(METHODS), dict(BACKBONES), dict(DATASETS)
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     names = {"__name__": __name__}
     for snippet in snippets:
         exec(compile(snippet, str(PAGE), "exec"), names)
     yield
-    for registry, entries in zip((METHODS, BACKBONES), before, strict=True):
+    for registry, entries in zip((METHODS, BACKBONES, DATASETS), before, strict=True):
         registry.clear()
         registry.update(entries)
 
@@ -77,6 +80,20 @@ def test_added_backbone_trains_and_its_weights_have_its_names():
     resnet = {"layer1.0.conv1.weight": np.zeros((8, 8, 3, 3), np.float32)}
     with pytest.raises(UserError, match=r"x\.pth: .*: no backbone like the small backbone in it; missing: .*layers\."):
         from_state_dict(resnet, template_of(make_method(settings), 5), names, source="x.pth")
+
+
+def test_added_data_set_is_prepared_and_tested_by_its_protocol(tmp_path):
+    for pid in range(1, 6):
+        (tmp_path / f"raw/{pid}").mkdir(parents=True)
+        for name in ("v1.png", "v2.png", "i1.png"):
+            Image.new("RGB", (8, 16), (40 * pid,) * 3).save(tmp_path / f"raw/{pid}/{name}")
+    tree = {"name": "folders", "source": str(tmp_path / "raw"), "data_dir": str(tmp_path / "data")}
+    settings = settings_of({"dataset": tree, "data": {"height": 16, "width": 8}})
+    train, tested = open_split(settings.dataset, "train"), open_evaluation(settings.dataset)
+    assert (train.num_ids, len(train), len(tested.split)) == (3, 9, 6)
+    metrics = evaluate_set(settings, tested, lambda images, modality: images.reshape(len(images), -1).astype(float))
+    assert metrics["folders/infrared_to_visible"]["num_gallery"] == 4
+    assert metrics["folders/infrared_to_visible"]["protocol"] == "folders"
 
 
 def test_every_file_and_folder_of_the_picture_is_there():

@@ -28,7 +28,7 @@ PAPER = {
     "parallel": "pmap",
     "batch_scale": "global",
     "init_from": "",
-    "dataset": {"name": "sysu_mm01", "source": "", "data_dir": "data"},
+    "dataset": {"name": "sysu_mm01", "source": "", "data_dir": "data", "validation": False},
     "data": {
         "height": 384,
         "width": 128,
@@ -421,13 +421,13 @@ def test_a_field_within_a_value_is_not_there():
         ({"method": 3}, "method = 3: expected one of 'mpanet'"),
         (
             {"dataset": {"name": "sysu"}},
-            "dataset.name = 'sysu': expected one of 'sysu_mm01', 'regdb', 'llcm'; did you mean 'sysu_mm01'?",
+            "dataset.name = 'sysu': expected one of 'sysu_mm01', 'regdb', 'llcm', 'own'; did you mean 'sysu_mm01'?",
         ),
-        ({"dataset": {"name": 1}}, "dataset.name = 1: expected one of 'sysu_mm01', 'regdb', 'llcm'"),
+        ({"dataset": {"name": 1}}, "dataset.name = 1: expected one of 'sysu_mm01', 'regdb', 'llcm', 'own'"),
         (
             {"dataset": {"sourc": "x"}},
-            "dataset.sourc: unknown field; there are dataset.name, dataset.source, dataset.data_dir; "
-            "did you mean 'dataset.source'?",
+            "dataset.sourc: unknown field; there are dataset.name, dataset.source, dataset.data_dir, "
+            "dataset.validation; did you mean 'dataset.source'?",
         ),
     ],
 )
@@ -452,11 +452,33 @@ def test_a_fused_form_that_is_not_there_is_refused():
         make_method(settings).build(num_ids=3)
 
 
+def test_a_data_set_is_changed_with_its_own_class_of_settings_only():
+    with pytest.raises(SettingsError, match=r"^dataset\.name = 'sysu': expected one of 'sysu_mm01', .*did you mean"):
+        replace(MPANetSettings(), {"dataset.name": "sysu"})
+    with pytest.raises(SettingsError, match=r"^dataset\.name = 'regdb': its settings are a RegdbSettings$"):
+        replace(MPANetSettings(), {"dataset.name": "regdb"})
+    assert replace(MPANetSettings(), {"dataset.name": "llcm"}).dataset == DatasetSettings(name="llcm")
+
+
+def test_validation_needs_a_list_of_validation_identities():
+    for name in ("sysu_mm01", "own"):
+        assert settings_of(tree_of({"dataset.name": name, "dataset.validation": True})).dataset.validation
+    for name in ("regdb", "llcm"):
+        with pytest.raises(SettingsError, match=rf"^dataset\.validation = True: {name} has no list 'val'"):
+            settings_of(tree_of({"dataset.name": name, "dataset.validation": True}))
+
+
 def test_the_trial_is_a_field_of_regdb_only():
     regdb = settings_of(tree_of(REGDB))
     assert regdb.dataset == RegdbSettings() == RegdbSettings(name="regdb", trial=1)
     assert replace(regdb, {"dataset.trial": 4}) == settings_of(tree_of({**REGDB, "dataset.trial": 4}))
-    assert to_dict(regdb)["dataset"] == {"name": "regdb", "source": "", "data_dir": "data", "trial": 1}
+    assert to_dict(regdb)["dataset"] == {
+        "name": "regdb",
+        "source": "",
+        "data_dir": "data",
+        "validation": False,
+        "trial": 1,
+    }
     for trial in (0, 11):
         with pytest.raises(SettingsError, match=rf"^dataset\.trial = {trial}: expected a number from 1 to 10$"):
             settings_of(tree_of({**REGDB, "dataset.trial": trial}))
@@ -489,12 +511,12 @@ def test_every_config_and_preset_is_valid_and_survives_json(arguments, tmp_path)
     settings = config_settings(*arguments)
     assert type(settings) is MPANetSettings
     assert settings_of(through_json(settings)) == settings
-    if settings.dataset.name != "regdb":
+    if type(settings.dataset) is DatasetSettings:
         assert from_dict(MPANetSettings, through_json(settings)) == settings
     save_settings(settings, tmp_path)
     assert load_settings(tmp_path) == settings
     assert settings.preset == next((name for name in ("official", "strong") if name in arguments[-1]), "paper")
-    assert settings.dataset.name == (arguments[0] if arguments[0] in ("regdb", "llcm") else "sysu_mm01")
+    assert settings.dataset.name == (arguments[0] if arguments[0] in ("regdb", "llcm", "own") else "sysu_mm01")
     trial = arguments[-1].partition("split=")[2] or 1
     assert settings.dataset.trial == (int(trial) if arguments[0] == "regdb" else None)
 

@@ -22,7 +22,7 @@ from mpanet_jax import checkpoint
 from mpanet_jax.checkpoint import Checkpoints, load_model
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import SettingsError, UserError
-from mpanet_jax.evaluation.workdir import evaluate_workdir
+from mpanet_jax.evaluation.workdir import evaluate_set, evaluate_workdir
 from mpanet_jax.methods import METHODS, make_method, settings_of
 from mpanet_jax.methods.mpanet import MPANet
 from mpanet_jax.metric_log import MetricReader
@@ -30,6 +30,7 @@ from mpanet_jax.run_files import load_settings, save_settings
 from mpanet_jax.settings import replace
 from mpanet_jax.step import train_steps
 from mpanet_jax.train import Programs, train
+from tests.datasets.by_name import prepare
 from tests.limits import HANGS_AFTER
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +95,7 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(settings, tmp_path):
     assert run_script("evaluate.py", f"--workdir={tmp_path}/run", cwd=tmp_path).returncode == 0
     assert set(json.loads(report.read_text())) == set(written)
     moved = run_script("evaluate.py", f"--workdir={tmp_path}/run", f"--data_dir={tmp_path}", cwd=tmp_path)
-    assert moved.returncode == 2 and f"not prepared in {tmp_path}; name the folder that was" in moved.stderr
+    assert moved.returncode == 2 and f"not prepared in {tmp_path}; name the folder" in moved.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -214,7 +215,7 @@ def test_best_checkpoint_is_the_one_with_the_greatest_figure(settings, tmp_path,
         steps.append(None)
         return {"sysu/all/single": {"rank1": 0.0, "mAP": next(figures), "mINP": 0.0}}
 
-    monkeypatch.setattr("mpanet_jax.train.evaluate_split", evaluate)
+    monkeypatch.setattr("mpanet_jax.train.evaluate_set", evaluate)
     last = train(settings, tmp_path / "run")
     best = json.loads((tmp_path / "run/metrics_best.json").read_text())["sysu/all/single"]
     last_step, last_model = final_state(tmp_path / "run")
@@ -224,13 +225,69 @@ def test_best_checkpoint_is_the_one_with_the_greatest_figure(settings, tmp_path,
     assert not trees_equal(last_model, jax.tree.map(np.asarray, best_model))
 
 
+def test_validation_trains_without_its_identities_and_chooses_by_them(raw, settings, tmp_path, monkeypatch):
+    changes = {"train.num_epochs": 2, "train.eval_every_epochs": 1, "eval.best": "mAP", "dataset.validation": True}
+    lists = {
+        name: [int(pid) for pid in (raw / f"exp/{name}_id.txt").read_text().split(",")] for name in ("train", "val")
+    }
+    settings = replace(
+        settings, {**changes, "data.num_ids_per_batch": len(lists["train"]), "dataset.data_dir": str(tmp_path / "data")}
+    )
+    tested = []
+
+    def evaluate(settings, tested_on, embed, **options):
+        tested.append(tested_on)
+        metrics = evaluate_set(settings, tested_on, embed, **options)
+        if "validation" in tested_on.title:
+            metrics["sysu/all/single"]["mAP"] = 60.0 - len(tested)
+        return metrics
+
+    monkeypatch.setattr("mpanet_jax.train.evaluate_set", evaluate)
+    results = train(settings, tmp_path / "run")
+    assert [one.title for one in tested] == ["sysu_mm01 validation"] * 2 + ["sysu_mm01"]
+    assert set(tested[0].split.pids) == set(lists["val"])
+    assert results["sysu/all/single"]["protocol"] == "sysu_mm01"
+    record = json.loads((tmp_path / "run/metrics_best_validation.json").read_text())["sysu/all/single"]
+    last, model = load_model(tmp_path / "run")
+    assert (record["mAP"], record["protocol"], record["step"]) == (59.0, "sysu_mm01_random", last // 2)
+    assert model["params"]["classifier"].shape[-1] == len(lists["train"])
+    assert not (tmp_path / "run/metrics_best.json").exists()
+    best = evaluate_workdir(tmp_path / "run", checkpoint="best")["sysu/all/single"]
+    assert (best["step"], best["protocol"]) == (last // 2, "sysu_mm01")
+
+
+def test_a_model_is_tested_on_another_data_set_by_that_ones_protocol(settings, tmp_path):
+    save_settings(settings, tmp_path / "run")
+    write_dataset("regdb", tmp_path / "regdb", num_train_ids=2, num_test_ids=2)
+    prepare("regdb", tmp_path / "regdb", tmp_path / "data", trial=3)
+    command = ("evaluate.py", f"--workdir={tmp_path}/run", "--checkpoint=untrained", f"--data_dir={tmp_path}/data")
+    done = run_script(*command, "--dataset=regdb", "--trial=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tested on regdb trial 3, trained on sysu_mm01" in done.stdout
+    metrics = json.loads((tmp_path / "run/metrics_untrained_on_regdb3.json").read_text())
+    assert set(metrics) == {"regdb/visible_to_infrared", "regdb/infrared_to_visible"}
+    for values in metrics.values():
+        assert (values["trained_on"], values["dataset"], values["metric"]) == (
+            "sysu_mm01",
+            "regdb trial 3",
+            "euclidean",
+        )
+    for flags, message in (
+        (["--dataset=llcm"], "llcm is not prepared in"),
+        (["--dataset=llcm", "--trial=2"], "--trial = 2: goes with --dataset regdb"),
+        (["--trial=2"], "--trial goes with --dataset"),
+    ):
+        refused = run_script(*command, *flags, cwd=tmp_path)
+        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("record", ["kept", "lost"])
 def test_step_of_the_best_checkpoint_may_be_evaluated_again(settings, tmp_path, monkeypatch, record):
     # The run is finished, so it is only evaluated: a little better than before, or after a kill before the record.
     settings = replace(settings, {"eval.best": "mAP"})
     figures = iter([10.0, 10.5])
     monkeypatch.setattr(
-        "mpanet_jax.train.evaluate_split",
+        "mpanet_jax.train.evaluate_set",
         lambda *_, **__: {"sysu/all/single": {"rank1": 0.0, "mAP": next(figures), "mINP": 0.0}},
     )
     train(settings, tmp_path / "run")
@@ -255,7 +312,7 @@ def test_evaluation_does_not_count_as_training_time(settings, tmp_path, monkeypa
         clock[0] += 3600
         return {"sysu/all/single": {"rank1": 0.0, "mAP": 0.0, "mINP": 0.0}}
 
-    monkeypatch.setattr("mpanet_jax.train.evaluate_split", evaluate)
+    monkeypatch.setattr("mpanet_jax.train.evaluate_set", evaluate)
     monkeypatch.setattr("mpanet_jax.metric_log.time_when_ready", step_done)
     monkeypatch.setattr("mpanet_jax.metric_log.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(

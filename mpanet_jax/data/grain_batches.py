@@ -127,7 +127,9 @@ class ResumableBatches(grain.DatasetIterator):
     def _stop(running: list[grain.DatasetIterator], num_workers: int) -> None:
         if running:
             running.pop().close()
-            gc.collect()  # grain's iterators hold each other in a circle, and the last batches' shared memory with them
+            # grain's iterators hold each other in a circle, and the last batches' shared memory with them:
+            # https://github.com/google/grain/issues/398
+            gc.collect()
             if num_workers:
                 _wait_until_shared_memory_is_unlinked()
 
@@ -159,7 +161,10 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
 
 
 def _wait_until_shared_memory_is_unlinked() -> None:
-    """grain unlinks a dropped batch in a thread, one batch after the other; the end of the program would cut it off."""
+    """grain unlinks a dropped batch in a thread, one batch after the other; the end of the program would cut it off.
+
+    See https://github.com/google/grain/issues/1031.
+    """
     pool = shared_memory_array.SharedMemoryArray._del_thread_pool
     if pool is not None:
         pool.apply(int)  # done when all that was asked of the thread before is done

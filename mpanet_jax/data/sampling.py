@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpanet_jax.datasets.schema import INFRARED, VISIBLE
 from mpanet_jax.errors import UserError
+from mpanet_jax.modality import INFRARED, VISIBLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,12 @@ class BatchPlan:
                     )
             lists.append((visible, infrared))
         return lists
+
+    @functools.cached_property
+    def num_resampled(self) -> int:
+        """How many identities cannot fill one group without taking an image twice."""
+        half = self.images_per_id // 2
+        return sum(min(len(visible), len(infrared)) < half for visible, infrared in self.images_by_identity)
 
     @functools.cached_property
     def groups_by_identity(self) -> np.ndarray:

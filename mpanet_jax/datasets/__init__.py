@@ -1,35 +1,49 @@
-"""SYSU-MM01, RegDB and LLCM: importing this registers their tfds builders.
+"""SYSU-MM01, RegDB, LLCM and your own images: importing this registers their tfds builders.
 
-`prepare` builds a data set from its raw folder, `load_split` opens a prepared split.
+`prepare` builds a data set from its raw folder, `open_split` and `open_evaluation` open what training and tests read.
 """
 
 from mpanet_jax.datasets.builder import progress_bar
 from mpanet_jax.datasets.prepared import (
-    BUILDERS,
+    EvaluationSet,
     is_prepared,
     load_split,
     make_builder,
+    open_evaluation,
     open_split,
-    permutation_file,
     prepare,
     prepared_dir,
+)
+from mpanet_jax.datasets.registry import (
+    DATASETS,
+    PROTOCOLS,
+    make_dataset,
+    make_protocol,
+    own_fields,
+    record_of_path,
     settings_of,
 )
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord, Split
 
 __all__ = [
-    "BUILDERS",
+    "DATASETS",
     "INFRARED",
+    "PROTOCOLS",
     "VISIBLE",
+    "EvaluationSet",
     "ImageRecord",
     "Split",
     "is_prepared",
     "load_split",
     "make_builder",
+    "make_dataset",
+    "make_protocol",
+    "open_evaluation",
     "open_split",
-    "permutation_file",
+    "own_fields",
     "prepare",
     "prepared_dir",
     "progress_bar",
+    "record_of_path",
     "settings_of",
 ]

@@ -4,6 +4,7 @@ Shards are streamed in the order of `list_images` (`tfds.core.ShardBasedBuilder`
 `GeneratorBasedBuilder` shuffles through temporary files that need TensorFlow once a split passes 1 GB.
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -11,17 +12,19 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 from rich.console import Console
 from rich.progress import track
 
+from mpanet_jax.datasets.dataset import SPLITS, Dataset
 from mpanet_jax.datasets.raw import raise_fault, read_encoded
-from mpanet_jax.datasets.schema import ImageRecord
+from mpanet_jax.datasets.registry import DATASETS
+from mpanet_jax.datasets.schema import MODALITY_NAMES, ImageRecord
+from mpanet_jax.datasets.tfds_workarounds import LocalInfo, SilentDownloads
 
-SPLITS = ("train", "test")
 IMAGES_PER_SHARD = 2048  # tfds holds one shard's images in memory while it writes it
 VERSION = "1.0.0"
 
@@ -39,25 +42,29 @@ def progress_bar(items: Iterable, description: str, total: int) -> Iterable:
     return track(items, description, total, console=Console(stderr=True))
 
 
-class RawDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Writes what a subclass's `list_images` lists; beside the records an index of the metadata.
+class RawDatasetBuilder(SilentDownloads, tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Writes what a data set's `list_images` lists; beside the records an index of the metadata.
 
     The record: `image` (JPEG bytes as they are on disk; BMP as lossless PNG), `pid`, `camid`, `modality`, `path`.
-    `index_{train,test}.npz` holds pids, camids, modality, paths and a fingerprint over everything, images included.
+    `index_{train,test}.npz` holds pids, camids, modality, paths, parts, pid_names where the data set has them, and a
+    fingerprint over everything, images included.
     """
 
     VERSION = tfds.core.Version(VERSION)
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The data sets are licensed: ask their authors, then point manual_dir at the folder."
 
-    companions: ClassVar[tuple[str, ...]] = ()  # files of the raw folder that evaluation needs; copied along
+    dataset_class: ClassVar[type[Dataset]]
     track: Track = staticmethod(no_progress)
 
     def __init__(self, *, file_format: str = "array_record", **kwargs):
         super().__init__(file_format=file_format, **kwargs)
-
-    def list_images(self, source: Path, split: str) -> list[ImageRecord]:
-        """The images of a split; a data set's builder calls its module's function of this name."""
-        raise NotImplementedError
+        variants = self.dataset_class.variants()
+        settings = (
+            variants[self.builder_config.name]
+            if self.builder_config
+            else self.dataset_class.settings_class(name=self.dataset_class.name)
+        )
+        self.dataset = self.dataset_class(settings)
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(
@@ -65,19 +72,21 @@ class RawDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 "image": tfds.features.Image(),
                 "pid": np.int32,
                 "camid": np.int32,
-                "modality": tfds.features.ClassLabel(names=["visible", "infrared"]),
+                "modality": tfds.features.ClassLabel(names=list(MODALITY_NAMES.values())),
                 "path": tfds.features.Text(),
             }
         )
-        return _LocalInfo(builder=self, description=self.__doc__, features=features, disable_shuffling=True)
+        return LocalInfo(
+            builder=self, description=self.dataset_class.__doc__, features=features, disable_shuffling=True
+        )
 
     def _shard_iterators_per_split(self, dl_manager):
         source = Path(dl_manager.manual_dir)
-        for companion in self.companions:
+        for companion in self.dataset.companions:
             if not (source / companion).is_file():
                 raise_fault(f"{source / companion}: file missing; evaluation needs it: copy it from the data set")
-        self._indices = {split: _Index(self.list_images(source, split)) for split in SPLITS}
-        self._companion_paths = [source / companion for companion in self.companions]
+        self._indices = {split: _Index(self.dataset.list_images(source, split)) for split in SPLITS}
+        self._companion_paths = [source / companion for companion in self.dataset.companions]
         # One iterator, and one progress bar, for all shards: tfds writes them one after the other.
         records = [record for index in self._indices.values() for record in index.records]
         self._records = iter(self.track(records, f"writing {self.info.full_name}", len(records)))
@@ -98,17 +107,6 @@ class RawDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         for path in self._companion_paths:
             shutil.copyfile(path, Path(self.data_dir) / path.name)
 
-    def _log_download_bytes(self) -> None:
-        """Nothing is downloaded; tfds prints that it does."""
-
-    def _log_download_done(self) -> None:
-        """See `_log_download_bytes`."""
-
-
-class _LocalInfo(tfds.core.DatasetInfo):
-    def initialize_from_bucket(self) -> None:
-        """Looks for nothing online: tfds has no copy of these licensed data sets."""
-
 
 class _Index:
     def __init__(self, records: list[ImageRecord]):
@@ -116,8 +114,11 @@ class _Index:
         self.digest = hashlib.sha256()
 
     def save(self, path: Path) -> None:
+        names: dict[str, Any] = {"pid_names": np.array([r.pid_name for r in self.records], np.str_)}
         np.savez(
             path,
+            **(names if any(r.pid_name for r in self.records) else {}),
+            parts=np.array([r.part for r in self.records], np.str_),
             pids=np.array([r.pid for r in self.records], np.int32),
             camids=np.array([r.camid for r in self.records], np.int32),
             modality=np.array([r.modality for r in self.records], np.int32),
@@ -136,6 +137,8 @@ def _shard_lengths(num_images: int) -> list[int]:
 def _examples(source: Path, records: Iterable[ImageRecord], digest) -> Iterator[tuple[str, dict]]:
     for record in records:
         encoded = read_encoded(source / record.path)
+        if record.pid_name:
+            digest.update(f"{record.pid_name}\0{record.part}\0".encode())
         digest.update(f"{record.path}\0{record.pid}\0{record.camid}\0{record.modality}\0{len(encoded)}\0".encode())
         digest.update(encoded)
         yield (
@@ -148,3 +151,26 @@ def _examples(source: Path, records: Iterable[ImageRecord], digest) -> Iterator[
                 "path": record.path,
             },
         )
+
+
+@functools.cache
+def builder_class(dataset: type[Dataset]) -> type[RawDatasetBuilder]:
+    """The class by which tfds knows a data set; making it registers its name for `tfds.builder`."""
+    attributes = {
+        "__module__": __name__,
+        "__doc__": dataset.__doc__,
+        "name": dataset.name,
+        "dataset_class": dataset,
+        "BUILDER_CONFIGS": [
+            tfds.core.BuilderConfig(name=variant, version=VERSION, description=f"{dataset(settings).title}.")
+            for variant, settings in dataset.variants().items()
+        ],
+    }
+    builder = type(f"{dataset.__name__}Builder", (RawDatasetBuilder,), attributes)
+    # pickle, by which worker processes get a data source, looks a class up in its module.
+    globals()[builder.__name__] = builder
+    return builder
+
+
+for _dataset in DATASETS.values():
+    builder_class(_dataset)

@@ -6,35 +6,76 @@ On disk: `idx/train_vis.txt` and `idx/train_nir.txt` with lines `path label`, wh
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
-from mpanet_jax.datasets.builder import RawDatasetBuilder
+from mpanet_jax.datasets.dataset import Dataset, Evaluation, rows_of
 from mpanet_jax.datasets.raw import Report, check_labels, image_names, raise_fault, read_identities, read_index
-from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord
+from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord, Split
+from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.protocol import (
+    Comparison,
+    Protocol,
+    Setting,
+    both_directions,
+    compare_across_cameras,
+    one_image_each,
+    visible_and_infrared,
+)
 
-# The word of index files and folders, the modality, the cameras.
-MODALITIES = (("vis", VISIBLE, tuple(range(1, 10))), ("nir", INFRARED, (1, 2, 4, 5, 6, 7, 8, 9)))
+# The cameras of each modality, and its word in index files and folders. All cameras but 3 have both.
+CAMERAS = {VISIBLE: tuple(range(1, 10)), INFRARED: (1, 2, 4, 5, 6, 7, 8, 9)}
+WORDS = {VISIBLE: "vis", INFRARED: "nir"}
 TEST_LIST = "idx/test_id.txt"
-
-# identities, visible images, infrared images
-PUBLISHED = {"train": (713, 16946, 13975), "test": (351, 8680, 7166)}
 
 _CAMERA = re.compile(r"_c(?:am)?0*(\d+)_|(?:^|/)cam0*(\d+)/")
 
 
-def list_images(source: Path, split: str, *, trial: int = 1, report: Report = raise_fault) -> list[ImageRecord]:
-    """The images of `split`, ordered by identity, camera and file name; `test` is test_vis and test_nir together.
+@dataclass(frozen=True)
+class LlcmProtocol(Protocol):
+    """Both directions; ten galleries of one image of each identity and camera; never the query's own camera."""
 
-    `trial` is not used: there is one split. Faults go to `report`, which raises `UserError` by default.
-    """
-    del trial
-    images = (_train_images if split == "train" else _test_images)(Path(source), report)
-    return sorted(images, key=lambda image: (image.pid, image.camid, image.modality, image.path))
+    name = "llcm"
+
+    def comparisons(self, query: Embeddings, gallery: Embeddings) -> list[Comparison]:
+        # Camera 3 alone tells the modality.
+        visible, infrared = visible_and_infrared(query, gallery, {3: VISIBLE})
+        return [
+            compare_across_cameras(one, other, [Setting(f"llcm/{direction}", one_image_each(other))])
+            for direction, one, other in both_directions(visible, infrared)
+        ]
+
+
+_LAYOUT = re.compile(r"(?:^|/)(test_(?P<word>vis|nir)/cam(?P<camera>[1-9])/(?P<pid>\d+)/[^/]+)$")
+
+
+class Llcm(Dataset):
+    """LLCM: visible and near-infrared images of 1,064 people from nine cameras in low light."""
+
+    name = "llcm"
+    published = MappingProxyType({"train": (713, 16946, 13975), "test": (351, 8680, 7166)})
+    protocols = (LlcmProtocol,)
+
+    def list_images(self, source: Path, split: str, report: Report = raise_fault) -> list[ImageRecord]:
+        """The images of `split`, ordered by identity, camera and file name; `test` is test_vis and test_nir."""
+        images = (_train_images if split == "train" else _test_images)(Path(source), report)
+        return sorted(images, key=lambda image: (image.pid, image.camid, image.modality, image.path))
+
+    def evaluations(self, split: Split, directory: Path) -> list[Evaluation]:
+        return [Evaluation(rows_of(split, VISIBLE), rows_of(split, INFRARED), LlcmProtocol())]
+
+    @classmethod
+    def record_of_path(cls, path: str) -> ImageRecord | None:
+        if (match := _LAYOUT.search(path)) is None:
+            return None
+        modality = next(modality for modality, word in WORDS.items() if word == match["word"])
+        return ImageRecord(match[1], int(match["pid"]), int(match["camera"]), modality)
 
 
 def _train_images(source: Path, report: Report) -> list[ImageRecord]:
     images = []
-    for word, modality, _ in MODALITIES:
+    for modality, word in WORDS.items():
         index = source / "idx" / f"train_{word}.txt"
         pid_labels = []
         for path, label in read_index(index, source, report):
@@ -50,13 +91,13 @@ def _train_images(source: Path, report: Report) -> list[ImageRecord]:
 
 def _test_images(source: Path, report: Report) -> list[ImageRecord]:
     cameras = []
-    for word, modality, camids in MODALITIES:
+    for modality, camids in CAMERAS.items():
         for camid in camids:
-            folder = f"test_{word}/cam{camid}"
+            folder = f"test_{WORDS[modality]}/cam{camid}"
             if (source / folder).is_dir():
                 cameras.append((folder, camid, modality))
             else:
-                report(f"{source / folder}: camera folder missing; unpack LLCM's test_{word} folder there")
+                report(f"{source / folder}: camera folder missing; unpack LLCM's test_{WORDS[modality]} folder there")
     images = []
     for pid in read_identities(source / TEST_LIST, report):
         found = [
@@ -68,16 +109,3 @@ def _test_images(source: Path, report: Report) -> list[ImageRecord]:
             report(f"{source / TEST_LIST}: identity {pid} has no images (test_*/cam*/{pid:04d}); restore or remove it")
         images += found
     return images
-
-
-def check_source(source: Path, images: dict[str, list[ImageRecord]], report: Report) -> None:
-    """LLCM has nothing beside its lists to check."""
-
-
-class Llcm(RawDatasetBuilder):
-    """LLCM: visible and near-infrared images of 1,064 people from nine cameras in low light."""
-
-    name = "llcm"
-
-    def list_images(self, source: Path, split: str) -> list[ImageRecord]:
-        return list_images(source, split)

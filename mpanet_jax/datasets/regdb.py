@@ -5,20 +5,30 @@ like `Visible/285/name.bmp 0`. The number behind the path is the identity's labe
 number here is its folder's, which is the same in every split.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from types import MappingProxyType
 
-import tensorflow_datasets as tfds
-
-from mpanet_jax.datasets.builder import VERSION, RawDatasetBuilder
+from mpanet_jax.datasets.dataset import Dataset, Evaluation, rows_of
 from mpanet_jax.datasets.raw import Report, check_labels, raise_fault, read_index
-from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord
+from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord, Split
+from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.protocol import (
+    Comparison,
+    Protocol,
+    Setting,
+    both_directions,
+    compare_all,
+    everything,
+    visible_and_infrared,
+)
 from mpanet_jax.settings import DatasetSettings, between, one_of, setting
 
 TRIALS = range(1, 11)
-# The index files' word and the folder of each camera: 1 visible, 2 thermal.
-CAMERAS = {1: ("visible", "Visible", VISIBLE), 2: ("thermal", "Thermal", INFRARED)}
+CAMERAS = {1: VISIBLE, 2: INFRARED}
+FOLDERS = {1: "Visible", 2: "Thermal"}
 
 
 @dataclass(frozen=True)
@@ -29,47 +39,73 @@ class RegdbSettings(DatasetSettings):
     trial: int = setting(1, "which of the ten splits", between(TRIALS[0], TRIALS[-1]))
 
 
-# identities, visible images, infrared images
-PUBLISHED = {"train": (206, 2060, 2060), "test": (206, 2060, 2060)}
-
-
-def list_images(source: Path, split: str, *, trial: int = 1, report: Report = raise_fault) -> list[ImageRecord]:
-    """The images of `split` of trial 1 to 10, ordered by identity, camera and file name.
-
-    Camera 1 is visible, 2 thermal. Faults go to `report`, which raises `UserError` by default.
-    """
-    source = Path(source)
-    images = []
-    for camid, (word, folder, modality) in CAMERAS.items():
-        if not (source / folder).is_dir():
-            report(f"{source / folder}: folder missing; unpack RegDB's {folder} folder there")
-            continue
-        index = source / "idx" / f"{split}_{word}_{trial}.txt"
-        pid_labels = []
-        for path, label in read_index(index, source, report):
-            parts = PurePosixPath(path).parts
-            if len(parts) != 3 or parts[0] != folder or not parts[1].isdigit():
-                report(f"{index}: '{path}' is not of the form '{folder}/identity/name.bmp'; correct the line")
-                continue
-            images.append(ImageRecord(path, int(parts[1]), camid, modality))
-            pid_labels.append((int(parts[1]), label))
-        check_labels(index, pid_labels, report)
-    return sorted(images, key=lambda image: (image.pid, image.camid, image.path))
-
-
-def check_source(source: Path, images: dict[str, list[ImageRecord]], report: Report) -> None:
-    """RegDB has nothing beside its index files to check."""
-
-
-class Regdb(RawDatasetBuilder):
-    """RegDB: visible and thermal images of 412 people; one configuration for each of the ten random splits."""
+@dataclass(frozen=True)
+class RegdbProtocol(Protocol):
+    """Both directions, all images of one modality against all of the other."""
 
     name = "regdb"
-    BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
-        tfds.core.BuilderConfig(name=f"split_{trial}", version=VERSION, description=f"Trial {trial} of ten.")
-        for trial in TRIALS
-    ]
+    metric = "euclidean"
 
-    def list_images(self, source: Path, split: str) -> list[ImageRecord]:
-        assert self.builder_config is not None  # tfds takes one of the above
-        return list_images(source, split, trial=int(self.builder_config.name.removeprefix("split_")))
+    def comparisons(self, query: Embeddings, gallery: Embeddings) -> list[Comparison]:
+        return [
+            compare_all(one, other, [Setting(f"regdb/{direction}", everything(other))])
+            for direction, one, other in both_directions(*visible_and_infrared(query, gallery, CAMERAS))
+        ]
+
+
+_LAYOUT = re.compile(r"(?:^|/)((?P<folder>Visible|Thermal)/(?P<pid>\d+)/[^/]+)$")
+
+
+class Regdb(Dataset):
+    """RegDB: visible and thermal images of 412 people; one variant for each of the ten random splits."""
+
+    name = "regdb"
+    settings_class = RegdbSettings
+    published = MappingProxyType({"train": (206, 2060, 2060), "test": (206, 2060, 2060)})
+    protocols = (RegdbProtocol,)
+
+    @classmethod
+    def variants(cls) -> Mapping[str, DatasetSettings]:
+        return {f"split_{trial}": RegdbSettings(trial=trial) for trial in TRIALS}
+
+    @property
+    def variant(self) -> str:
+        return f"split_{self.settings.trial}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} trial {self.settings.trial}"
+
+    @property
+    def options(self) -> str:
+        return f" --trial {self.settings.trial}"
+
+    def list_images(self, source: Path, split: str, report: Report = raise_fault) -> list[ImageRecord]:
+        """The images of `split` of the trial, ordered by identity, camera and file name; camera 2 is thermal."""
+        source = Path(source)
+        images = []
+        for camid, folder in FOLDERS.items():
+            if not (source / folder).is_dir():
+                report(f"{source / folder}: folder missing; unpack RegDB's {folder} folder there")
+                continue
+            index = source / "idx" / f"{split}_{folder.lower()}_{self.settings.trial}.txt"
+            pid_labels = []
+            for path, label in read_index(index, source, report):
+                parts = PurePosixPath(path).parts
+                if len(parts) != 3 or parts[0] != folder or not parts[1].isdigit():
+                    report(f"{index}: '{path}' is not of the form '{folder}/identity/name.bmp'; correct the line")
+                    continue
+                images.append(ImageRecord(path, int(parts[1]), camid, CAMERAS[camid]))
+                pid_labels.append((int(parts[1]), label))
+            check_labels(index, pid_labels, report)
+        return sorted(images, key=lambda image: (image.pid, image.camid, image.path))
+
+    def evaluations(self, split: Split, directory: Path) -> list[Evaluation]:
+        return [Evaluation(rows_of(split, VISIBLE), rows_of(split, INFRARED), RegdbProtocol())]
+
+    @classmethod
+    def record_of_path(cls, path: str) -> ImageRecord | None:
+        if (match := _LAYOUT.search(path)) is None:
+            return None
+        camid = next(camid for camid, folder in FOLDERS.items() if folder == match["folder"])
+        return ImageRecord(match[1], int(match["pid"]), camid, CAMERAS[camid])

@@ -20,14 +20,15 @@ import scipy.io
 from PIL import Image
 from scipy.io.matlab import MatReadError
 
+from mpanet_jax.datasets.llcm import CAMERAS as LLCM_CAMERAS
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE
 from mpanet_jax.datasets.synthetic_people import draw_image
+from mpanet_jax.datasets.sysu_mm01 import CAMERAS as SYSU_CAMERAS
+from mpanet_jax.datasets.sysu_mm01 import load_permutation
 from mpanet_jax.errors import UserError
+from mpanet_jax.protocol import NUM_TRIALS
 
-NUM_TRIALS = 10
-SYSU_CAMERAS = {1: VISIBLE, 2: VISIBLE, 3: INFRARED, 4: VISIBLE, 5: VISIBLE, 6: INFRARED}
 SYSU_SCENES = {1: 1, 2: 2, 3: 2, 4: 4, 5: 5, 6: 6}  # cameras 2 and 3 share a room
-LLCM_CAMERAS = {VISIBLE: (1, 2, 3, 4, 5, 6, 7, 8, 9), INFRARED: (1, 2, 4, 5, 6, 7, 8, 9)}
 
 # (layout, scale) -> identities for training (SYSU-MM01: train + val) and testing, images an identity and camera,
 # image height in pixels (drawn between the two; RegDB's images are all 64x128), and how often an identity misses a
@@ -264,18 +265,16 @@ def _read_sysu_structure(permutation: Path) -> tuple[dict, list[int], list[int],
     in one modality only; their images are on disk and in no list.)
     """
     try:
-        cameras = scipy.io.loadmat(permutation)["rand_perm_cam"]
-        cells = [[cell[0].shape[1] for cell in camera[0]] for camera in cameras]
+        counts = {key: rows.shape[1] for key, rows in load_permutation(permutation).items()}
         train, test = (
             sorted(int(pid) for pid in scipy.io.loadmat(permutation.parent / f"{name}_id.mat")["id"].ravel())
             for name in ("train", "test")
         )
-    except (OSError, LookupError, AttributeError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
+    except (UserError, OSError, LookupError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
         raise UserError(
             f"permutation={permutation}: expected SYSU-MM01's rand_perm_cam.mat with train_id.mat and test_id.mat "
             f"beside it; copy all three from the data set's exp folder ({error})"
         ) from None
-    counts = {(camid, pid): n for camid, row in enumerate(cells, start=1) for pid, n in enumerate(row, start=1) if n}
     seen = {modality: {p for c, p in counts if SYSU_CAMERAS[c] == modality} for modality in (VISIBLE, INFRARED)}
     val = sorted((seen[VISIBLE] & seen[INFRARED]) - set(train) - set(test))
     return counts, train, val, test

@@ -6,77 +6,71 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpanet_jax.datasets import llcm, regdb, sysu_mm01
-from mpanet_jax.datasets.builder import SPLITS, Track, no_progress
-from mpanet_jax.datasets.raw import Report, decode_fault
-from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord
+from mpanet_jax.datasets.builder import Track, no_progress
+from mpanet_jax.datasets.dataset import SPLITS, Dataset, Images
+from mpanet_jax.datasets.raw import decode_fault
+from mpanet_jax.datasets.schema import INFRARED, MODALITY_NAMES, UNKNOWN, VISIBLE
 from mpanet_jax.errors import UserError
-
-DATASETS = {"sysu_mm01": sysu_mm01, "regdb": regdb, "llcm": llcm}
-MODALITY_NAMES = {VISIBLE: "visible", INFRARED: "infrared"}
 
 
 @dataclass
 class Verification:
-    """What was found: `faults` forbid building, `warnings` do not; `images[trial][split]` lists the images."""
+    """What was found: `faults` forbid building, `warnings` do not; `images[title][split]` lists a variant's images."""
 
-    name: str
     source: Path
-    images: dict[int, dict[str, list[ImageRecord]]] = field(default_factory=dict)
+    images: dict[str, Images] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-def verify(name: str, source: str | Path, *, trials: Sequence[int] = (1,), track: Track = no_progress) -> Verification:
+def verify(variants: Sequence[Dataset], source: str | Path, *, track: Track = no_progress) -> Verification:
     """Check folders, lists, identities, counts and companions of a raw data set, and decode every image once.
 
     Args:
-      name: 'sysu_mm01', 'regdb' or 'llcm'.
+      variants: the data set, or several of its variants.
       source: the raw folder.
-      trials: which of RegDB's splits to check; (1,) for the others.
       track: shows a progress bar; see `builder.Track`.
 
     Raises:
-      UserError: there is no such data set or folder. Everything else is in the result's `faults`.
+      UserError: there is no such folder. Everything else is in the result's `faults`.
     """
-    if name not in DATASETS:
-        raise UserError(f"data set '{name}': expected sysu_mm01, regdb or llcm")
     source = Path(source).expanduser()
     if not source.is_dir():
-        raise UserError(f"--source {source}: no such folder; give the folder that holds the raw data set")
-    dataset = DATASETS[name]
-    found = Verification(name, source)
-    for trial in trials:
+        raise UserError(f"{source}: no such folder; give the folder that holds the raw data set")
+    found = Verification(source)
+    for dataset in variants:
         try:
-            images = {s: dataset.list_images(source, s, trial=trial, report=found.faults.append) for s in SPLITS}
+            images = {split: dataset.list_images(source, split, found.faults.append) for split in SPLITS}
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions") from error
-        found.images[trial] = images
-        where = f"{source} trial {trial}" if name == "regdb" else str(source)
-        _check_identities(where, images, found.faults.append)
+        found.images[dataset.title] = images
+        dataset.check_identities(source, images, found.faults.append)
         dataset.check_source(source, images, found.faults.append)
-        _check_counts(where, images, dataset.PUBLISHED, found.warnings.append)
+        found.warnings += dataset.warnings(source, images)
     _check_files(found, track)
     found.faults = list(dict.fromkeys(found.faults))  # the splits of one data set share faults
     return found
 
 
-def require_sound(name: str, source: str | Path, *, trials: Sequence[int] = (1,), track: Track = no_progress) -> None:
-    """Raise `UserError` with the first fault of a raw data set, if `verify` finds any."""
-    faults = verify(name, source, trials=trials, track=track).faults
-    if faults:
-        more = f" ({len(faults)} faults; python scripts/prepare_data.py --dataset {name} --source {source} --check "
-        raise UserError(faults[0] + (more + "lists them all)" if len(faults) > 1 else ""))
+def require_sound(dataset: Dataset, source: str | Path, *, track: Track = no_progress) -> None:
+    """Raise `UserError` with the first fault of a raw data set, if `verify` finds any; warnings go to stderr."""
+    found = verify([dataset], source, track=track)
+    if found.faults:
+        more = (
+            f" ({len(found.faults)} faults; python scripts/prepare_data.py --dataset {dataset.name} --source {source}"
+        )
+        more += f"{dataset.options} --check lists them all)"
+        raise UserError(found.faults[0] + (more if len(found.faults) > 1 else ""))
 
 
-def format_counts(images: dict[str, list[ImageRecord]]) -> str:
+def format_counts(images: Images) -> str:
     """A table of identities and images by camera and split."""
     cameras = sorted({(image.camid, image.modality) for split in images.values() for image in split})
     rows: list[tuple[str, ...]] = [
         ("camera", "", *(f"{s} {what}" for s in images for what in ("identities", "images")))
     ]
     for camid, modality in [*cameras, (None, VISIBLE), (None, INFRARED), (None, None)]:
-        row = [str(camid or "all"), MODALITY_NAMES.get(modality, "both")]
+        row = ["all" if camid is None else _camera(camid), "both" if modality is None else MODALITY_NAMES[modality]]
         for split in images.values():
             kept = [i for i in split if camid in (None, i.camid) and modality in (None, i.modality)]
             row += [f"{len({i.pid for i in kept}):,}", f"{len(kept):,}"]
@@ -90,38 +84,19 @@ def format_counts(images: dict[str, list[ImageRecord]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:-3], rule, *lines[-3:]])
 
 
-def _check_identities(where: str, images: dict[str, list[ImageRecord]], report: Report) -> None:
-    pids = {split: {image.pid for image in images[split]} for split in SPLITS}
-    for pid in sorted(pids["train"] & pids["test"]):
-        report(f"{where}: identity {pid} is in both the training and the test lists; remove it from one")
-    for modality, other in ((VISIBLE, INFRARED), (INFRARED, VISIBLE)):
-        for pid in sorted(pids["train"] - {i.pid for i in images["train"] if i.modality == other}):
-            report(
-                f"{where}: training identity {pid} has {MODALITY_NAMES[modality]} images only and training needs both "
-                f"modalities; restore its {MODALITY_NAMES[other]} images or remove it from the training list"
-            )
-
-
-def _check_counts(where: str, images: dict[str, list[ImageRecord]], published: dict, warn: Report) -> None:
-    for split in SPLITS:
-        counts = (
-            len({image.pid for image in images[split]}),
-            sum(image.modality == VISIBLE for image in images[split]),
-            sum(image.modality == INFRARED for image in images[split]),
-        )
-        if counts != published[split]:
-            warn(
-                f"{where}: {split} has {counts[0]:,} identities, {counts[1]:,} visible and {counts[2]:,} infrared "
-                f"images; published are {published[split][0]:,}, {published[split][1]:,} and {published[split][2]:,}"
-            )
+def _camera(camid: int) -> str:
+    return "unknown" if camid == UNKNOWN else str(camid)
 
 
 def _check_files(found: Verification, track: Track) -> None:
-    paths = sorted({image.path for trial in found.images.values() for split in trial.values() for image in split})
+    images = {image.path: image for of in found.images.values() for split in of.values() for image in split}
+    paths = sorted(images)
     # Threads suffice: Pillow decodes outside the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = pool.map(lambda path: _file_fault(found.source, path), paths)
-        found.faults += [fault for fault in track(faults, "checking images", len(paths)) if fault]
+        faults = zip(paths, pool.map(lambda path: _file_fault(found.source, path), paths), strict=True)
+        for path, fault in track(faults, "checking images", len(paths)):
+            if fault:
+                found.faults.append(fault + (f" (line {line} of images.csv)" if (line := images[path].line) else ""))
 
 
 def _file_fault(source: Path, path: str) -> str | None:

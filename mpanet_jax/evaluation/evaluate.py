@@ -2,15 +2,14 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
 from mpanet_jax.cpus import available_cpus
-from mpanet_jax.errors import UserError
+from mpanet_jax.embeddings import Embeddings, check_embeddings
+from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_intervals
 from mpanet_jax.evaluation.metrics import (
     CMC_DEFINITIONS,
@@ -23,8 +22,9 @@ from mpanet_jax.evaluation.metrics import (
     score_rankings,
     summarize,
 )
-from mpanet_jax.evaluation.protocols import DEFAULTS, Comparison, Embeddings, check_embeddings, comparisons
 from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
+from mpanet_jax.files import write_whole
+from mpanet_jax.protocol import Comparison, Protocol, check_pair
 
 _CHUNK = 2**25  # distances held at once: 128 MiB of float32
 _BLOCK = 2**20  # distances ranked by one thread at once; smaller blocks spend their time waiting for Python's lock
@@ -34,22 +34,18 @@ def evaluate_embeddings(
     query: Embeddings,
     gallery: Embeddings,
     *,
-    protocol: str,
-    permutation: str | os.PathLike | None = None,
+    protocol: Protocol,
     metric: str | None = None,
     cmc: str | None = None,
     rerank: bool = False,
     trial: int | None = None,
     on_device: bool = False,
 ) -> dict[str, dict]:
-    """Evaluate `query` against `gallery` by a named protocol (docs/protocols.md).
+    """Evaluate `query` against `gallery` by a protocol (docs/protocols.md).
 
     Args:
-      query, gallery: SYSU-MM01: every test image of cameras 3 and 6, and of cameras 1, 2, 4 and 5. RegDB and LLCM: the
-        visible and the infrared test images, for both directions.
-      protocol: 'sysu_mm01' (ten galleries from the data set's permutation file), 'sysu_mm01_random' (ten seeded random
-        galleries), 'regdb' or 'llcm'.
-      permutation: path of rand_perm_cam.mat, for 'sysu_mm01' alone.
+      query, gallery: the two sets, as the protocol wants them.
+      protocol: who is compared with whom; `datasets.make_protocol` makes one by its name.
       metric: 'cosine' or 'euclidean'; by default the protocol's.
       cmc: 'identity' (first appearance of each identity) or 'image'; by default the protocol's.
       rerank: k-reciprocal re-ranking, within each trial's gallery.
@@ -60,17 +56,19 @@ def evaluate_embeddings(
       {'sysu/all/single': {what `evaluate_comparison` returns, 'protocol' (, 'trial')}, …}
 
     Raises:
-      UserError: an unknown name, or embeddings that do not fit the protocol.
+      ArgumentError: an unknown `metric` or `cmc`.
+      UserError: embeddings that do not fit the protocol.
     """
-    pairs = comparisons(protocol, check_embeddings(query), check_embeddings(gallery), permutation)
-    metric, cmc = metric or DEFAULTS[protocol][0], cmc or DEFAULTS[protocol][1]
-    for flag, value, known in (("--metric", metric, METRICS), ("--cmc", cmc, CMC_DEFINITIONS)):
+    metric, cmc = metric or protocol.metric, cmc or protocol.cmc
+    for argument, value, known in (("metric", metric, METRICS), ("cmc", cmc, CMC_DEFINITIONS)):
         if value not in known:
-            raise UserError(f"{flag}: unknown value {value!r}; expected one of {', '.join(known)}")
+            raise ArgumentError(argument, f"= {value!r}: expected one of {', '.join(known)}")
+    query, gallery = check_embeddings(query), check_embeddings(gallery)
+    check_pair(query, gallery)
     results = {}
-    for comparison in pairs:
+    for comparison in protocol.comparisons(query, gallery):
         for name, values in evaluate_comparison(comparison, metric, cmc, rerank=rerank, on_device=on_device).items():
-            results[name] = {**values, "protocol": protocol, **({} if trial is None else {"trial": int(trial)})}
+            results[name] = {**values, "protocol": protocol.name, **({} if trial is None else {"trial": int(trial)})}
     return results
 
 
@@ -239,7 +237,8 @@ def describe(values: Mapping) -> str:
     if "seeds" in values:
         number = values["trials"]
         trials = f"mean ± standard deviation of {len(values['seeds'])} seeds, {number} trial{'s' * (number > 1)} each"
-    split = f" · trial {values['trial']}" if "trial" in values else ""
+    dataset = f" · tested on {values['dataset']}, trained on {values['trained_on']}" if "trained_on" in values else ""
+    split = dataset + (f" · trial {values['trial']}" if "trial" in values else "")
     checkpoint = f" · {values['checkpoint']} checkpoint" if "checkpoint" in values else ""
     interval = f" · bootstrap over query identities, {RESAMPLES} resamples" if "interval" in values else ""
     return (
@@ -250,15 +249,6 @@ def describe(values: Mapping) -> str:
 
 def write_metrics(path: str | os.PathLike, metrics: Mapping[str, Mapping]) -> None:
     """Write metrics as JSON; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump(metrics, file, indent=2)
-            file.write("\n")
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with write_whole(path) as file:
+        json.dump(metrics, file, indent=2)
+        file.write("\n")

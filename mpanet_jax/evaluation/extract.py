@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from mpanet_jax.evaluation.protocols import Embeddings
+from mpanet_jax.embeddings import Embeddings
 
 # (images uint8[b, h, w, 3], modality int32[b] or None) → embeddings float[b, d] on the device
 Embed = Callable[[Any, Any], Array]
@@ -27,7 +27,7 @@ def extract_embeddings(
     Returns:
       One row an image, in the batches' order; features are float32 and not normalised.
     """
-    features, pids, camids, index = [], [], [], []
+    features, pids, camids, modality, index = [], [], [], [], []
     waiting = None
 
     def collect(batch: dict[str, np.ndarray], embeddings: Array) -> None:
@@ -35,16 +35,21 @@ def extract_embeddings(
         features.append(np.asarray(embeddings, np.float32)[rows])
         pids.append(batch["pids"][rows])
         camids.append(batch["camids"][rows])
+        modality.append(batch["modality"][rows])
         index.append(batch["index"][rows])
 
     for batch in batches:
         # The previous result is fetched only after the next batch has been sent off, so the device never waits.
-        result = embed(batch["images"], batch.get("modality"))
+        result = embed(batch["images"], batch["modality"])
         if waiting is not None:
             collect(*waiting)
         waiting = (batch, result)
     if waiting is not None:
         collect(*waiting)
     return Embeddings(
-        np.concatenate(features), np.concatenate(pids), np.concatenate(camids), paths[np.concatenate(index)]
+        np.concatenate(features),
+        np.concatenate(pids),
+        np.concatenate(camids),
+        paths[np.concatenate(index)],
+        np.concatenate(modality),
     )

@@ -3,8 +3,8 @@
 An image that cannot be read costs its own row, not the run: it is reported, masked out, and the rest goes on.
 """
 
+import dataclasses
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mpanet_jax.data.decode import BadImageError, resized_pixels
 from mpanet_jax.data.pipeline import eval_batches
-from mpanet_jax.errors import UserError
+from mpanet_jax.datasets import record_of_path
+from mpanet_jax.datasets.own import CSV_FILE, read_csv
+from mpanet_jax.datasets.raw import raise_fault
+from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.extract import Embed, extract_embeddings
-from mpanet_jax.evaluation.protocols import Embeddings
+from mpanet_jax.modality import MODALITY_NAMES, UNKNOWN
 from mpanet_jax.settings import DataSettings
 
 # What counts as an image in a folder; in a list every line does.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
-UNKNOWN = -1
-
-# The end of a path in the data sets' layouts; RegDB's cameras are numbered as in datasets/regdb.py.
-_CAMERA_LAYOUT = re.compile(r"(?:^|/)((?:test_(?:vis|nir)/)?cam(?P<camera>\d+)/(?P<pid>\d+)/[^/]+)$")
-_REGDB_LAYOUT = re.compile(r"(?:^|/)((?P<camera>Visible|Thermal)/(?P<pid>\d+)/[^/]+)$")
-_REGDB_CAMERAS = {"Visible": 1, "Thermal": 2}
 
 Report = Callable[[str], object]
 
@@ -41,28 +39,38 @@ class ImageFile:
       file: where it lies.
       path: what the embeddings file calls it: its path as listed, or relative to the folder that was named. Where that
         leaves out a part of a known layout ('0007/0003.jpg' of the folder cam3), the layout's: 'cam3/0007/0003.jpg'.
-      pid, camid: what a known layout says (SYSU-MM01: cam3/0007/0003.jpg; LLCM: test_vis/cam3/0007/name.jpg; RegDB:
-        Visible/7/name.bmp is camera 1, Thermal/7/name.bmp camera 2); -1, unknown, in any other folder.
+      pid, camid, modality: what images.csv or a known layout says (SYSU-MM01: cam3/0007/0003.jpg; LLCM:
+        test_vis/cam3/0007/name.jpg; RegDB: Visible/7/name.bmp is camera 1, Thermal/7/name.bmp camera 2); -1, unknown,
+        in any other folder.
+      pid_name: what images.csv calls the identity.
     """
 
     file: Path
     path: str
-    pid: int
-    camid: int
+    pid: int = UNKNOWN
+    camid: int = UNKNOWN
+    modality: int = UNKNOWN
+    pid_name: str = ""
 
 
-def list_images(source: str | os.PathLike) -> list[ImageFile]:
-    """The images of a folder or of a list file.
+def list_images(source: str | os.PathLike, *, split: str = "") -> list[ImageFile]:
+    """The images of a folder, of a list file or of a CSV.
 
     Args:
       source: a folder: all files in it and below it whose names end as `SUFFIXES` (in any case) and do not begin with a
         dot, sorted by path; links are followed. Or a UTF-8 text file with one path a line, absolute or relative to the
-        file's folder, in its order; blank lines are nothing.
+        file's folder, in its order; blank lines are nothing. Or an images.csv (`datasets/own.py`), whose pids are
+        numbered as they are when it is prepared.
+      split: of an images.csv the lines of this split alone; '': all.
 
     Raises:
-      UserError: no such folder or file, no text, or no images in it.
+      UserError: no such folder or file, no text, a fault in a CSV, or no images in it.
     """
     source = Path(source)
+    if source.suffix == ".csv":
+        return _listed_in_csv(source, split)
+    if split:
+        raise ArgumentError("split", f"= {split!r}: only a {CSV_FILE} has splits; leave it out for {source}")
     if source.is_dir():
         names = sorted(_walk(source, Path()))
         folder, expected = source, f"files that end in {', '.join(SUFFIXES)}"
@@ -71,13 +79,38 @@ def list_images(source: str | os.PathLike) -> list[ImageFile]:
         try:
             names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except FileNotFoundError:
-            raise UserError(f"--images={source}: no such folder or list file") from None
+            raise UserError(f"{source}: no such folder or list file") from None
         except (UnicodeDecodeError, OSError) as error:
             reason = "not a UTF-8 text file" if isinstance(error, UnicodeDecodeError) else error.strerror
-            raise UserError(f"--images={source}: {reason}; expected a folder or a text file of paths") from error
+            raise UserError(f"{source}: {reason}; expected a folder or a text file of paths") from error
     if not names:
-        raise UserError(f"--images={source}: no images found; expected {expected}")
+        raise UserError(f"{source}: no images found; expected {expected}")
     return [_image_file(folder, name) for name in names]
+
+
+def of_modality(images: list[ImageFile], modality: int) -> list[ImageFile]:
+    """The images that are of `modality`, and those of which nothing is known, which are taken to be.
+
+    Raises:
+      UserError: all are of the other.
+    """
+    kept = [dataclasses.replace(image, modality=modality) for image in images if image.modality in (modality, UNKNOWN)]
+    if not kept:
+        raise ArgumentError("modality", f"= {MODALITY_NAMES[modality]}: all {len(images)} images are of the other one")
+    return kept
+
+
+def _listed_in_csv(source: Path, split: str) -> list[ImageFile]:
+    records = read_csv(source.parent, raise_fault, source.name)
+    images = [
+        ImageFile(source.parent / r.path, r.path, r.pid, r.camid, r.modality, r.pid_name)
+        for r in records
+        if split in ("", r.part)
+    ]
+    if not images:
+        splits = ", ".join(sorted({record.part for record in records})) or "no lines"
+        raise ArgumentError("split", f"= {split!r}: {source} has no such images; it has {splits}")
+    return images
 
 
 def _walk(root: Path, below: Path, above: frozenset[str] = frozenset()) -> Iterator[str]:
@@ -88,9 +121,7 @@ def _walk(root: Path, below: Path, above: frozenset[str] = frozenset()) -> Itera
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     except OSError as error:
-        raise UserError(
-            f"--images: {folder}: {error.strerror}; make the folder readable, or list the images"
-        ) from error
+        raise UserError(f"{folder}: {error.strerror}; make the folder readable, or list the images") from error
     for entry in entries:
         if entry.is_dir():
             yield from _walk(root, below / entry.name, above | {real})
@@ -101,12 +132,11 @@ def _walk(root: Path, below: Path, above: frozenset[str] = frozenset()) -> Itera
 def _image_file(folder: Path, name: str) -> ImageFile:
     file = folder / name
     whole = Path(os.path.abspath(file)).as_posix()
-    layout = _CAMERA_LAYOUT.search(whole) or _REGDB_LAYOUT.search(whole)
-    if layout is None:
-        return ImageFile(file, name, UNKNOWN, UNKNOWN)
-    camera = layout["camera"]
-    path = name if name.endswith(layout[1]) else layout[1]
-    return ImageFile(file, path, int(layout["pid"]), _REGDB_CAMERAS.get(camera) or int(camera))
+    record = record_of_path(whole)
+    if record is None:
+        return ImageFile(file, name)
+    path = name if name.endswith(record.path) else record.path
+    return ImageFile(file, path, record.pid, record.camid, record.modality)
 
 
 def _pixels(image: ImageFile, data: DataSettings) -> np.ndarray:
@@ -122,13 +152,14 @@ def _pixels(image: ImageFile, data: DataSettings) -> np.ndarray:
 def image_batches(
     images: list[ImageFile], data: DataSettings, batch_size: int, report: Report
 ) -> Iterator[dict[str, np.ndarray]]:
-    """`eval_batches` of image files, in order, without `modality`, which is not known.
+    """`eval_batches` of image files, in order.
 
     `report` is told each image that cannot be read in one line, 'PATH: reason'; it may raise, to stop.
     """
     rows = {
         "pids": np.array([image.pid for image in images]),
         "camids": np.array([image.camid for image in images]),
+        "modality": np.array([image.modality for image in images]),
         "index": np.arange(len(images)),
     }
     return eval_batches(
@@ -173,4 +204,7 @@ def embed_images(
         embeddings = extract_embeddings(embed, bar.track(batches, task_id=task), paths)
     if not len(embeddings):
         raise UserError(f"none of the {len(images)} images can be read; nothing is written")
-    return embeddings
+    names = {image.path: image.pid_name for image in images}
+    if not any(names.values()):
+        return embeddings
+    return dataclasses.replace(embeddings, pid_names=np.array([names[path] for path in embeddings.paths], np.str_))

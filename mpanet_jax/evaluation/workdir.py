@@ -1,5 +1,6 @@
-"""Evaluation of a trained run: restore the model, embed the test split, apply the data set's protocol."""
+"""Evaluation of a trained run: restore the model, embed the test images, apply the data set's protocols."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mpanet_jax import datasets
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.data.pipeline import split_batches
-from mpanet_jax.datasets.schema import INFRARED, VISIBLE, Split
-from mpanet_jax.errors import UserError
+from mpanet_jax.datasets import EvaluationSet, Split
+from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.extract import Embed, extract_embeddings
-from mpanet_jax.evaluation.protocols import Embeddings
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
+from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.parallel import local_devices
 from mpanet_jax.processes import gather_shares, share_of_process
 from mpanet_jax.run_files import load_settings
-from mpanet_jax.settings import Settings, replace
+from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, replace
 from mpanet_jax.weights.convert import initial_variables, template_of
 from mpanet_jax.weights.names import Variables, number_of_ids
 
@@ -37,8 +39,10 @@ def make_embed(method: Method, num_ids: int) -> Callable[[Any], Embed]:
         def embed(images: Any, modality: Any = None) -> jax.Array:
             rows = {"images": images}
             if method.needs_modality:
-                if modality is None:
-                    raise UserError(f"method {method.settings.method!r} needs the modality of each image it embeds")
+                if modality is None or np.any(modality == UNKNOWN):
+                    raise ArgumentError(
+                        "modality", f"unknown of some images; method {method.settings.method!r} needs each image's"
+                    )
                 rows["modality"] = modality
             return function(variables, rows)
 
@@ -72,85 +76,95 @@ def embed_of(method: Method, variables: Variables, source: str | Path) -> Embed:
     return make_embed(method, num_ids)(unflatten_dict({**zeros, **given}))
 
 
-def embed_split(settings: Settings, split: Split, embed: Embed) -> tuple[Embeddings, Embeddings]:
-    """Embeddings of a test split's (visible, infrared) images. Of several processes each embeds its share of them."""
+def embed_rows(split: Split, rows: np.ndarray, embed: Embed, data: DataSettings, batch_size: int) -> Embeddings:
+    """Embeddings of the images `rows` of a split, in that order. Of several processes each embeds its share of them."""
     # Every device gets the same number of rows.
     num_devices = jax.local_device_count()
-    batch_size = -(-settings.eval.batch_size // num_devices) * num_devices
-    by_modality = []
-    for modality in (VISIBLE, INFRARED):
-        images = (split.modality == modality).nonzero()[0]
-        batches = split_batches(split, share_of_process(images), settings.data, batch_size)
-        share = extract_embeddings(embed, batches, split.paths)
-        features = gather_shares(share.features, len(images), "the embeddings of the test set")
-        by_modality.append(Embeddings(features, split.pids[images], split.camids[images], split.paths[images]))
-    return by_modality[0], by_modality[1]
+    batch_size = -(-batch_size // num_devices) * num_devices
+    share = extract_embeddings(embed, split_batches(split, share_of_process(rows), data, batch_size), split.paths)
+    features = gather_shares(share.features, len(rows), "the embeddings of the test set")
+    pid_names = None if split.pid_names is None else split.pid_names[rows]
+    return Embeddings(
+        features, split.pids[rows], split.camids[rows], split.paths[rows], split.modality[rows], pid_names, split.name
+    )
 
 
-def evaluate_split(
+def evaluate_set(
     settings: Settings,
-    visible: Embeddings,
-    infrared: Embeddings,
+    tested: EvaluationSet,
+    embed: Embed,
     *,
     rerank: bool | None = None,
     metric: str | None = None,
     cmc: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The metrics of the data set's protocol; None leaves an option at the protocol's (or the settings') choice."""
-    name = settings.dataset.name
-    permutation = datasets.permutation_file(settings.dataset.data_dir) if name == "sysu_mm01" else None
-    return evaluate_embeddings(
-        infrared,
-        visible,
-        protocol=name,
-        permutation=permutation,
-        metric=metric,
-        cmc=cmc,
-        rerank=settings.eval.rerank if rerank is None else rerank,
-        trial=settings.dataset.trial,
-        on_device=jax.default_backend() != "cpu",
-    )
+    """The metrics of all tests of a set; None leaves an option at the protocol's (or the settings') choice."""
+    # One pass: an image may be in several tests.
+    rows = np.unique(np.concatenate([part for test in tested.evaluations for part in (test.query, test.gallery)]))
+    embeddings = embed_rows(tested.split, rows, embed, settings.data, settings.eval.batch_size)
+    results = {}
+    for test in tested.evaluations:
+        query, gallery = (embeddings.take(np.searchsorted(rows, part)) for part in (test.query, test.gallery))
+        results |= evaluate_embeddings(
+            query,
+            gallery,
+            protocol=test.protocol,
+            metric=metric,
+            cmc=cmc,
+            rerank=settings.eval.rerank if rerank is None else rerank,
+            trial=settings.dataset.trial,
+            on_device=jax.default_backend() != "cpu",
+        )
+    return results
 
 
 def evaluate_workdir(
     workdir: Path,
     *,
     checkpoint: str = "last",
+    dataset: DatasetSettings | None = None,
     data_dir: str | None = None,
     rerank: bool | None = None,
     metric: str | None = None,
     cmc: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Metrics of a run on its data set's test split.
+    """Metrics of a run on its data set's test split, or on another data set's.
 
     Args:
       workdir: the run's folder.
-      checkpoint: 'last', 'best' (kept with config.eval.best; chosen by the test set), or 'untrained' for the network
-        before its first step, which training is to be held against.
-      data_dir: where the prepared data set is now; None: where the run had it.
-      rerank, metric, cmc: as `evaluate_embeddings`; None leaves them to the protocol and the config.
+      checkpoint: 'last', 'best' (kept with `eval.best`), or 'untrained' for the network before its first step, which
+        training is to be held against.
+      dataset: another data set, by whose protocol the model is tested; the results name both. None: the run's own.
+      data_dir: where the prepared data set is now; None: where `dataset`, or the run, has it.
+      rerank, metric, cmc: as `evaluate_embeddings`; None leaves them to the protocol and the settings.
 
     Raises:
       UserError: no config.json, no checkpoint, or no data set; the message names the file and the fix.
     """
     settings = load_settings(workdir)
+    trained_on = datasets.make_dataset(settings.dataset).title
+    if dataset is not None:
+        settings = dataclasses.replace(settings, dataset=dataset)
     if data_dir is not None:
         settings = replace(settings, {"dataset.data_dir": data_dir, "dataset.source": ""})
-    dataset = settings.dataset
-    prepared = datasets.is_prepared(dataset.name, dataset.data_dir, trial=dataset.trial or 1)
-    if not prepared and not (dataset.source and Path(dataset.source).expanduser().is_dir()):
+    source = settings.dataset.source
+    if not datasets.is_prepared(settings.dataset) and not (source and Path(source).expanduser().is_dir()):
+        title, folder = datasets.make_dataset(settings.dataset).title, Path(settings.dataset.data_dir).absolute()
         raise UserError(
-            f"{workdir}: its data set {dataset.name} is not prepared in {Path(dataset.data_dir).absolute()}; "
-            "name the folder that was config.dataset.data_dir with --data_dir"
+            f"{workdir}: data set {title} is not prepared in {folder}; name the folder in which it is with --data_dir, "
+            "or prepare it with scripts/prepare_data.py"
         )
     method = make_method(settings)
     if checkpoint == "untrained":
         step, variables = 0, initial_variables(method, num_ids=1)
     else:
         step, variables = load_model(workdir, checkpoint)
-    split = datasets.open_split(dataset, "test")
-    embed = embed_of(method, variables, workdir)
-    metrics = evaluate_split(settings, *embed_split(settings, split, embed), rerank=rerank, metric=metric, cmc=cmc)
+    tested = datasets.open_evaluation(settings.dataset)
+    metrics = evaluate_set(
+        settings, tested, embed_of(method, variables, workdir), rerank=rerank, metric=metric, cmc=cmc
+    )
+    if dataset is not None:
+        metrics = {name: {**v, "dataset": tested.title, "trained_on": trained_on} for name, v in metrics.items()}
     return of_checkpoint(metrics, checkpoint, step)
 
 

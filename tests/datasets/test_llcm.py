@@ -1,8 +1,9 @@
 import pytest
 import tensorflow_datasets as tfds
 
-from mpanet_jax.datasets import INFRARED, VISIBLE, ImageRecord, llcm, load_split, prepare
+from mpanet_jax.datasets import INFRARED, VISIBLE, ImageRecord
 from mpanet_jax.errors import UserError
+from tests.datasets.by_name import list_images, load_split, prepare
 
 
 @pytest.fixture
@@ -24,12 +25,12 @@ def layout(tmp_path):
 
 
 def test_train_comes_from_the_index_and_test_from_the_folders(layout):
-    assert llcm.list_images(layout, "train") == [
+    assert list_images("llcm", layout, "train") == [
         ImageRecord("vis/0001/0001_c01_s1_f2_vis.jpg", 1, 1, VISIBLE),
         ImageRecord("nir/0001/0001_c02_s1_f2_nir.jpg", 1, 2, INFRARED),
         ImageRecord("vis/0001/0001_c09_s1_f2_vis.jpg", 1, 9, VISIBLE),
     ]
-    assert llcm.list_images(layout, "test") == [
+    assert list_images("llcm", layout, "test") == [
         ImageRecord("test_vis/cam3/0002/a.JPG", 2, 3, VISIBLE),
         ImageRecord("test_vis/cam3/0002/b.jpg", 2, 3, VISIBLE),
         ImageRecord("test_nir/cam9/0002/c.jpg", 2, 9, INFRARED),
@@ -39,11 +40,11 @@ def test_train_comes_from_the_index_and_test_from_the_folders(layout):
 def test_faults_name_file_and_fix(layout):
     (layout / "idx/test_id.txt").write_text("2,8")
     with pytest.raises(UserError, match=r"test_id\.txt: identity 8 has no images"):
-        llcm.list_images(layout, "test")
+        list_images("llcm", layout, "test")
     (layout / "vis/0001/no camera.jpg").touch()
     (layout / "idx/train_vis.txt").write_text("vis/0001/no camera.jpg 0")
     with pytest.raises(UserError, match=r"train_vis.txt: 'vis/0001/no camera\.jpg' is not of the form"):
-        llcm.list_images(layout, "train")
+        list_images("llcm", layout, "train")
 
 
 def test_prepared_records_are_the_source_files(tiny_sources, tmp_path):

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from mpanet_jax.datasets import is_prepared, load_split, prepare, prepared_dir
 from mpanet_jax.errors import UserError
+from tests.datasets.by_name import is_prepared, load_split, prepare, prepared_dir
 from tests.limits import HANGS_AFTER
 
 ROOT = Path(__file__).parents[2]
 # Writes slowly, and tells the parent of every record that is on its way; stays at record number sys.argv[4].
 SLOW = """
 import sys, time
-from mpanet_jax.datasets import prepare
+from tests.datasets.by_name import prepare
 def track(items, description, total):
     for number, item in enumerate(items, start=1):
         if description.startswith("writing"):
@@ -98,7 +98,7 @@ def test_prepared_data_need_no_source(tiny_sources, tmp_path):
     for source, field in ((None, r"config\.dataset\.data_dir"), (tmp_path / "none", r"config\.dataset\.source")):
         with pytest.raises(UserError, match=f"{field}.*python scripts/prepare_data.py --dataset sysu_mm01 --source"):
             prepare("sysu_mm01", source, tmp_path)
-    with pytest.raises(UserError, match=r"config\.dataset\.name 'market'"):
+    with pytest.raises(UserError, match=r"dataset\.name = 'market': expected one of 'sysu_mm01', 'regdb'"):
         prepare("market", tmp_path, tmp_path)
     with pytest.raises(UserError, match="split 'val'"):
         load_split("llcm", tmp_path, "val")

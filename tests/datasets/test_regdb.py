@@ -6,8 +6,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mpanet_jax.datasets import INFRARED, VISIBLE, ImageRecord, load_split, open_split, prepare, prepared_dir, regdb
+from mpanet_jax.datasets import INFRARED, VISIBLE, ImageRecord, open_split, regdb
 from mpanet_jax.errors import UserError
+from tests.datasets.by_name import list_images, load_split, prepare, prepared_dir
 
 
 @pytest.fixture
@@ -28,11 +29,11 @@ def layout(tmp_path):
 
 
 def test_identity_is_the_folder_and_the_camera_the_modality(layout):
-    assert regdb.list_images(layout, "train", trial=3) == [
+    assert list_images("regdb", layout, "train", trial=3) == [
         ImageRecord("Visible/285/v 285.bmp", 285, 1, VISIBLE),
         ImageRecord("Thermal/285/t 285.bmp", 285, 2, INFRARED),
     ]
-    assert [i.pid for i in regdb.list_images(layout, "train", trial=4)] == [7, 7]
+    assert [i.pid for i in list_images("regdb", layout, "train", trial=4)] == [7, 7]
 
 
 @pytest.mark.parametrize(
@@ -52,14 +53,14 @@ def test_bad_index_lines(layout, line, fault):
     (layout.parent / "outside.bmp").write_bytes((layout / "Visible/285/v 285.bmp").read_bytes())
     (layout / "idx" / "train_visible_3.txt").write_text(line)
     with pytest.raises(UserError, match=f"train_visible_3.txt.*{fault}"):
-        regdb.list_images(layout, "train", trial=3)
+        list_images("regdb", layout, "train", trial=3)
 
 
 def test_suffix_case_on_disk_is_found(layout):
     (layout / "Visible/285/v 285.bmp").rename(layout / "Visible/285/v 285.BMP")
-    assert regdb.list_images(layout, "train", trial=3)[0].path == "Visible/285/v 285.BMP"
+    assert list_images("regdb", layout, "train", trial=3)[0].path == "Visible/285/v 285.BMP"
     (layout / "idx" / "train_visible_3.txt").write_text("Visible/285/v 285.BMP 0\r\n")
-    assert regdb.list_images(layout, "train", trial=3)[0].path == "Visible/285/v 285.BMP"
+    assert list_images("regdb", layout, "train", trial=3)[0].path == "Visible/285/v 285.BMP"
 
 
 def test_ten_splits_are_prepared_apart(layout, tmp_path):
@@ -70,7 +71,7 @@ def test_ten_splits_are_prepared_apart(layout, tmp_path):
         assert set(load_split("regdb", tmp_path / "data", "train", trial=trial).pids) == {pid}
     with pytest.raises(UserError, match=r"trial 5 is not prepared.*--trial 5"):
         load_split("regdb", tmp_path / "data", "train", trial=5)
-    with pytest.raises(UserError, match="1 to 10"):
+    with pytest.raises(UserError, match="from 1 to 10"):
         prepare("regdb", layout, tmp_path / "data", trial=11)
 
 

@@ -5,8 +5,9 @@ import pytest
 import scipy.io
 import tensorflow_datasets as tfds
 
-from mpanet_jax.datasets import INFRARED, VISIBLE, ImageRecord, load_split, permutation_file, prepare, sysu_mm01
+from mpanet_jax.datasets import INFRARED, VISIBLE, ImageRecord
 from mpanet_jax.errors import UserError
+from tests.datasets.by_name import list_images, load_split, make_dataset, prepare
 
 
 def make_layout(root: Path, files: list[str], lists: dict[str, str]) -> Path:
@@ -30,21 +31,21 @@ def test_lists_train_and_val_identities_by_identity_camera_and_name(tmp_path):
     files += ["cam2/0012/0010.jpg", "cam5/0007/0001.jpg", "cam1/0005/0001.jpg", "cam3/0005/0001.jpg"]
     files += ["cam1/0099/0001.jpg", "cam1/0003/.DS_Store", "cam1/0003/Thumbs.db"]  # an unlisted identity, other files
     source = make_layout(tmp_path / "raw", files, LISTS)
-    assert sysu_mm01.list_images(source, "train") == [
-        ImageRecord("cam1/0003/0001.jpg", 3, 1, VISIBLE),
-        ImageRecord("cam1/0003/0002.jpg", 3, 1, VISIBLE),
-        ImageRecord("cam6/0003/0001.jpg", 3, 6, INFRARED),
-        ImageRecord("cam5/0007/0001.jpg", 7, 5, VISIBLE),
-        ImageRecord("cam2/0012/0010.jpg", 12, 2, VISIBLE),
-        ImageRecord("cam3/0012/0001.jpg", 12, 3, INFRARED),
+    assert list_images("sysu_mm01", source, "train") == [
+        ImageRecord("cam1/0003/0001.jpg", 3, 1, VISIBLE, "train"),
+        ImageRecord("cam1/0003/0002.jpg", 3, 1, VISIBLE, "train"),
+        ImageRecord("cam6/0003/0001.jpg", 3, 6, INFRARED, "train"),
+        ImageRecord("cam5/0007/0001.jpg", 7, 5, VISIBLE, "val"),
+        ImageRecord("cam2/0012/0010.jpg", 12, 2, VISIBLE, "train"),
+        ImageRecord("cam3/0012/0001.jpg", 12, 3, INFRARED, "train"),
     ]
-    assert [(i.camid, i.modality) for i in sysu_mm01.list_images(source, "test")] == [(1, VISIBLE), (3, INFRARED)]
+    assert [(i.camid, i.modality) for i in list_images("sysu_mm01", source, "test")] == [(1, VISIBLE), (3, INFRARED)]
 
 
 def test_names_with_spaces_other_letters_and_upper_case_suffixes(tmp_path):
     names = ["0001.JPG", "0002 (copy).jpg", "0003-größe-人.JpEg"]
     source = make_layout(tmp_path / "with space ü", [f"cam1/0005/{n}" for n in names], LISTS)
-    assert [i.path for i in sysu_mm01.list_images(source, "test")] == [f"cam1/0005/{n}" for n in names]
+    assert [i.path for i in list_images("sysu_mm01", source, "test")] == [f"cam1/0005/{n}" for n in names]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_names_with_spaces_other_letters_and_upper_case_suffixes(tmp_path):
 def test_bad_identity_lists(tmp_path, text, fault):
     source = make_layout(tmp_path / "raw", ["cam1/0005/0001.jpg"], LISTS | {"test_id.txt": text})
     with pytest.raises(UserError, match=f"test_id.txt.*{fault}"):
-        sysu_mm01.list_images(source, "test")
+        list_images("sysu_mm01", source, "test")
 
 
 def test_prepared_records_are_the_source_files(tiny_sources, tmp_path):
@@ -77,7 +78,7 @@ def test_prepared_records_are_the_source_files(tiny_sources, tmp_path):
             assert path.startswith(f"cam{split.camids[i]}/{split.pids[i]:04d}/")
             assert split.modality[i] == (1 if split.camids[i] in (3, 6) else 0)
         assert split.pids.dtype == split.camids.dtype == split.modality.dtype == np.int32
-    assert permutation_file(tmp_path).read_bytes() == (source / "exp" / "rand_perm_cam.mat").read_bytes()
+    assert (directory / "rand_perm_cam.mat").read_bytes() == (source / "exp" / "rand_perm_cam.mat").read_bytes()
 
 
 def test_tfds_reads_the_records(tiny_sources, tmp_path):
@@ -112,9 +113,9 @@ GOOD = np.tile(np.array([2, 1], np.uint8), (10, 1))
         ({(1, 5): np.tile(np.array([3, 1, 2], np.uint8), (10, 1)), (3, 5): GOOD[:, :1] // 2}, "3 images of cam1/0005"),
         ({(1, 5): GOOD}, "0 images of cam3/0005, which has 1"),
         ({(1, 5): GOOD, (3, 5): GOOD[:, :1] // 2, (6, 5): GOOD}, "2 images of cam6/0005, which has 0"),
-        ({(1, 5): GOOD[:9], (3, 5): GOOD[:, :1] // 2}, "9 trials for cam1/0005"),
-        ({(1, 5): GOOD * 0 + 1, (3, 5): GOOD[:, :1] // 2}, "cam1/0005 is not a permutation"),
-        (None, "not a MATLAB 5 file"),
+        ({(1, 5): GOOD[:9], (3, 5): GOOD[:, :1] // 2}, r"rand_perm_cam{1}{5} must be 10xn"),
+        ({(1, 5): GOOD * 0 + 1, (3, 5): GOOD[:, :1] // 2}, r"rand_perm_cam{1}{5} must be 10xn, each row a permutation"),
+        (None, "no readable MATLAB 5 file"),
     ],
 )
 def test_permutation_against_the_files_present(tmp_path, rows, fault):
@@ -122,7 +123,7 @@ def test_permutation_against_the_files_present(tmp_path, rows, fault):
     path = source / "exp" / "rand_perm_cam.mat"
     path.write_text("not MATLAB's") if rows is None else permutation_mat(path, rows)
     faults = []
-    sysu_mm01.check_source(source, {"test": sysu_mm01.list_images(source, "test")}, faults.append)
+    make_dataset("sysu_mm01").check_source(source, {"test": list_images("sysu_mm01", source, "test")}, faults.append)
     if fault is None:
         assert faults == []
     else:
@@ -135,7 +136,7 @@ def test_permutation_refers_to_images_by_number(tmp_path, name):
     source = make_layout(tmp_path / "raw", files, LISTS)
     permutation_mat(source / "exp" / "rand_perm_cam.mat", {(1, 5): GOOD, (3, 5): GOOD[:, :1] // 2})
     faults = []
-    sysu_mm01.check_source(source, {"test": sysu_mm01.list_images(source, "test")}, faults.append)
+    make_dataset("sysu_mm01").check_source(source, {"test": list_images("sysu_mm01", source, "test")}, faults.append)
     if name in ("2.JPG", "02.jpg"):
         assert faults == []
     else:
@@ -148,5 +149,3 @@ def test_test_set_without_permutation_file(copy_of, tmp_path):
     for verify in (True, False):
         with pytest.raises(UserError, match=r"exp/rand_perm_cam\.mat: file missing"):
             prepare("sysu_mm01", source, tmp_path / "data", verify=verify)
-    with pytest.raises(UserError, match=r"config\.dataset\.data_dir.*prepare_data\.py --dataset sysu_mm01"):
-        permutation_file(tmp_path / "data")

@@ -4,11 +4,15 @@ import shutil
 
 import pytest
 
-from mpanet_jax.datasets import load_split, prepare
-from mpanet_jax.datasets.verify import format_counts, verify
+from mpanet_jax.datasets.verify import format_counts
 from mpanet_jax.errors import UserError
+from tests.datasets.by_name import load_split, prepare, verify
 
 LAYOUTS = ("sysu_mm01", "regdb", "llcm")
+
+
+def found_title(layout):
+    return "regdb trial 1" if layout == "regdb" else layout
 
 
 def an_image(source, layout):
@@ -25,7 +29,7 @@ def _ids(source, name):
 def test_sound_sets_have_no_faults_and_a_warning_with_both_numbers(tiny_sources, layout):
     found = verify(layout, tiny_sources / layout)
     assert found.faults == []
-    train = found.images[1]["train"]
+    train = found.images[found_title(layout)]["train"]
     published = {
         "sysu_mm01": "395, 22,258 and 11,909",
         "regdb": "206, 2,060 and 2,060",
@@ -185,12 +189,12 @@ def test_all_faults_are_listed(copy_of):
 def test_unknown_folder_and_data_set(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         verify("llcm", tmp_path / "none")
-    with pytest.raises(UserError, match="expected sysu_mm01, regdb or llcm"):
+    with pytest.raises(UserError, match="expected one of 'sysu_mm01', 'regdb', 'llcm', 'own'"):
         verify("market", tmp_path)
 
 
 def test_counts_table(tiny_sources):
-    table = format_counts(verify("regdb", tiny_sources / "regdb").images[1])
+    table = format_counts(verify("regdb", tiny_sources / "regdb").images["regdb trial 1"])
     rows = [line.split() for line in table.splitlines() if not line.startswith("-")]
     assert rows[1:] == [  # 4 + 3 identities with ten images a modality
         ["1", "visible", "4", "40", "3", "30"],

@@ -3,14 +3,18 @@
 import numpy as np
 import scipy.io
 
-from mpanet_jax.evaluation.protocols import Embeddings
+from mpanet_jax.embeddings import Embeddings
 
 
 def embeddings(images, features, source="embeddings"):
     """`images`: list of (pid, camid, path)."""
     pids, camids, paths = zip(*images, strict=True)
     return Embeddings(
-        np.asarray(features, np.float32), np.array(pids), np.array(camids), np.array(paths, dtype=np.str_), source
+        np.asarray(features, np.float32),
+        np.array(pids),
+        np.array(camids),
+        np.array(paths, dtype=np.str_),
+        source=source,
     )
 
 

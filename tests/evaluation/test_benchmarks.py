@@ -2,8 +2,8 @@ import numpy as np
 
 from benchmarks.evaluation import benchmark_rerank, benchmark_top_k, random_embeddings
 from benchmarks.evaluation import test_set_counts as counts_of_test_set
-from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from tests.evaluation import cases
+from tests.evaluation.by_name import evaluate_embeddings
 
 
 def test_built_in_counts_are_sysu_mm01s():

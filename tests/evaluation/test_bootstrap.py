@@ -3,9 +3,9 @@ import pytest
 
 from mpanet_jax.evaluation import bootstrap
 from mpanet_jax.evaluation.bootstrap import bootstrap_intervals
-from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.metrics import FIGURES, QueryScores
 from tests.evaluation import brute_force, cases
+from tests.evaluation.by_name import evaluate_embeddings
 
 
 def scores(image_rank, average_precision=None, inverse_penalty=None):

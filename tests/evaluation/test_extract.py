@@ -16,11 +16,10 @@ torch = pytest.importorskip("torch")
 
 from configs import synthetic as synthetic_config  # noqa: E402
 from mpanet_jax.datasets.synthetic import write_dataset  # noqa: E402
+from mpanet_jax.embeddings import load_embeddings, save_embeddings  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
-from mpanet_jax.evaluation.evaluate import evaluate_embeddings  # noqa: E402
 from mpanet_jax.evaluation.images import embed_images, image_batches, list_images  # noqa: E402
 from mpanet_jax.evaluation.network import network_of_weights, network_of_workdir  # noqa: E402
-from mpanet_jax.evaluation.protocols import load_embeddings, save_embeddings  # noqa: E402
 from mpanet_jax.evaluation.workdir import evaluate_workdir  # noqa: E402
 from mpanet_jax.methods import make_method, settings_of  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
@@ -29,6 +28,7 @@ from mpanet_jax.settings import DataSettings, replace  # noqa: E402
 from mpanet_jax.weights.convert import convert, template_of  # noqa: E402
 from mpanet_jax.weights.files import write_state_dict  # noqa: E402
 from mpanet_jax.weights.names import to_state_dict  # noqa: E402
+from tests.evaluation.by_name import evaluate_embeddings  # noqa: E402
 from tests.reference.model import MPANet, randomise  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,7 @@
 """The evaluator against brute force: see brute_force.py."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from mpanet_jax.datasets.sysu_mm01 import load_permutation
+from mpanet_jax.embeddings import Embeddings, load_embeddings, save_embeddings
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.evaluate import FIGURES, evaluate_embeddings
-from mpanet_jax.evaluation.protocols import Embeddings, load_embeddings, load_permutation, save_embeddings
+from mpanet_jax.evaluation.evaluate import FIGURES
 from tests.evaluation import brute_force, cases
+from tests.evaluation.by_name import evaluate_embeddings
 
 # On no clock: a busy machine is no failure.
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -90,9 +93,10 @@ def test_sysu_random_equals_brute_force(counts, metric, cmc, seed):
 PAIRS = st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4, 9])), min_size=1, max_size=25)
 
 
-def modality_case(pairs, folder, metric, generator):
-    images = [(pid, camid, f"{folder}/cam{camid}/{pid:04d}/{n:04d}.jpg") for n, (pid, camid) in enumerate(pairs)]
-    return cases.embeddings(images, cases.exact_features(generator, len(images), metric))
+def modality_case(pairs, modality, metric, generator):
+    images = [(pid, camid, f"{n:04d}.jpg") for n, (pid, camid) in enumerate(pairs)]
+    stored = None if modality is None else np.full(len(images), modality)
+    return replace(cases.embeddings(images, cases.exact_features(generator, len(images), metric)), modality=stored)
 
 
 @EXAMPLES
@@ -100,11 +104,11 @@ def modality_case(pairs, folder, metric, generator):
 def test_llcm_equals_brute_force(visible, infrared, metric, cmc, seed):
     assume(any(v[0] == i[0] and v[1] != i[1] for v in visible for i in infrared))
     generator = np.random.default_rng(seed)
-    visible = modality_case(visible, "test_vis", metric, generator)
-    infrared = modality_case(infrared, "test_nir", metric, generator)
+    visible = modality_case(visible, 0, metric, generator)
+    infrared = modality_case(infrared, 1, metric, generator)
     expected = brute_force.llcm(brute_force.images(visible), brute_force.images(infrared), metric, cmc)
     assert_same(evaluate_embeddings(visible, infrared, protocol="llcm", metric=metric, cmc=cmc), expected)
-    # The paths say which is which.
+    # The modality says which is which.
     assert_same(evaluate_embeddings(infrared, visible, protocol="llcm", metric=metric, cmc=cmc), expected)
 
 
@@ -113,8 +117,8 @@ def test_llcm_equals_brute_force(visible, infrared, metric, cmc, seed):
 def test_regdb_equals_brute_force(visible, infrared, metric, cmc, seed):
     assume({v[0] for v in visible} & {i[0] for i in infrared})
     generator = np.random.default_rng(seed)
-    visible = modality_case(visible, "Visible", metric, generator)
-    infrared = modality_case(infrared, "Thermal", metric, generator)
+    visible = modality_case([(p, 1) for p, _ in visible], 0, metric, generator)
+    infrared = modality_case([(p, 2) for p, _ in infrared], 1, metric, generator)
     expected = brute_force.regdb(brute_force.images(visible), brute_force.images(infrared), metric, cmc)
     assert_same(evaluate_embeddings(visible, infrared, protocol="regdb", metric=metric, cmc=cmc), expected)
 
@@ -138,7 +142,7 @@ def test_sysu_defaults_equal_brute_force_on_real_valued_features(uneven):
 
 
 def take(embeddings, rows):
-    return Embeddings(embeddings.features[rows], embeddings.pids[rows], embeddings.camids[rows], embeddings.paths[rows])
+    return embeddings.take(rows)
 
 
 @pytest.mark.parametrize("protocol", ["sysu_mm01", "sysu_mm01_random"])
@@ -205,56 +209,75 @@ def test_a_gallery_that_does_not_fit_the_permutation_is_refused(uneven, tmp_path
     options = {"protocol": "sysu_mm01", "permutation": path}
     refused(r"identity \d+, camera \d", query, take(gallery, np.arange(1, len(gallery))), **options)
     refused(r"identity \d+, camera \d", query, take(gallery, np.r_[0, np.arange(len(gallery))]), **options)
-    renamed = gallery.paths.copy()
-    renamed[0] = renamed[0].replace("0001.jpg", "0099.jpg")
-    refused("not numbered 1 to", query, Embeddings(gallery.features, gallery.pids, gallery.camids, renamed), **options)
     one_pid = gallery.pids == gallery.pids[0]
     refused("0 images of identity", query, take(gallery, one_pid), **options)
 
 
-def test_sysu_paths_cameras_and_ids_must_agree(uneven):
+def test_sysu_cameras_must_be_those_of_the_protocol(uneven):
     query, gallery, _, path = uneven
     options = {"protocol": "sysu_mm01", "permutation": path}
     f, p, c, names = gallery.features, gallery.pids, gallery.camids, gallery.paths
-    refused(r"pids\[0\] is", query, Embeddings(f, p + 1, c, names), **options)
     refused("of camera 0", query, Embeddings(f, p, c - 1, names), **options)
-    refused(r"camids\[0\] is 5, but cam1", query, Embeddings(f, p, np.where(c == 1, 5, c), names), **options)
-    refused("last three parts", query, Embeddings(f, p, c, np.array([f"{i}.jpg" for i in range(len(p))])), **options)
     refused("infrared cameras 3 and 6", gallery, query, **options)
-    prefixed = np.array(["/data/SYSU-MM01/" + name for name in names])
-    evaluate_embeddings(query, Embeddings(f, p, c, prefixed), **options)
+    modality = np.where(c == 1, 1, 0)
+    refused("infrared, but camera 1 is visible", query, Embeddings(f, p, c, names, modality), **options)
+
+
+def test_paths_matter_by_their_order_only(uneven):
+    query, gallery, _, path = uneven
+    options = {"protocol": "sysu_mm01", "permutation": path}
+    expected = evaluate_embeddings(query, gallery, **options)
+    f, p, c = gallery.features, gallery.pids, gallery.camids
+    neutral = np.array([f"{rank:05d}.png" for rank in np.argsort(np.argsort(gallery.paths))])
+    assert_same(evaluate_embeddings(query, Embeddings(f, p, c, neutral), **options), expected)
 
 
 def test_bad_combinations_are_refused(uneven):
     query, gallery, _, path = uneven
-    refused("--permutation", query, gallery, protocol="sysu_mm01")
-    refused("--permutation", query, gallery, protocol="llcm", permutation=path)
-    refused("--protocol", query, gallery, protocol="market1501")
-    refused("--metric", query, gallery, protocol="sysu_mm01_random", metric="manhattan")
-    refused("--cmc", query, gallery, protocol="sysu_mm01_random", cmc="cuhk03")
+    refused("permutation missing", query, gallery, protocol="sysu_mm01")
+    refused("permutation = ", query, gallery, protocol="llcm", permutation=path)
+    refused("protocol = 'market1501'", query, gallery, protocol="market1501")
+    refused("metric = ", query, gallery, protocol="sysu_mm01_random", metric="manhattan")
+    refused("cmc = ", query, gallery, protocol="sysu_mm01_random", cmc="cuhk03")
     narrow = Embeddings(query.features[:, :3], query.pids, query.camids, query.paths)
     refused("3-dimensional", narrow, gallery, protocol="sysu_mm01_random")
 
 
 def test_two_sets_of_one_modality_are_refused():
     generator = np.random.default_rng(0)
-    visible = modality_case([(1, 1), (2, 1)], "Visible", "cosine", generator)
+    visible = modality_case([(1, 1), (2, 1)], 0, "cosine", generator)
     refused("both visible", visible, visible, protocol="regdb")
-    both = modality_case([(1, 1), (2, 1)], "Visible", "cosine", generator)
-    both.paths[1] = "Thermal/2/x.bmp"
+    both = modality_case([(1, 1), (2, 2)], None, "cosine", generator)
     refused("visible and infrared", visible, both, protocol="regdb")
-    strangers = modality_case([(3, 1)], "Thermal", "cosine", generator)
+    strangers = modality_case([(3, 2)], 1, "cosine", generator)
     refused("no query", visible, strangers, protocol="regdb")
+    refused(
+        r"modality\[1\] .* is visible, but camera 2 is infrared",
+        *[modality_case([(1, 1), (2, 2)], 0, "cosine", generator)] * 2,
+        protocol="regdb",
+    )
 
 
-def test_modalities_that_paths_do_not_name_are_taken_in_order():
+def test_modality_decides_whatever_the_paths_and_the_order_are():
     generator = np.random.default_rng(0)
-    first = modality_case([(1, 1), (2, 1)], "a", "euclidean", generator)
-    second = modality_case([(1, 2), (2, 2), (2, 2)], "b", "euclidean", generator)
-    with pytest.warns(UserWarning, match="taken as visible"):
-        metrics = evaluate_embeddings(first, second, protocol="regdb", trial=4)
-    assert metrics["regdb/visible_to_infrared"]["num_gallery"] == 3
-    assert metrics["regdb/visible_to_infrared"]["trial"] == 4
+    visible = modality_case([(1, 4), (2, 4)], 0, "euclidean", generator)
+    infrared = modality_case([(1, 5), (2, 5), (2, 5)], 1, "euclidean", generator)
+    for protocol in ("own", "llcm"):
+        expected = evaluate_embeddings(visible, infrared, protocol=protocol, trial=4)
+        assert expected[f"{protocol}/visible_to_infrared"]["num_query"] == 2
+        assert expected[f"{protocol}/visible_to_infrared"]["trial"] == 4
+        assert_same(evaluate_embeddings(infrared, visible, protocol=protocol), expected)
+
+
+def test_where_nothing_tells_the_modality_the_protocols_cameras_do_or_it_is_asked_for():
+    generator = np.random.default_rng(0)
+    visible = modality_case([(1, 1), (2, 1)], None, "euclidean", generator)
+    infrared = modality_case([(1, 2), (2, 2), (2, 2)], None, "euclidean", generator)
+    expected = evaluate_embeddings(visible, infrared, protocol="regdb")  # camera 2 is thermal
+    assert expected["regdb/visible_to_infrared"]["num_gallery"] == 3
+    assert_same(evaluate_embeddings(infrared, visible, protocol="regdb"), expected)
+    for protocol in ("llcm", "own"):
+        refused(r"store an array modality int\[2\]", visible, infrared, protocol=protocol)
 
 
 # ---- files ----
@@ -266,6 +289,7 @@ def test_embeddings_survive_a_round_trip(uneven, tmp_path):
     loaded = load_embeddings(tmp_path / "new" / "query.npz")
     for name in ("features", "pids", "camids", "paths"):
         assert np.array_equal(getattr(loaded, name), getattr(query, name))
+    assert loaded.modality.tolist() == [-1] * len(query)
     assert loaded.source == str(tmp_path / "new" / "query.npz")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["query.npz"]
 
@@ -294,6 +318,9 @@ def good_arrays():
         ("paths", np.arange(3), r"paths must be str\[3\]"),
         ("paths", np.array(["a", "b", None], object), "paths holds Python objects"),
         ("pids", None, "no array named pids"),
+        ("modality", np.array([0, 1, 2]), r"modality\[2\] \(c\) is 2; expected 0 \(visible\), 1"),
+        ("modality", np.array([0, 1]), r"modality must be int\[3\]"),
+        ("pid_names", np.arange(3), r"pid_names must be str\[3\]"),
     ],
 )
 def test_bad_embeddings_name_file_and_array(tmp_path, name, value, message):
@@ -333,16 +360,16 @@ def test_permutation_file_is_read_and_checked(tmp_path):
     permutation = cases.sysu_permutation(np.random.default_rng(0), {(1, 1): 3, (6, 2): 12}, 2)
     path = cases.write_permutation(tmp_path / "rand_perm_cam.mat", permutation)
     loaded = load_permutation(path)
-    assert loaded[0][0].tolist() == permutation[1][1]
-    assert loaded[5][1].tolist() == permutation[6][2]
-    assert loaded[2][0].shape == (10, 0)
+    assert loaded[1, 1].tolist() == permutation[1][1]
+    assert loaded[6, 2].tolist() == permutation[6][2]
+    assert (3, 1) not in loaded
 
     permutation[1][1][4] = [1, 2, 2]
     cases.write_permutation(path, permutation)
     with pytest.raises(UserError, match=r"rand_perm_cam.mat: rand_perm_cam\{1\}\{1\} must be"):
         load_permutation(path)
     path.write_bytes(b"MATLAB?")
-    with pytest.raises(UserError, match="no readable MATLAB file"):
+    with pytest.raises(UserError, match="no readable MATLAB 5 file"):
         load_permutation(path)
     with pytest.raises(UserError, match="no such file"):
         load_permutation(tmp_path / "none.mat")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from mpanet_jax.evaluation import rerank
-from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.rerank import ComputedDistances, KeptDistances, k_reciprocal, squared_distances
 from tests.evaluation import brute_force, cases
+from tests.evaluation.by_name import evaluate_embeddings
 
 
 def squared(features):
@@ -125,11 +125,11 @@ def test_reranking_is_named_in_the_result_and_improves_clustered_features():
     pids = np.repeat(np.arange(15), 8)
     centres = generator.standard_normal((15, 16))
 
-    def side(folder):
-        images = [(int(pid), 1, f"{folder}/{pid}/{n}.bmp") for n, pid in enumerate(pids)]
+    def side(camid):
+        images = [(int(pid), camid, f"{pid}/{n}.bmp") for n, pid in enumerate(pids)]
         return cases.embeddings(images, centres[pids] + 1.3 * generator.standard_normal((len(pids), 16)))
 
-    visible, infrared = side("Visible"), side("Thermal")
+    visible, infrared = side(1), side(2)
     plain = evaluate_embeddings(visible, infrared, protocol="regdb")["regdb/visible_to_infrared"]
     reranked = evaluate_embeddings(visible, infrared, protocol="regdb", rerank=True)["regdb/visible_to_infrared"]
     assert (plain["rerank"], reranked["rerank"]) == (False, True)

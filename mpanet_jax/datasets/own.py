@@ -1,0 +1,248 @@
+"""Your own cameras: a folder of images and `images.csv`, which says of each whose it is and what it is for.
+
+    path,pid,camid,modality,split
+    night/0001.png,anna,3,infrared,train
+
+UTF-8, with the header; paths are relative to the folder. pid is any text; camid a number, or empty where it is unknown;
+modality visible or infrared; split train, val, test, query or gallery. Other columns are not read; see docs/data.md.
+"""
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from mpanet_jax.datasets.dataset import Dataset, Evaluation, Images, rows_of
+from mpanet_jax.datasets.raw import Report, raise_fault, read_text
+from mpanet_jax.datasets.schema import INFRARED, MODALITY_NAMES, UNKNOWN, VISIBLE, ImageRecord, Split
+from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.protocol import (
+    Comparison,
+    Protocol,
+    Setting,
+    both_directions,
+    compare_across_cameras,
+    everything,
+    visible_and_infrared,
+)
+from mpanet_jax.settings import DatasetSettings, one_of, setting
+
+CSV_FILE = "images.csv"
+COLUMNS = ("path", "pid", "camid", "modality", "split")
+PARTS = {"train": ("train", "val"), "test": ("test", "query", "gallery")}  # of each split that is built
+MODALITIES = {name: modality for modality, name in MODALITY_NAMES.items()}
+LARGEST_CAMID = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class OwnSettings(DatasetSettings):
+    """A CSV data set's, with a field of its own."""
+
+    name: str = setting("own", "the data set", one_of("own"))
+    drop_unpaired: bool = setting(False, "leave out training identities that have images of one modality only")
+
+
+@dataclass(frozen=True)
+class OwnProtocol(Protocol):
+    """Both directions, all images of one modality against all of the other; never the query's own known camera."""
+
+    name = "own"
+
+    def comparisons(self, query: Embeddings, gallery: Embeddings) -> list[Comparison]:
+        return [
+            compare_across_cameras(one, other, [Setting(f"own/{direction}", everything(other))])
+            for direction, one, other in both_directions(*visible_and_infrared(query, gallery, {}))
+        ]
+
+
+@dataclass(frozen=True)
+class QueryGalleryProtocol(Protocol):
+    """The queries against the gallery as they are, of whatever modality; never the query's own known camera."""
+
+    name = "query_gallery"
+
+    def comparisons(self, query: Embeddings, gallery: Embeddings) -> list[Comparison]:
+        return [compare_across_cameras(query, gallery, [Setting("own/query_to_gallery", everything(gallery))])]
+
+
+class Own(Dataset):
+    """Images of your own cameras, listed in images.csv."""
+
+    name = "own"
+    settings_class = OwnSettings
+    companions = (CSV_FILE,)
+    protocols = (OwnProtocol, QueryGalleryProtocol)
+    has_validation = True
+
+    def list_images(self, source: Path, split: str, report: Report = raise_fault) -> list[ImageRecord]:
+        """The images of `split`, ordered by identity, camera, modality and path.
+
+        With `drop_unpaired`, identities of the training part that one modality lacks are left out.
+        """
+        images = [image for image in read_csv(Path(source), report) if image.part in PARTS[split]]
+        assert isinstance(self.settings, OwnSettings)
+        if split == "train" and self.settings.drop_unpaired:
+            dropped = set(_unpaired(images))
+            images = [image for image in images if image.pid_name not in dropped]
+        return sorted(images, key=lambda image: (image.pid, image.camid, image.modality, image.path))
+
+    def check_identities(self, source: Path, images: Images, report: Report) -> None:
+        """Report identities in two lists that must not share any, unpaired and untestable ones, and empty lists."""
+        path, everything_listed = Path(source) / CSV_FILE, [image for split in images.values() for image in split]
+        for message in (
+            *_shared_identities(everything_listed),
+            *_unpaired_faults(images["train"]),
+            *_untestable(everything_listed),
+        ):
+            report(f"{path}{message}")
+
+    def warnings(self, source: Path, images: Images) -> list[str]:
+        """The training identities that `drop_unpaired` left out, each by name."""
+        kept = {image.path for image in images["train"]}
+        listed = read_csv(Path(source), report=lambda fault: None)
+        return [
+            f"{Path(source) / CSV_FILE}:{image.line}: training identity '{name}' has {MODALITY_NAMES[image.modality]} "
+            "images only and is left out"
+            for name, image in _unpaired(listed).items()
+            if image.path not in kept
+        ]
+
+    def evaluations(self, split: Split, directory: Path) -> list[Evaluation]:
+        test, query, gallery = (np.flatnonzero(split.parts == part) for part in PARTS["test"])
+        found = _both_modalities(split, test) if len(test) else []
+        return [*found, Evaluation(query, gallery, QueryGalleryProtocol())] if len(query) else found
+
+    def validations(self, split: Split) -> list[Evaluation]:
+        return _both_modalities(split, np.arange(len(split)))
+
+
+def _both_modalities(split: Split, rows: np.ndarray) -> list[Evaluation]:
+    visible, infrared = (np.intersect1d(rows, rows_of(split, modality)) for modality in (VISIBLE, INFRARED))
+    return [Evaluation(visible, infrared, OwnProtocol())]
+
+
+# ---- images.csv ----
+
+
+def read_csv(source: Path, report: Report, file: str = CSV_FILE) -> list[ImageRecord]:
+    """The images that `source / file` lists, in its order; a pid's number is its place among the sorted names.
+
+    Every fault goes to `report` with the number of its line (the header is line 1), and its image is left out.
+    """
+    path = source / file
+    text = read_text(path, report)
+    if not text:
+        if path.is_file():
+            report(f"{path}:1: empty; expected the header {','.join(COLUMNS)}")
+        return []
+    rows = csv.reader(io.StringIO(text, newline=""))
+    images: dict[str, ImageRecord] = {}
+    try:
+        header = [name.strip() for name in next(rows, [])]
+        missing = [name for name in COLUMNS if name not in header]
+        if missing or len(set(header)) != len(header):
+            what = f"no column {', '.join(missing)}" if missing else "a column comes twice"
+            report(f"{path}:1: {what}; expected the header {','.join(COLUMNS)}")
+            return []
+        for row in rows:
+            if not any(field.strip() for field in row):
+                continue
+            where = f"{path}:{rows.line_num}"
+            if len(row) != len(header):
+                report(f"{where}: {len(row)} fields, but the header has {len(header)}; correct the line")
+                continue
+            fields = {name: value.strip() for name, value in zip(header, row, strict=True)}
+            image, fault = _image(source, fields, rows.line_num)
+            if image is not None and image.path in images:
+                fault = f"path '{image.path}' is in line {images[image.path].line} too; remove one of the two"
+            if fault or image is None:
+                report(f"{where}: {fault}")
+            else:
+                images[image.path] = image
+    except csv.Error as error:
+        report(f"{path}:{rows.line_num}: not CSV ({error}); correct the line")
+    numbers = {name: number for number, name in enumerate(sorted({image.pid_name for image in images.values()}))}
+    return [replace(image, pid=numbers[image.pid_name]) for image in images.values()]
+
+
+def _image(source: Path, fields: dict[str, str], line: int) -> tuple[ImageRecord | None, str]:
+    """The image that a line describes, or None and what is wrong with it."""
+    path, pid, camid = (fields[name] for name in ("path", "pid", "camid"))
+    relative = PurePosixPath(path)
+    if not path or not pid:
+        return None, f"{'path' if not path else 'pid'} is empty; fill it in"
+    if not path.isprintable():
+        return None, f"path {path!r} is not printable; rename the file"
+    if relative.is_absolute() or ".." in relative.parts:
+        return None, f"path '{path}' points outside {source}; paths must be relative to the folder of {CSV_FILE}"
+    if camid and not (camid.isascii() and camid.isdigit() and int(camid[:20]) <= LARGEST_CAMID):
+        return None, f"camid '{camid}'; expected a number from 0 to {LARGEST_CAMID}, or nothing where it is unknown"
+    if fields["modality"] not in MODALITIES:
+        return None, f"modality '{fields['modality']}'; expected {' or '.join(MODALITIES)}"
+    parts = [part for parts in PARTS.values() for part in parts]
+    if fields["split"] not in parts:
+        return None, f"split '{fields['split']}'; expected one of {', '.join(parts)}"
+    if not (source / path).is_file():
+        return None, f"there is no image {source / path}; restore the file or remove the line"
+    modality, number = MODALITIES[fields["modality"]], int(camid) if camid else UNKNOWN
+    return ImageRecord(str(relative), UNKNOWN, number, modality, fields["split"], pid, line), ""
+
+
+def _by_name(images: Iterable[ImageRecord]) -> dict[str, list[ImageRecord]]:
+    """{name: its images in the order of their lines}."""
+    found = defaultdict(list)
+    for image in sorted(images, key=lambda image: image.line):
+        found[image.pid_name].append(image)
+    return found
+
+
+def _shared_identities(images: Iterable[ImageRecord]) -> Iterator[str]:
+    """Identities that are in more than one of: train, val, and the three of the test split."""
+    for name, of_pid in _by_name(images).items():
+        first: dict[str, ImageRecord] = {}
+        for image in of_pid:
+            first.setdefault(image.part if image.part in PARTS["train"] else "test", image)
+        if len(first) > 1:
+            one, other = sorted(first.values(), key=lambda image: image.line)[:2]
+            yield (
+                f":{other.line}: pid '{name}' is in {other.part}, and in {one.part} (line {one.line}); "
+                "an identity must be in one of train, val and the test set only"
+            )
+
+
+def _unpaired(images: Iterable[ImageRecord]) -> dict[str, ImageRecord]:
+    """{name: its first image} of the identities of the part train whose images are of one modality."""
+    by_name = _by_name(image for image in images if image.part == "train")
+    return {name: of_pid[0] for name, of_pid in by_name.items() if len({image.modality for image in of_pid}) == 1}
+
+
+def _unpaired_faults(images: Iterable[ImageRecord]) -> Iterator[str]:
+    for name, image in _unpaired(images).items():
+        yield (
+            f":{image.line}: training identity '{name}' has {MODALITY_NAMES[image.modality]} images only, and training "
+            "needs both modalities; complete it, remove it, or leave all such identities out with --drop_unpaired"
+        )
+
+
+def _untestable(images: list[ImageRecord]) -> Iterator[str]:
+    """Parts without images, and tests in which no query can have a match."""
+    seen: dict[str, dict[int, set[str]]] = defaultdict(lambda: {VISIBLE: set(), INFRARED: set()})
+    for image in images:
+        seen[image.part][image.modality].add(image.pid_name)
+    all_of = {part: seen[part][VISIBLE] | seen[part][INFRARED] for parts in PARTS.values() for part in parts}
+    if not all_of["train"]:
+        yield ": no image of split train; training needs some"
+    if not all_of["test"] and not (all_of["query"] or all_of["gallery"]):
+        yield ": no image of split test, nor of query and gallery; evaluation needs some"
+    if bool(all_of["query"]) != bool(all_of["gallery"]):
+        empty, other = ("gallery", "query") if all_of["query"] else ("query", "gallery")
+        yield f": images of split {other} but none of {empty}; the two go together"
+    elif all_of["query"] and not all_of["query"] & all_of["gallery"]:
+        yield ": no identity is in query and in gallery; no query would have a match"
+    for part in ("test", "val"):
+        if all_of[part] and not seen[part][VISIBLE] & seen[part][INFRARED]:
+            yield f": no identity of split {part} has images of both modalities; no query would have a match"

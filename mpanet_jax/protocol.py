@@ -1,0 +1,183 @@
+"""What a test protocol is: who is compared with whom. Each data set's file has its own; they compute no distance.
+
+Common to all: queries without a match left are dropped, and the figures of several galleries (trials) are averaged.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Int
+
+from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.errors import UserError
+from mpanet_jax.modality import INFRARED, MODALITY_NAMES, UNKNOWN, VISIBLE
+
+NUM_TRIALS = 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a results table.
+
+    Attributes:
+      name: 'sysu/all/single'.
+      galleries: one ascending int array of gallery rows for each trial.
+    """
+
+    name: str
+    galleries: list[Int[np.ndarray, " g"]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings that share queries, gallery and the rule of what a query may not be compared with.
+
+    Attributes:
+      query, gallery: the embeddings.
+      settings: lines of the table.
+      query_groups, gallery_groups: int[Q], int[G]; a query never meets a gallery image of its own group
+        (SYSU-MM01: the room a camera stands in; LLCM: identity and camera; RegDB: no such rule, all differ).
+    """
+
+    query: Embeddings
+    gallery: Embeddings
+    settings: list[Setting]
+    query_groups: Int[np.ndarray, " q"]
+    gallery_groups: Int[np.ndarray, " g"]
+
+
+class Protocol:
+    """A rule by which two sets of embeddings are compared; a subclass says which comparisons it consists of.
+
+    Attributes:
+      name: what --protocol, tables and metrics.json call it.
+      metric: 'cosine' or 'euclidean', unless the caller says another.
+      cmc: 'identity' or 'image', unless the caller says another; see docs/protocols.md.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str] = "cosine"
+    cmc: ClassVar[str] = "identity"
+
+    def comparisons(self, query: Embeddings, gallery: Embeddings) -> list[Comparison]:
+        """The comparisons of two sets that `check_pair` has let pass; raises `UserError` where they don't fit."""
+        raise NotImplementedError
+
+
+def check_pair(query: Embeddings, gallery: Embeddings) -> None:
+    """Raise `UserError` for two sets that no protocol can compare: other lengths of vectors, unknown identities."""
+    if query.features.shape[1] != gallery.features.shape[1]:
+        raise UserError(
+            f"{query.source} has {query.features.shape[1]}-dimensional features, {gallery.source} "
+            f"{gallery.features.shape[1]}-dimensional ones; extract both with the same model"
+        )
+    for embeddings in (query, gallery):
+        unknown = np.flatnonzero(embeddings.pids < 0)
+        if len(unknown):
+            raise UserError(
+                f"{embeddings.source}: {len(unknown)} of {len(embeddings)} pids are negative (unknown), the first of "
+                f"{embeddings.paths[unknown[0]]}; store every image's identity"
+            )
+
+
+# ---- who may meet whom ----
+
+
+def compare_all(query: Embeddings, gallery: Embeddings, settings: list[Setting]) -> Comparison:
+    """A comparison in which every query may meet every gallery image."""
+    return Comparison(query, gallery, settings, np.zeros(len(query), int), np.ones(len(gallery), int))
+
+
+def compare_across_cameras(query: Embeddings, gallery: Embeddings, settings: list[Setting]) -> Comparison:
+    """A comparison in which no query meets an image of its own identity and camera; an unknown camera is no camera."""
+    pairs = np.stack([np.concatenate([query.pids, gallery.pids]), np.concatenate([query.camids, gallery.camids])], 1)
+    groups = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+    groups = np.where(pairs[:, 1] == UNKNOWN, -1 - np.arange(len(groups)), groups)  # a group of its own
+    return Comparison(query, gallery, settings, groups[: len(query)], groups[len(query) :])
+
+
+# ---- galleries ----
+
+
+def images_by_identity_and_camera(embeddings: Embeddings) -> dict[tuple[int, int], Int[np.ndarray, " n"]]:
+    """{(pid, camid): rows in the order of their paths}, the keys in ascending order."""
+    paths = np.char.replace(np.asarray(embeddings.paths, np.str_), "\\", "/")
+    ranked = np.lexsort((paths, embeddings.camids, embeddings.pids))
+    keys = np.stack([embeddings.pids[ranked], embeddings.camids[ranked]], axis=1)
+    starts = np.flatnonzero(np.any(np.diff(keys, axis=0, prepend=keys[:1] - 1) != 0, axis=1))
+    return {
+        (int(pid), int(camid)): rows
+        for (pid, camid), rows in zip(keys[starts], np.split(ranked, starts[1:]), strict=True)
+    }
+
+
+def one_image_each(embeddings: Embeddings) -> list[Int[np.ndarray, " g"]]:
+    """Ten galleries with one image of each identity and camera; trial t draws with Python's generator seeded with t."""
+    images, galleries = images_by_identity_and_camera(embeddings), []
+    for trial in range(NUM_TRIALS):
+        generator = random.Random(trial)
+        galleries.append(np.sort([generator.choice(rows) for rows in images.values()]))
+    return galleries
+
+
+def everything(embeddings: Embeddings) -> list[Int[np.ndarray, " g"]]:
+    """One gallery of all images."""
+    return [np.arange(len(embeddings))]
+
+
+# ---- modalities ----
+
+
+def known_modality(embeddings: Embeddings, cameras: Mapping[int, int]) -> Int[np.ndarray, " n"]:
+    """int[N]: the modality of each image, as stored, or where it is unknown as `cameras` {camid: modality} say.
+
+    Raises:
+      UserError: it is unknown and so is the camera's, or the two differ.
+    """
+    assert embeddings.modality is not None  # see `check_embeddings`
+    by_camera = np.array([cameras.get(camid, UNKNOWN) for camid in embeddings.camids.tolist()])
+    stored = embeddings.modality
+    both = (stored != UNKNOWN) & (by_camera != UNKNOWN)
+    for row in np.flatnonzero(both & (stored != by_camera))[:1]:
+        raise UserError(
+            f"{embeddings.source}: modality[{row}] ({embeddings.paths[row]}) is {MODALITY_NAMES[int(stored[row])]}, "
+            f"but camera {embeddings.camids[row]} is {MODALITY_NAMES[int(by_camera[row])]}; correct one of the two"
+        )
+    modality = np.where(stored == UNKNOWN, by_camera, stored)
+    for row in np.flatnonzero(modality == UNKNOWN)[:1]:
+        raise UserError(
+            f"{embeddings.source}: nothing says whether image {row} ({embeddings.paths[row]}), of camera "
+            f"{embeddings.camids[row]}, is visible or infrared; store an array modality int[{len(embeddings)}], "
+            f"{VISIBLE} visible and {INFRARED} infrared"
+        )
+    return modality
+
+
+def visible_and_infrared(
+    first: Embeddings, second: Embeddings, cameras: Mapping[int, int]
+) -> tuple[Embeddings, Embeddings]:
+    """Two sets of one modality each as (visible, infrared), whichever comes first; see `known_modality`.
+
+    Raises:
+      UserError: a set holds both modalities, or both sets hold the same.
+    """
+    found = []
+    for embeddings in (first, second):
+        values = np.unique(known_modality(embeddings, cameras))
+        if len(values) > 1:
+            raise UserError(f"{embeddings.source}: holds visible and infrared images; expected one modality a file")
+        found.append(int(values[0]))
+    if found[0] == found[1]:
+        raise UserError(
+            f"{first.source} and {second.source} are both {MODALITY_NAMES[found[0]]}; expected one of each modality"
+        )
+    return (first, second) if found[0] == VISIBLE else (second, first)
+
+
+def both_directions(visible: Embeddings, infrared: Embeddings) -> Iterator[tuple[str, Embeddings, Embeddings]]:
+    """('visible_to_infrared', query, gallery), and the other way."""
+    yield "visible_to_infrared", visible, infrared
+    yield "infrared_to_visible", infrared, visible
