@@ -204,6 +204,9 @@ class EvalSettings:
         "'rank1', 'mAP', …: also keep the checkpoint that is best on the *test set*; '': don't",
         one_of("", "rank1", "rank5", "rank10", "rank20", "mAP", "mINP"),
     )
+    flip: bool = setting(
+        False, "an embedding is the mean of those of the image and its mirror image, L2-normalised before and after"
+    )
     rerank: bool = setting(False, "k-reciprocal re-ranking; not part of any published MPANet figure")
 
 

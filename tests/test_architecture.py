@@ -28,7 +28,7 @@ ALLOWED = {
     "data": {"datasets", "modality", "settings", "processes", "errors", "cpus"},
     "parallel": {"state", "errors", "processes"},
     "checkpoint": {"state", "errors"},
-    "methods": {"datasets", "data", "models", "losses", "optim", "settings", "errors", "weights"},
+    "methods": {"datasets", "data", "models", "losses", "optim", "settings", "errors", "weights", "modality"},
     "step": {"methods", "models", "state"},
     "run_files": {"methods", "settings", "errors", "files"},
     "weights": {"methods", "models", "run_files", "checkpoint", "settings", "state", "errors"},
