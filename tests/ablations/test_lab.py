@@ -120,6 +120,7 @@ def test_markdown_has_means_deviations_and_what_failed(results):
         "| 0, 1 (1 failed) |"
     )
     assert cells["IN"].endswith("| not run |")
+    assert len({line.count("|") for line in cells.values()}) == 1
     assert "SE, seed 2: the loss is nan" in text
     assert "sysu/all/single, 384×128" in text
 
