@@ -98,7 +98,7 @@ def markdown(table: Table, recipes: Mapping[str, Settings], results: Results) ->
 def _cells(line: Line, is_first: bool) -> list[str]:
     published = "" if line.row.published is None else "{:.2f} / {:.2f}".format(*line.row.published)
     if not line.seeds:
-        return [line.row.title, published, *[""] * 6, "failed" if line.errors else "not run"]
+        return [line.row.title, published, *[""] * 7, "failed" if line.errors else "not run"]
     figures = [_plus_minus(line.mean[name], line.std[name], len(line.seeds)) for name in FIGURES]
     gain = "" if is_first or line.gain is None else _plus_minus(*line.gain, len(line.seeds), "+.1f")
     intervals = ["{:.1f}–{:.1f}".format(*line.interval[name]) if line.interval else "" for name in ("rank1", "mAP")]

@@ -7,15 +7,20 @@ from ml_collections import ConfigDict
 
 from mpanet_jax.datasets import own_fields
 from mpanet_jax.methods.mpanet import MPANetSettings
-from mpanet_jax.settings import to_dict
+from mpanet_jax.settings import Settings, to_dict
 
 
-def get_config() -> ConfigDict:
-    config = ConfigDict(to_dict(MPANetSettings()))
+def config_of(settings: Settings) -> ConfigDict:
+    """The settings of a method as a config."""
+    config = ConfigDict(to_dict(settings))
     # What only one data set has, such as RegDB's trial, at its default; `--config` knows the fields of all.
     for name, dataset in own_fields().items():
         config.dataset[name] = getattr(dataset.settings_class(), name)
     return config
+
+
+def get_config() -> ConfigDict:
+    return config_of(MPANetSettings())
 
 
 def apply_preset(config: ConfigDict, preset: str) -> ConfigDict:

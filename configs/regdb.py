@@ -14,16 +14,7 @@ from configs.default import get_config as default_config
 def get_config(options: str = "") -> ConfigDict:
     config = default_config()
     config.init_from = "hf:timm/resnet50.tv_in1k"
-    config.dataset.name = "regdb"
-    preset = "paper"
-    for option in filter(None, options.split(",")):
-        name, _, value = option.partition("=")
-        if name == "split":
-            if not value.isdigit() or not 1 <= int(value) <= 10:
-                raise ValueError(f"config option 'split={value}': expected a trial from 1 to 10")
-            config.dataset.trial = int(value)
-        else:
-            preset = option
+    preset = take_split(config, options) or "paper"
     apply_preset(config, preset)
     if preset in ("official", "strong"):
         config.data.height, config.data.width = 256, 128
@@ -32,3 +23,18 @@ def get_config(options: str = "") -> ConfigDict:
     if preset == "strong":
         config.augment.grey_probability = 0.5  # RLE's on RegDB
     return config
+
+
+def take_split(config: ConfigDict, options: str) -> str:
+    """Makes it a config of RegDB, and of the trial that `split=N` among the options names; returns the other option."""
+    config.dataset.name = "regdb"
+    other = ""
+    for option in filter(None, options.split(",")):
+        name, _, value = option.partition("=")
+        if name == "split":
+            if not value.isdigit() or not 1 <= int(value) <= 10:
+                raise ValueError(f"config option 'split={value}': expected a trial from 1 to 10")
+            config.dataset.trial = int(value)
+        else:
+            other = option
+    return other

@@ -10,6 +10,7 @@ into these classes, and below them nothing knows of configs.
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,9 +32,9 @@ def setting(default: Any, comment: str, rule: Rule | Callable[[], Iterable[str]]
     return dataclasses.field(default=default, metadata={"comment": comment, "rule": rule})
 
 
-def group(cls: type) -> Any:
-    """A field that is a group of settings at their defaults."""
-    return dataclasses.field(default_factory=cls)
+def group(cls: type, **defaults: Any) -> Any:
+    """A field that is a group of settings at their defaults, some of which may be others than the class has."""
+    return dataclasses.field(default_factory=functools.partial(cls, **defaults))
 
 
 def at_least(least: float) -> Rule:
@@ -213,6 +214,9 @@ class EvalSettings:
         "'rank1', 'mAP', …: also keep the checkpoint that is best on the *test set*; '': don't",
         one_of("", "rank1", "rank5", "rank10", "rank20", "mAP", "mINP"),
     )
+    flip: bool = setting(
+        False, "an embedding is the mean of those of the image and its mirror image, L2-normalised before and after"
+    )
     rerank: bool = setting(False, "k-reciprocal re-ranking; not part of any published MPANet figure")
 
 
@@ -348,9 +352,10 @@ def from_dict(cls: type[Any], tree: Mapping[str, Any], prefix: str = "") -> Any:
     for name, value in tree.items():
         if name not in fields:
             raise unknown_field(prefix + name, [prefix + field for field in fields])
-        group_class = fields[name].default_factory
-        if isinstance(value, Mapping) and group_class is not dataclasses.MISSING:
-            value = from_dict(typing.cast(Any, group_class), value, f"{prefix}{name}.")
+        factory = fields[name].default_factory
+        if isinstance(value, Mapping) and factory is not dataclasses.MISSING:
+            default = factory()
+            value = from_dict(type(default), {**to_dict(default), **value}, f"{prefix}{name}.")
         values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 

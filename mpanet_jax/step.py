@@ -26,7 +26,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 def _accuracy_share(logits: Float[Array, "b n"], labels: Array, axis_name: str | None) -> Float[Array, ""]:
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    return (logits.argmax(-1) == labels).mean() / devices
+    return (logits.argmax(-1) == labels).mean(dtype=logits.dtype) / devices
 
 
 def total_gradients(gradients: Any, summed: Any, dtype: DTypeLike, axis_name: str) -> Any:

@@ -94,7 +94,10 @@ def settings_of_row(row: Any) -> Any:
     if row.preset is not None:
         path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
         config = runpy.run_path(path)["get_config"](row.preset)
-        config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
+        try:
+            config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"--config: row {row.name!r}, of {path}:{row.preset}, has no such field: {error}") from None
     return replace(settings_of(config.to_dict()), row.changes)
 
 

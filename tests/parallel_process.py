@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpanet_jax.methods.agw import AGW, AGWSettings
+from mpanet_jax.methods.caj import CAJ, CAJSettings
 from mpanet_jax.methods.mpanet import MPANet
 from mpanet_jax.models.fused.classifier import linear
 from mpanet_jax.parallel import Parallel, local_devices, on_first_device
 from mpanet_jax.settings import Settings, replace
 from mpanet_jax.step import train_steps
-from tests.methods_in_tests import OFFICIAL, LinenMethod, small_mpanet, start
+from tests.methods_in_tests import OFFICIAL, SMALL, LinenMethod, small_mpanet, start
 
 P, K, HEIGHT, WIDTH, STEPS, NUM_IMAGES = 8, 4, 48, 24, 3, 60
 COMMON = {
@@ -51,6 +53,9 @@ METHODS = {
     "IN": _mpanet("on", **{"model.channel_module": "in"}),
     "IN, plain": _mpanet("off", **{"model.channel_module": "in"}),
     "official": _mpanet("on", **OFFICIAL, **{"augment.crop_padding": 3}),
+    "AGW": AGW(replace(AGWSettings(), {**COMMON, **SMALL, "model.fused": "on"})),
+    # Its squared differences are large, and so are their gradients and what rounding leaves of them.
+    "CAJ, plain": CAJ(replace(CAJSettings(), {**COMMON, **SMALL, "model.fused": "off", "loss.triplet": 0.1})),
     # Layers that know nothing of this package.
     "flax.linen": LinenMethod(replace(Settings(), COMMON)),
 }
@@ -73,6 +78,8 @@ CASES = [
     ("SE, plain", 4, "pmap", False, True),
     ("IN", 4, "pmap", False, True),
     ("IN, plain", 4, "shard_map", False, True),
+    ("AGW", 4, "pmap", False, True),
+    ("CAJ, plain", 4, "shard_map", True, True),
     ("flax.linen", 2, "shard_map", False, True),
     ("flax.linen", 4, "pmap", False, True),
     ("flax.linen", 4, "shard_map", True, True),

@@ -33,7 +33,7 @@ ALLOWED = {
     "checkpoint": {"state", "checksums", "processes", "errors"},
     "workdir_lock": {"processes", "errors"},
     "stop": {"processes", "errors"},
-    "methods": {"datasets", "data", "models", "losses", "optim", "settings", "errors", "weights"},
+    "methods": {"datasets", "data", "models", "losses", "optim", "settings", "errors", "weights", "modality"},
     "step": {"methods", "models", "state"},
     "run_files": {"methods", "settings", "errors", "files"},
     "weights": {"methods", "models", "run_files", "checkpoint", "settings", "state", "errors"},

@@ -13,6 +13,8 @@ from mpanet_jax import settings as settings_module
 from mpanet_jax.datasets.regdb import RegdbSettings
 from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.methods import make_method, settings_of
+from mpanet_jax.methods.agw import AGWSettings
+from mpanet_jax.methods.caj import CAJSettings
 from mpanet_jax.methods.mpanet import LossSettings, MPANet, MPANetModelSettings, MPANetSettings
 from mpanet_jax.run_files import check_same_run, load_settings, save_settings
 from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, flat, from_dict, replace, to_dict
@@ -77,7 +79,7 @@ PAPER = {
         "steps_per_call": 15,
         "on_nonfinite": "stop",
     },
-    "eval": {"batch_size": 256, "best": "", "rerank": False},
+    "eval": {"batch_size": 256, "best": "", "flip": False, "rerank": False},
     "loss": {
         "identity": 1.0,
         "center_cluster": 1.0,
@@ -126,9 +128,11 @@ OLD_CONFIG = {
 
 REGDB = {"dataset.name": "regdb"}
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-OPTIONS = {"default": [()]} | {
-    name: [(), ("paper",), ("official",), ("strong",)] for name in CONFIGS if name != "default"
+OTHERS = [name for name in CONFIGS if name.endswith(("_agw", "_caj"))]
+OPTIONS = {name: [()] for name in ("default", *OTHERS)} | {
+    name: [(), ("paper",), ("official",), ("strong",)] for name in CONFIGS if name not in ("default", *OTHERS)
 }
+OPTIONS["synthetic_gpu"] += [("agw",), ("caj",)]
 OPTIONS["regdb"] += [("official,split=2",), *((f"split={trial}",) for trial in range(1, 11))]
 ALL_CONFIGS = [(name, *options) for name in CONFIGS for options in OPTIONS[name]]
 
@@ -431,8 +435,8 @@ def test_a_field_within_a_value_is_not_there():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"method": "mpanett"}, "method = 'mpanett': expected one of 'mpanet'; did you mean 'mpanet'?"),
-        ({"method": 3}, "method = 3: expected one of 'mpanet'"),
+        ({"method": "mpanett"}, "method = 'mpanett': expected one of 'mpanet', 'agw', 'caj'; did you mean 'mpanet'?"),
+        ({"method": 3}, "method = 3: expected one of 'mpanet', 'agw', 'caj'"),
         (
             {"dataset": {"name": "sysu"}},
             "dataset.name = 'sysu': expected one of 'sysu_mm01', 'regdb', 'llcm', 'own'; did you mean 'sysu_mm01'?",
@@ -523,16 +527,19 @@ def test_blocks_that_the_backbone_has_anyway_are_the_same_run():
 @pytest.mark.parametrize("arguments", ALL_CONFIGS, ids=lambda arguments: ":".join(arguments))
 def test_every_config_and_preset_is_valid_and_survives_json(arguments, tmp_path):
     settings = config_settings(*arguments)
-    assert type(settings) is MPANetSettings
+    ends = tuple(word.rpartition("_")[2] for word in arguments)
+    expected = AGWSettings if "agw" in ends else CAJSettings if "caj" in ends else MPANetSettings
+    assert type(settings) is expected
     assert settings_of(through_json(settings)) == settings
     if type(settings.dataset) is DatasetSettings:
-        assert from_dict(MPANetSettings, through_json(settings)) == settings
+        assert from_dict(expected, through_json(settings)) == settings
     save_settings(settings, tmp_path)
     assert load_settings(tmp_path) == settings
     assert settings.preset == next((name for name in ("official", "strong") if name in arguments[-1]), "paper")
-    assert settings.dataset.name == (arguments[0] if arguments[0] in ("regdb", "llcm", "own") else "sysu_mm01")
+    dataset = arguments[0].partition("_")[0]
+    assert settings.dataset.name == (dataset if dataset in ("regdb", "llcm", "own") else "sysu_mm01")
     trial = arguments[-1].partition("split=")[2] or 1
-    assert settings.dataset.trial == (int(trial) if arguments[0] == "regdb" else None)
+    assert settings.dataset.trial == (int(trial) if dataset == "regdb" else None)
 
 
 def test_differences_have_both_values_and_none_for_a_field_that_one_lacks():
@@ -563,6 +570,20 @@ def test_where_the_configs_differ_from_the_papers_recipe():
         "train.eval_every_epochs": 0,
         "train.checkpoint_every_epochs": 0,
     }
+
+
+def test_the_other_methods_recipes_are_their_settings_on_each_data_set():
+    pretrained = {"init_from": "hf:timm/resnet50.tv_in1k"}
+    for name, cls in (("agw", AGWSettings), ("caj", CAJSettings)):
+        assert differences(cls(), config_settings(f"sysu_{name}")) == pretrained
+        assert differences(cls(), config_settings(f"llcm_{name}")) == {**pretrained, "dataset.name": "llcm"}
+        of_trial = {**pretrained, "dataset.name": "regdb", "dataset.trial": 3}
+        assert differences(cls(), config_settings(f"regdb_{name}", "split=3")) == of_trial
+        with pytest.raises(ValueError, match="official"):
+            config_settings(f"regdb_{name}", "official")
+        ground = differences(cls(), config_settings("synthetic_gpu", name))
+        assert (ground.pop("augment.crop_padding"), ground.pop("train.num_epochs")) == (5, 12)
+        assert {name for name in ground if not name.startswith(("data", "train.", "optim."))} == set()
 
 
 def test_where_the_published_program_differs():

@@ -586,7 +586,10 @@ BAD_TRAINING = {
     "no data root at all": (["--config.dataset.source="], "prepare_data.py"),
     "unknown field": (["--config.optim.learnin_rate=1"], "'learnin_rate'; did you mean 'learning_rate'?"),
     "unknown group": (["--config.modle.width=8"], "'modle'; did you mean 'model'?"),
-    "no such method": (["--config.method=mpa_net"], "--config.method = 'mpa_net': expected one of 'mpanet'; did you"),
+    "no such method": (
+        ["--config.method=mpa_net"],
+        "--config.method = 'mpa_net': expected one of 'mpanet', 'agw', 'caj'; did you",
+    ),
     "no such backbone": (["--config.model.backbone=resnet_50"], "; did you mean 'resnet50'?"),
     "no such data set": (["--config.dataset.name=sysu"], "; did you mean 'sysu_mm01'?"),
     "unknown preset": (["PRESET"], "unknown preset"),

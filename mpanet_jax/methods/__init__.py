@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from mpanet_jax import datasets
 from mpanet_jax.errors import SettingsError
+from mpanet_jax.methods.agw import AGW, AGWSettings
+from mpanet_jax.methods.caj import CAJ, CAJSettings
 from mpanet_jax.methods.method import Method
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.settings import Settings, expected_one_of, from_dict
@@ -19,6 +21,8 @@ class Entry(NamedTuple):
 
 METHODS = {
     "mpanet": Entry(MPANet, MPANetSettings),
+    "agw": Entry(AGW, AGWSettings),
+    "caj": Entry(CAJ, CAJSettings),
 }
 
 

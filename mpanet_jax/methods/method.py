@@ -51,6 +51,11 @@ def compute_dtype(name: str) -> np.dtype:
     return jnp.dtype(name)
 
 
+def unit(rows: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """Rows of length 1."""
+    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+
 @dataclass(frozen=True)
 class Method:
     """A method with its settings. All arrays are those of one device; see `step.py` for what is summed over devices.
@@ -138,9 +143,19 @@ class Method:
         images: UInt8[Array, "b h w 3"],
         modality: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b d"]:
-        """What retrieval sees of resized bytes: by running statistics, not L2-normalised, in float32."""
-        images = normalize(images, compute_dtype(self.settings.dtype))
-        return network.apply(variables, images, modality, train=False).embedding  # type: ignore[union-attr]
+        """What retrieval sees of resized bytes: by running statistics, not L2-normalised, in float32.
+
+        With settings.eval.flip it is the mean of the L2-normalised embeddings of an image and of its mirror image,
+        normalised again.
+        """
+
+        def embedding(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
+            normalised = normalize(images, compute_dtype(self.settings.dtype))
+            return network.apply(variables, normalised, modality, train=False).embedding  # type: ignore[union-attr]
+
+        if not self.settings.eval.flip:
+            return embedding(images)
+        return unit(unit(embedding(images)) + unit(embedding(images[:, :, ::-1])))
 
     def names(self) -> NameMap:
         """The names of the network's weights in PyTorch: by default those of the backbone."""

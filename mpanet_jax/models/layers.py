@@ -48,6 +48,7 @@ class Classifier(nn.Module):
       dtype: of the operands of the product; the logits are float32.
       param_dtype: of the parameter.
       axis_name: the mapped axis of a multi-device step.
+      kernel_init: how the parameter starts.
     """
 
     kernel_name: str
@@ -55,6 +56,7 @@ class Classifier(nn.Module):
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
+    kernel_init: nn.initializers.Initializer = torch_uniform
 
     @nn.compact
     def __call__(self, embedding: Float[Array, "b d"]) -> Float[Array, "b n"]:
@@ -62,7 +64,7 @@ class Classifier(nn.Module):
 
     def kernel(self, embedding: Float[Array, "b d"]) -> Float[Array, "d n"]:
         """The parameter."""
-        return self.param(self.kernel_name, torch_uniform, (embedding.shape[-1], self.num_ids), self.param_dtype)
+        return self.param(self.kernel_name, self.kernel_init, (embedding.shape[-1], self.num_ids), self.param_dtype)
 
 
 class BatchNorm(nn.Module):

@@ -5,7 +5,7 @@ resolution of stage 3 (its stride is 1).
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -116,7 +116,10 @@ class Bottleneck(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks named block0, block1, …; the first one has the stride. `options` are the blocks' further fields."""
+    """Blocks named block0, block1, …; the first one has the stride. `options` are the blocks' further fields.
+
+    `behind` has modules of another network that follow a block, by the block's number.
+    """
 
     block: type[nn.Module]
     num_blocks: int
@@ -125,10 +128,14 @@ class Stage(nn.Module):
     options: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool, behind: Mapping[int, nn.Module] | None = None
+    ) -> Float[Array, "b h2 w2 c2"]:
         for i in range(self.num_blocks):
             block = self.block(self.width, self.stride if i == 0 else 1, **self.options, name=f"block{i}")
             x = block(x, train=train)
+            if behind and i in behind:
+                x = behind[i](x, train=train)  # type: ignore[operator]
         return x
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +36,8 @@ class NameMap:
 
     Attributes:
       rules: (pattern, replacement) on a path; one of an average begins with `averages/`.
-      backbone_rules: the same for the backbone alone, as it comes with ImageNet weights.
+      backbone_rules: the same for the backbone alone, as it comes with ImageNet weights; arrays of one name there all
+        start as that one.
       backbone: matches the paths of the backbone.
       linear: matches the *names* of linear layers, which are the classifiers; other matrices are 1×1 convolutions.
       zeros: names that PyTorch has and that are fixed at 0 here, each beside `….weight`.
@@ -156,9 +157,9 @@ def from_state_dict(
     if drop_classifiers:
         expected = {name: entry for name, entry in expected.items() if not names.is_classifier(name)}
     misfit = [
-        f"{name} is {array.dtype}{list(array.shape)}, expected {list(expected[name][1])}"
+        f"{name} is {array.dtype}{list(array.shape)}, expected {list(expected[name].shape)}"
         for name, array in usable.items()
-        if name in expected and (array.shape != expected[name][1] or not jnp.issubdtype(array.dtype, jnp.floating))
+        if name in expected and (array.shape != expected[name].shape or not jnp.issubdtype(array.dtype, jnp.floating))
     ]
     missing, extra = sorted(expected.keys() - usable.keys()), sorted(usable.keys() - expected.keys())
     if missing or extra or misfit:
@@ -173,23 +174,38 @@ def from_state_dict(
     if broken:
         raise UserError(f"{source}: NaN or infinity in {listed(broken)}; take weights from before training diverged")
     flat = {}
-    for name, (path, _, leaf) in expected.items():
-        flat[path] = np.ascontiguousarray(_from_published(usable[name], len(leaf.shape)).astype(leaf.dtype, copy=False))
+    for name, (paths, _, leaf) in expected.items():
+        array = _from_published(usable[name], len(leaf.shape))
+        flat |= {path: np.array(array, leaf.dtype, order="C") for path in paths}
     return unflatten_dict(flat), sorted(left_out)
 
 
-def _expected(
-    found: Iterable[str], template: Variables, names: NameMap
-) -> tuple[NameMap, dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]]]:
-    """{name: (path, shape, leaf)} of the whole network, or of its backbone where `found` are a bare backbone's names.
+class _Entry(NamedTuple):
+    """An array of a state dict: where it goes, in one place or several, its shape there, and the leaf in the tree."""
+
+    paths: list[tuple[str, ...]]
+    shape: tuple[int, ...]
+    leaf: Any
+
+
+def _by_name(template: Variables, names: NameMap) -> dict[str, _Entry]:
+    found: dict[str, _Entry] = {}
+    for path, name, shape, leaf in _entries(template, names):
+        found.setdefault(name, _Entry([], shape, leaf)).paths.append(path)
+    return found
+
+
+def _expected(found: Iterable[str], template: Variables, names: NameMap) -> tuple[NameMap, dict[str, _Entry]]:
+    """What is expected by name, of the whole network, or of its backbone where `found` are a bare backbone's names.
 
     So they are where some are the backbone's own and none is that of another part. With them goes their name map.
     """
-    whole = {name: (path, shape, leaf) for path, name, shape, leaf in _entries(template, names)}
+    whole = _by_name(template, names)
     bare = replace(names, rules=names.backbone_rules)
     parts = {path: leaf for path, leaf in flatten_dict(template).items() if names.is_backbone(path)}
-    backbone = {name: (path, shape, leaf) for path, name, shape, leaf in _entries(unflatten_dict(parts), bare)}
-    found, others = set(found), {name for name, (path, *_) in whole.items() if not names.is_backbone(path)}
+    backbone = _by_name(unflatten_dict(parts), bare)
+    found = set(found)
+    others = {name for name, entry in whole.items() if not names.is_backbone(entry.paths[0])}
     return (bare, backbone) if found & backbone.keys() and not found & others else (names, whole)
 
 

@@ -1,0 +1,19 @@
+"""AGW on RegDB. Published Rank-1 / mAP / mINP: 70.05 / 66.37 / 50.19 (visible to infrared).
+
+python scripts/train.py --config=configs/regdb_agw.py:split=3 --config.dataset.source=/path/to/RegDB
+`split=N` picks the trial, 1 to 10.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.default import config_of
+from configs.regdb import take_split
+from mpanet_jax.methods.agw import AGWSettings
+
+
+def get_config(options: str = "") -> ConfigDict:
+    config = config_of(AGWSettings())
+    config.init_from = "hf:timm/resnet50.tv_in1k"
+    if other := take_split(config, options):
+        raise ValueError(f"config option {other!r}: expected split=1 to split=10")
+    return config
