@@ -103,7 +103,7 @@ def wait_for_all_processes(place: str) -> None:
         ) from error
 
 
-def raise_loss(error: jax.errors.JaxRuntimeError) -> None:
+def raise_loss(error: Exception) -> None:
     """Raises what is to be said instead of `error` where that means that another process is lost.
 
     Raises:
