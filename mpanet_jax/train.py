@@ -13,6 +13,7 @@ from mpanet_jax import datasets
 from mpanet_jax.call_plan import cut_into_calls, stack_batches
 from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, is_finite
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
+from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import Stopped
 from mpanet_jax.evaluation.best import keep_best
@@ -163,6 +164,7 @@ def _train(
     # Before the feed: weights that cannot be had should not cost the time of building a cache first.
     variables = start_of_run(method, train_split.num_ids, workdir)
     feed = feed or make_feed(method, train_split, parallel)
+    test_records = RecordCheck(test_set.split)
     steps_per_epoch = feed.steps_per_epoch
     state = parallel.replicate(initial_state(method, variables, steps_per_epoch))
     run_steps, make_embedder = programs.of(method, train_split.num_ids, steps_per_epoch, parallel)
@@ -205,9 +207,11 @@ def _train(
             )
 
             def save(step: int) -> None:
-                # What diverged, or comes from damaged images, must not take the place of the last good state.
+                # What diverged, or comes from damaged images, must not take the place of the last good state; and a run
+                # that could not be evaluated should say so before it has trained for long.
                 reader.finish()
                 feed.require_sound_images()
+                test_records.require()
                 if not is_finite((state.params, state.batch_stats, state.opt_state)):
                     raise finite.error(step, "the weights are not finite any more", {})
                 checkpoints.save(step, state, feed.batches)
