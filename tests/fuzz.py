@@ -58,7 +58,8 @@ def _permutation():
         cameras[camera, 0] = cell
     file = io.BytesIO()
     scipy.io.savemat(file, {"rand_perm_cam": cameras})
-    return file.getvalue()
+    data = file.getvalue()
+    return b" " * 116 + data[116:]  # without the date in its header
 
 
 CSV = b"path,pid,camid,modality,split\na.png,anna,1,visible,train\nb.png,ben,,infrared,query\n"

@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 import numpy as np
-import scipy.io
 
 from mpanet_jax.datasets.dataset import Dataset, Evaluation, Images, rows_of
+from mpanet_jax.datasets.mat_file import read_variable
 from mpanet_jax.datasets.raw import Report, image_names, raise_fault, read_identities
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord, Split
 from mpanet_jax.embeddings import Embeddings
@@ -56,9 +56,9 @@ def load_permutation(path: str | os.PathLike) -> Permutation:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected SYSU-MM01's exp/rand_perm_cam.mat")
     try:
-        cell = scipy.io.loadmat(path, variable_names=["rand_perm_cam"])["rand_perm_cam"]
-    except Exception as error:  # scipy raises many kinds
-        raise UserError(f"{path}: no readable MATLAB 5 file with a variable rand_perm_cam ({error!r})") from error
+        cell = read_variable(path, "rand_perm_cam")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: no readable MATLAB 5 file with a variable rand_perm_cam ({error})") from error
     if cell.dtype.kind != "O" or cell.size != len(CAMERAS):
         raise UserError(f"{path}: rand_perm_cam must be a 6x1 cell, one for each camera, got {cell.dtype}{cell.shape}")
     permutation: Permutation = {}
