@@ -286,6 +286,7 @@ def workdir(sysu, folder_of_weights, tmp_path_factory):
     shutil.copytree(folder_of_weights, workdir)
     config = synthetic_config.get_config()
     config.dataset.source, config.dataset.data_dir = str(sysu), str(workdir.parent / "prepared")
+    (workdir.parent / "prepared").mkdir()
     config.data.height, config.data.width, config.data.resize = 32, 16, "lanczos"
     config.model.width, config.model.stage_sizes = SIZE["width"], SIZE["stage_sizes"]
     config.eval.batch_size = 16
