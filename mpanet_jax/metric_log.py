@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mpanet_jax.errors import UserError
+from mpanet_jax.nonfinite import FiniteCheck
 
 
 def _summary_writer() -> Any:
@@ -108,8 +107,9 @@ class MetricReader:
         steps_per_epoch: int,
         batch_size: int,
         on_steps: Callable[[int, float], None] | None = None,
+        finite: FiniteCheck | None = None,
     ):
-        self._log, self._every, self._on_steps = log, every, on_steps
+        self._log, self._every, self._on_steps, self._finite = log, every, on_steps, finite
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._unread = None
         self._timed = None  # what was read last: the step, and when the device had finished it
@@ -129,13 +129,8 @@ class MetricReader:
             return
         before, after, metrics, moment = self._unread
         self._unread, finished_at = None, moment.result()
-        losses = jax.device_get(metrics["loss"])
-        if not np.isfinite(losses).all():
-            step = before + 1 + int(np.isfinite(losses).argmin())
-            raise UserError(
-                f"step {step}: the loss is {losses[step - before - 1]}; lower config.optim.learning_rate, or check the "
-                "weights of config.init_from; the run stops, its last checkpoint is from before"
-            )
+        if self._finite is not None:
+            self._finite.check(before, metrics)
         self._log.advance(after)
         if self._on_steps is not None:
             self._on_steps(after, finished_at)
@@ -157,12 +152,15 @@ class MetricReader:
         return rate
 
     def _write(self, step: int, values: dict[str, float], rate: float | None) -> None:
+        if self._finite is not None and "skipped" in values:
+            values["skipped"] = self._finite.skipped
         scalars = {f"train/{name}": value for name, value in values.items()}
         if rate is not None:
             scalars["train/images_per_second"] = rate
         epoch = step / self._steps_per_epoch
         self._log.scalars(step, {**scalars, "train/epoch": epoch})
         speed = "" if rate is None else f" {rate:.0f} images/s"
+        skipped = f" skipped {values['skipped']:.0f}" if values.get("skipped") else ""
         self._log.status(
-            f"step {step} epoch {epoch:.1f} loss {values['loss']:.3f} accuracy {values['accuracy']:.2f}{speed}"
+            f"step {step} epoch {epoch:.1f} loss {values['loss']:.3f} accuracy {values['accuracy']:.2f}{speed}{skipped}"
         )

@@ -54,7 +54,8 @@ def one_of(*names: str) -> Callable[[], Iterable[str]]:
 
 POSITIVE = Rule("a positive number", lambda value: 0 < value < math.inf)
 RISING = Rule(
-    "epochs in rising order", lambda epochs: list(epochs) == sorted(set(epochs)) and min(epochs, default=0) >= 0
+    "epochs from 0 on, in rising order",
+    lambda epochs: list(epochs) == sorted(set(epochs)) and min(epochs, default=0) >= 0,
 )
 SHARE_RANGE = Rule("a smallest and a largest value, above 0 and at most 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 POSITIVE_RANGE = Rule("a smallest and a largest value above 0", lambda pair: 0 < pair[0] <= pair[1] < math.inf)
@@ -97,10 +98,11 @@ class DatasetSettings:
 class DataSettings:
     """Images and batches."""
 
-    height: int = setting(384, "pixels after the resize", at_least(1))
-    width: int = setting(128, "pixels after the resize", at_least(1))
-    num_ids_per_batch: int = setting(16, "P", at_least(1))
-    images_per_id: int = setting(8, "K, half visible, half infrared", at_least(2))
+    # The upper bounds, here and below, are far above any use: values beyond them are slips, and would fail late.
+    height: int = setting(384, "pixels after the resize", between(4, 4096))
+    width: int = setting(128, "pixels after the resize", between(4, 4096))
+    num_ids_per_batch: int = setting(16, "P", between(1, 4096))
+    images_per_id: int = setting(8, "K, half visible, half infrared", between(2, 256))
     resize: str = setting("bilinear", "the filter of the resize, Pillow's", one_of("bilinear", "lanczos"))
     cache: str = setting(
         "auto",
@@ -110,7 +112,7 @@ class DataSettings:
     num_workers: int = setting(
         -1,
         "processes that decode when nothing is cached; 0: threads of this one; -1: chosen",
-        Rule("a number of processes, 0 for threads, or -1 to choose", lambda value: value >= -1),
+        Rule("a number of processes up to 1024, 0 for threads, or -1 to choose", lambda value: -1 <= value <= 1024),
     )
 
     def check(self) -> Iterator[tuple[str, str]]:
@@ -125,7 +127,7 @@ class AugmentSettings:
     """What is drawn for a training image, in this order; a probability or padding of 0 leaves an operation out."""
 
     flip_probability: float = setting(0.5, "of the horizontal flip", between(0, 1))
-    crop_padding: int = setting(0, "pixels added on every side before a random crop back; 0: no crop", at_least(0))
+    crop_padding: int = setting(0, "pixels added on every side before a random crop back; 0: no crop", between(0, 4096))
     crop_fill: int = setting(127, "the padding's value", Rule("a pixel's value, 0 to 255", lambda v: 0 <= v <= 255))
     exchange_probability: float = setting(0.0, "of one channel, drawn at random, in place of all", between(0, 1))
     grey_probability: float = setting(0.0, "of grey, where no channel was exchanged", between(0, 1))
@@ -155,9 +157,12 @@ class ModelSettings:
     stage_sizes: tuple[int, ...] = setting(
         (),
         "blocks of the four stages; (): as the backbone has them",
-        Rule("4 numbers of at least 1, or none", lambda sizes: not sizes or (len(sizes) == 4 and min(sizes) >= 1)),
+        Rule(
+            "4 numbers from 1 to 200, or none",
+            lambda sizes: not sizes or (len(sizes) == 4 and min(sizes) >= 1 and max(sizes) <= 200),
+        ),
     )
-    width: int = setting(64, "channels of the stem", at_least(1))
+    width: int = setting(64, "channels of the stem", between(1, 1024))
     fused: str = setting(
         "auto",
         "the fast form of the layers: 'on', 'off', or where it was measured to be faster: 'auto'",
@@ -192,13 +197,18 @@ class TrainSettings:
     steps_per_call: int = setting(
         15, "steps sent to the device as one program, at most, where it holds the images (else 1)", at_least(1)
     )
+    on_nonfinite: str = setting(
+        "stop",
+        "when loss, weights or moments are no numbers: 'stop', or 'skip' the step, up to 10 in a row",
+        one_of("stop", "skip"),
+    )
 
 
 @dataclass(frozen=True)
 class EvalSettings:
     """Evaluation, during training and after it."""
 
-    batch_size: int = setting(256, "images at once", at_least(1))
+    batch_size: int = setting(256, "images at once", between(1, 65536))
     best: str = setting(
         "",
         "'rank1', 'mAP', …: also keep the checkpoint that is best on the *test set*; '': don't",

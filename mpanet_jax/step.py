@@ -73,7 +73,8 @@ def train_step(
 
     Returns:
       The next state, and scalars of the global batch: every loss term, `loss`, `accuracy` (on the augmented images)
-      and `learning_rate`.
+      and `learning_rate`; with settings.train.on_nonfinite = 'skip' also `skipped`: 1 where the loss, the new weights
+      or the new moments are not finite, and the state stays as it was but for its step.
     """
     images = batch["images"] if image_cache is None else image_cache[batch["index"]]
     rows = {name: batch[name] for name in ("labels", "modality")}
@@ -106,13 +107,21 @@ def train_step(
     # flax.linen's own batch norm starts in float32 whatever the network's type is.
     batch_stats = jax.tree.map(lambda new, old: new.astype(old.dtype), noted.get("batch_stats", {}), state.batch_stats)
     next_state = state.replace(
-        step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
         opt_state=opt_state,
         averages=averages,
     )
-    return next_state, metrics
+    if method.settings.train.on_nonfinite == "skip":
+        finite = _all_finite((metrics["loss"], next_state.params, next_state.batch_stats, next_state.opt_state))
+        next_state = jax.tree.map(lambda new, old: lax.select(finite, new, old), next_state, state)
+        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+    return next_state.replace(step=state.step + 1), metrics
+
+
+def _all_finite(tree: Any) -> Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def train_steps(

@@ -1,5 +1,6 @@
 """The training loop: from settings to a trained, evaluated run."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -10,9 +11,10 @@ import jax
 
 from mpanet_jax import datasets
 from mpanet_jax.call_plan import cut_into_calls, stack_batches
-from mpanet_jax.checkpoint import Checkpoints, has_checkpoint
+from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, is_finite
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
+from mpanet_jax.errors import Stopped
 from mpanet_jax.evaluation.best import keep_best
 from mpanet_jax.evaluation.evaluate import write_metrics
 from mpanet_jax.evaluation.extract import Embed
@@ -20,13 +22,18 @@ from mpanet_jax.evaluation.workdir import evaluate_set, make_embed, of_checkpoin
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog, MetricReader
+from mpanet_jax.nonfinite import FiniteCheck
 from mpanet_jax.parallel import Parallel, all_devices, global_num_ids, on_first_device
 from mpanet_jax.processes import check_same_workdir, is_first_process, wait_for_all_processes
 from mpanet_jax.run_files import METRICS_FILES, check_init_from, check_same_run, save_settings
 from mpanet_jax.settings import Settings, replace
 from mpanet_jax.state import TrainState, create_train_state, random_keys
 from mpanet_jax.step import train_steps
+from mpanet_jax.stop import StopRequest
 from mpanet_jax.weights.convert import initial_variables
+from mpanet_jax.workdir_lock import locked_workdir
+
+SAVED = "stopped at step {}, saved; start again with the same command"
 
 
 def make_feed(method: Method, split: Split, parallel: Parallel) -> TrainFeed:
@@ -127,8 +134,21 @@ def train(
     Raises:
       UserError: something in the settings or the data needs the user, and nothing has been written then; or the loss is
         not finite any more.
+      Stopped: SIGTERM or Ctrl-C; the steps done are saved.
     """
-    workdir, method = Path(workdir), make_method(settings)
+    with StopRequest() as stop:
+        return _train(settings, Path(workdir), feed, on_steps, programs or Programs(), stop)
+
+
+def _train(
+    settings: Settings,
+    workdir: Path,
+    feed: TrainFeed | None,
+    on_steps: Callable[[int, float], None] | None,
+    programs: Programs,
+    stop: StopRequest,
+) -> dict[str, dict[str, Any]]:
+    method = make_method(settings)
     method.check_form()  # before anything is written
     check_init_from(settings.init_from, workdir)
     parallel = all_devices(settings.parallel)
@@ -141,11 +161,17 @@ def train(
     feed = feed or make_feed(method, train_split, parallel)
     steps_per_epoch = feed.steps_per_epoch
     state = parallel.replicate(initial_state(method, variables, steps_per_epoch))
-    run_steps, make_embedder = (programs or Programs()).of(method, train_split.num_ids, steps_per_epoch, parallel)
+    run_steps, make_embedder = programs.of(method, train_split.num_ids, steps_per_epoch, parallel)
 
-    def evaluate(state: TrainState, tested: datasets.EvaluationSet) -> dict[str, dict[str, Any]]:
-        variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})
-        results = evaluate_set(settings, tested, make_embedder(variables))
+    def evaluate(step: int, state: TrainState, tested: datasets.EvaluationSet) -> dict[str, dict[str, Any]]:
+        embed = make_embedder(on_first_device({"params": state.params, "batch_stats": state.batch_stats}))
+
+        def embed_unless_stopped(images: Any, modality: Any = None) -> Any:
+            if stop.interrupts_work_of_one():
+                raise stop.stopped(SAVED.format(step))
+            return embed(images, modality)
+
+        results = evaluate_set(settings, tested, embed_unless_stopped)
         wait_for_all_processes("the end of an evaluation")
         return results
 
@@ -154,7 +180,7 @@ def train(
     evaluate_every = settings.train.eval_every_epochs * steps_per_epoch
     steps_per_call = 1 if feed.images is None else settings.train.steps_per_call
     check_same_workdir(workdir)
-    with Checkpoints(workdir, settings.train.keep_checkpoints) as checkpoints:
+    with locked_workdir(workdir), Checkpoints(workdir, settings.train.keep_checkpoints) as checkpoints:
         first_step = 0
         if checkpoints.latest_step is not None:
             check_same_run(settings, workdir)
@@ -164,30 +190,64 @@ def train(
         if is_first_process():
             save_settings(settings, workdir)
         with MetricLog(workdir, total_steps, first_step, active=is_first_process()) as log:
-            reader = MetricReader(log, settings.train.log_every_steps, steps_per_epoch, feed.batch_size, on_steps)
-            stops = (checkpoint_every, evaluate_every)
+            finite = FiniteCheck(
+                settings.train.on_nonfinite,
+                workdir,
+                lambda step: train_split.paths[feed.rows(step - 1)],
+                writes=is_first_process(),
+            )
+            reader = MetricReader(
+                log, settings.train.log_every_steps, steps_per_epoch, feed.batch_size, on_steps, finite
+            )
 
-            def watch(step: int, state: TrainState) -> dict[str, dict[str, Any]]:
-                results = evaluate(state, watched)
+            def save(step: int) -> None:
+                # What diverged, or comes from damaged images, must not take the place of the last good state.
+                reader.finish()
+                feed.require_sound_images()
+                if not is_finite((state.params, state.batch_stats, state.opt_state)):
+                    raise finite.error(step, "the weights are not finite any more", {})
+                checkpoints.save(step, state, feed.batches)
+
+            def watch(step: int) -> dict[str, dict[str, Any]]:
+                results = evaluate(step, state, watched)
                 log.evaluation(step, results)
                 keep_best(workdir, settings.eval.best, step, results, state, feed.batches, validation=validation)
                 return results
 
+            def watch_during_training(step: int) -> None:
+                reader.finish()
+                with contextlib.suppress(Stopped):  # the state is saved then, and evaluated when the run goes on
+                    watch(step)
+                reader.restart_timer(step)
+
+            def is_due(every: int, step: int) -> bool:
+                return bool(every) and step % every == 0
+
+            stop.defer()
+            # A run that was stopped in this evaluation, or killed, has yet to finish it.
+            if first_step and first_step != total_steps and is_due(evaluate_every, first_step):
+                watch_during_training(first_step)
+            stops = (checkpoint_every, evaluate_every)
             for before, step in cut_into_calls(first_step, total_steps, steps_per_call, stops):
                 state, metrics = run_steps(state, stack_batches(feed.batches, step - before), feed.images)
                 # The call before this one is read after this one was sent off: the device always has work.
                 reader.read_previous(before, step, metrics)
-                if step == total_steps or (checkpoint_every and step % checkpoint_every == 0):
-                    reader.finish()  # a diverged state must not take the place of the last good one
-                    checkpoints.save(step, state, feed.batches)
-                if evaluate_every and step % evaluate_every == 0 and step != total_steps:
-                    reader.finish()
-                    watch(step, state)
-                    reader.restart_timer(step)
+                checkpoints.raise_failure()
+                saves = step == total_steps or is_due(checkpoint_every, step)
+                if saves:
+                    save(step)
+                watches = step != total_steps and is_due(evaluate_every, step)
+                if watches:
+                    watch_during_training(step)
+                if step != total_steps and stop.agreed(before, step, ask=watches):
+                    if not saves:
+                        save(step)
+                    checkpoints.wait()
+                    raise stop.stopped(SAVED.format(step))
             reader.finish()
-            results = watch(total_steps, state)
+            results = watch(total_steps)
             if validation:
-                results = evaluate(state, test_set)
+                results = evaluate(total_steps, state, test_set)
     feed.batches.close()
     results = of_checkpoint(results, "last", total_steps)
     if is_first_process():

@@ -36,6 +36,8 @@ flags.mark_flag_as_required("config")
 def main(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"{arguments[0]}: not a flag; see --help")
+    if workdir_flag.value == "":
+        raise UserError("--workdir: is empty; name a folder, or leave the flag out for runs/NAME")
     of_several = [f for f in (coordinator_flag, num_processes_flag, process_flag, timeout_flag) if f.present]
     if of_several and not distributed_flag.value:
         raise UserError(f"--{of_several[0].name} goes with --distributed; without it this process trains alone")

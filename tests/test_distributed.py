@@ -123,8 +123,8 @@ def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
             assert time.monotonic() < deadline, log_file(folder, "two", 0).read_text()
             assert all(process.poll() is None for process in processes), log_file(folder, "two", 0).read_text()
             time.sleep(0.1)
-        processes[1].terminate()  # as a scheduler does; JAX's own service would have it go on
-        assert processes[1].wait(timeout=HANGS_AFTER) == -signal.SIGTERM
+        processes[1].kill()
+        assert processes[1].wait(timeout=HANGS_AFTER) == -signal.SIGKILL
         # Meanwhile one device does the same another way: two steps in one call and one in the next.
         (alone,) = start(folder, "one", 1, *ALONE)
         processes.append(alone)
@@ -184,6 +184,27 @@ def test_processes_wait_for_one_that_reads_or_compiles_for_longer(folder):
         assert json.loads(log.splitlines()[-1]) == {"traced": {"2": 1, "1": 1}, "compiled": 2}
     late, prompt = (re.findall(r"^step (\d) epoch .* loss (\S+)", log, re.M) for log in (logs[0], logs[2]))
     assert len(late) == STEPS_PER_EPOCH and late == prompt
+
+
+def test_processes_stop_together_when_one_is_told_to(folder):
+    # No checkpoint is due before the end. Schedulers tell all processes, at moments that differ; here they tell one.
+    more = ("--config.train.checkpoint_every_epochs=0", "--config.train.keep_checkpoints=1")
+    processes = start(folder, "told", 10_000, *more, num_processes=2, late=(("prompt", "0"),) * 2)
+    try:
+        deadline = time.monotonic() + HANGS_AFTER
+        while not logged_steps(folder, "told"):
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        processes[1].terminate()
+        codes = [process.wait(timeout=HANGS_AFTER) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [log_file(folder, "told", number).read_text() for number in range(2)]
+    assert codes == [143, 143], logs
+    (step,) = checkpoints(folder, "told")
+    assert logs[0].splitlines()[-1] == f"stopped at step {step}, saved; start again with the same command"
+    assert step >= logged_steps(folder, "told")[-1] and "Traceback" not in "".join(logs)
 
 
 def test_a_process_that_does_not_come_is_waited_for_so_long(folder):

@@ -77,6 +77,7 @@ PAPER = {
         "keep_checkpoints": 2,
         "log_every_steps": 50,
         "steps_per_call": 15,
+        "on_nonfinite": "stop",
     },
     "eval": {"batch_size": 256, "best": "", "flip": False, "rerank": False},
     "loss": {
@@ -210,8 +211,8 @@ def test_replace_changes_what_it_names_and_nothing_else():
 CHANNELS = "'mam', 'se', 'in', 'cbam', 'none'"
 BACKBONES = "'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152'"
 BEST = "'', 'rank1', 'rank5', 'rank10', 'rank20', 'mAP', 'mINP'"
-WORKERS = "expected a number of processes, 0 for threads, or -1 to choose"
-STAGES = "expected 4 numbers of at least 1, or none"
+WORKERS = "expected a number of processes up to 1024, 0 for threads, or -1 to choose"
+STAGES = "expected 4 numbers from 1 to 200, or none"
 SHARES = "expected a smallest and a largest value, above 0 and at most 1"
 RATIOS = "expected a smallest and a largest value above 0"
 BAD_VALUES = [
@@ -229,16 +230,23 @@ BAD_VALUES = [
     ("eval.best", "rank2", f"expected one of {BEST}; did you mean 'rank20'?"),
     # numbers out of range
     ("seed", -1, "expected a number from 0 to 4294967295"),
+    ("seed", 10**20, "expected a number from 0 to 4294967295"),
     ("seed", 2**32, "expected a number from 0 to 4294967295"),
-    ("data.height", 0, "expected at least 1"),
-    ("data.width", -5, "expected at least 1"),
-    ("data.num_ids_per_batch", 0, "expected at least 1"),
-    ("data.images_per_id", 0, "expected at least 2"),
-    ("data.images_per_id", 1, "expected at least 2"),
+    ("data.height", 1, "expected a number from 4 to 4096"),
+    ("data.height", 100_000, "expected a number from 4 to 4096"),
+    ("data.width", -5, "expected a number from 4 to 4096"),
+    ("data.width", 100_000, "expected a number from 4 to 4096"),
+    ("data.num_ids_per_batch", 0, "expected a number from 1 to 4096"),
+    ("data.num_ids_per_batch", 100_000, "expected a number from 1 to 4096"),
+    ("data.images_per_id", 0, "expected a number from 2 to 256"),
+    ("data.images_per_id", 1, "expected a number from 2 to 256"),
+    ("data.images_per_id", 1000, "expected a number from 2 to 256"),
     ("data.num_workers", -2, WORKERS),
+    ("data.num_workers", 100_000, WORKERS),
     ("augment.flip_probability", 1.5, "expected a number from 0 to 1"),
     ("augment.erase_probability", -0.1, "expected a number from 0 to 1"),
-    ("augment.crop_padding", -3, "expected at least 0"),
+    ("augment.crop_padding", -3, "expected a number from 0 to 4096"),
+    ("augment.crop_padding", 100_000, "expected a number from 0 to 4096"),
     ("augment.crop_fill", 300, "expected a pixel's value, 0 to 255"),
     ("augment.erase_area", (0.5, 0.2), SHARES),
     ("augment.erase_area", (0.5, 1.1), SHARES),
@@ -255,24 +263,29 @@ BAD_VALUES = [
     ("augment.rrle_beta", -0.4, "expected a positive number"),
     ("augment.rrle_area", (0.5, 0.4), SHARES),
     ("augment.rrle_aspect", (0.0, 1.0), RATIOS),
-    ("model.width", 0, "expected at least 1"),
+    ("model.width", 0, "expected a number from 1 to 1024"),
+    ("model.width", 100_000, "expected a number from 1 to 1024"),
     ("model.num_patterns", 0, "expected at least 1"),
     ("model.reduction", 0, "expected at least 1"),
     ("model.stage_sizes", (1, 1), STAGES),
     ("model.stage_sizes", (1, 1, 1, 0), STAGES),
+    ("model.stage_sizes", (1, 1, 100_000, 1), STAGES),
     ("optim.learning_rate", 0.0, "expected a positive number"),
     ("optim.learning_rate", float("inf"), "expected a positive number"),
     ("optim.decay", -1.0, "expected a positive number"),
     ("optim.weight_decay", -1e-4, "expected at least 0"),
-    ("optim.milestones", (38, 29), "expected epochs in rising order"),
-    ("optim.milestones", (38, 38), "expected epochs in rising order"),
+    ("optim.milestones", (38, 29), "expected epochs from 0 on, in rising order"),
+    ("optim.milestones", (-5, 0), "expected epochs from 0 on, in rising order"),
+    ("optim.milestones", ("a", "b"), "expected a tuple of whole numbers"),
+    ("optim.milestones", (38, 38), "expected epochs from 0 on, in rising order"),
     ("train.num_epochs", 0, "expected at least 1"),
     ("train.eval_every_epochs", -1, "expected at least 0"),
     ("train.checkpoint_every_epochs", -1, "expected at least 0"),
     ("train.keep_checkpoints", 0, "expected at least 1"),
     ("train.log_every_steps", 0, "expected at least 1"),
     ("train.steps_per_call", 0, "expected at least 1"),
-    ("eval.batch_size", 0, "expected at least 1"),
+    ("train.on_nonfinite", "ignore", "expected one of 'stop', 'skip'"),
+    ("eval.batch_size", 0, "expected a number from 1 to 65536"),
     ("loss.identity", -1.0, "expected at least 0"),
     ("loss.center_cluster", -1.0, "expected at least 0"),
     ("loss.separation", -1.0, "expected at least 0"),
@@ -296,6 +309,7 @@ BAD_VALUES = [
     ("model.backbone", 50, "expected a text"),
     ("optim.milestones", 80, "expected a tuple of whole numbers"),
     ("optim.milestones", (80, 120.5), "expected a tuple of whole numbers"),
+    ("model.stage_sizes", (1.5, 1, 1, 1), "expected a tuple of whole numbers"),
     ("model.stage_sizes", "3463", "expected a tuple of whole numbers"),
     ("augment.erase_area", (0.5,), "expected 2 numbers"),
     ("augment.erase_fill", (0.5, 0.5), "expected 3 numbers"),
@@ -344,7 +358,7 @@ def test_the_settings_say_how_many_workers(num_workers):
         {"optim.milestones": ()},
         {"optim.learning_rate": 1},
         {"train.eval_every_epochs": 0, "train.checkpoint_every_epochs": 0},
-        {"data.images_per_id": 2, "data.num_ids_per_batch": 1, "data.height": 1, "data.width": 1},
+        {"data.images_per_id": 2, "data.num_ids_per_batch": 1, "data.height": 4, "data.width": 4096},
         {"seed": 2**32 - 1, "eval.best": "mINP", "mean.rate": 1.0, "augment.crop_fill": 255},
         # A mask with whole widths is needed only where there is a mask.
         {"model.reduction": 7, "model.channel_module": "none"},
@@ -643,5 +657,5 @@ def test_scripts_say_it_as_the_flag(tmp_path):
         text=True,
     )
     assert process.returncode == 2
-    assert process.stderr.splitlines()[-1] == "error: --config.data.height = 0: expected at least 1"
+    assert process.stderr.splitlines()[-1] == "error: --config.data.height = 0: expected a number from 4 to 4096"
     assert not list(tmp_path.iterdir())

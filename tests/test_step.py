@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpanet_jax.methods.mpanet import MPANet as MPANetMethod
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
 from mpanet_jax.models.resnet import BACKBONES, Bottleneck, ResNet
 from mpanet_jax.state import init_variables
@@ -33,19 +34,51 @@ def make_batch(seed=0):
     }
 
 
-def make_step(*, augment=False, **fields):
+def make_step(*, augment=False, method_class=MPANetMethod, **fields):
     method = small_mpanet(
         data__images_per_id=K,
         optim__learning_rate=1e-3,
         **({} if augment else {k.replace(".", "__"): v for k, v in NO_AUGMENTATION.items()}),
         **fields,
     )
+    method = method_class(method.settings)
     options = {"method": method, "network": method.build(P), "steps_per_epoch": 10}
     return jax.jit(partial(train_step, **options)), start(method, P, HEIGHT, WIDTH)
 
 
 def equal(a, b):
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+class Poisoned(MPANetMethod):
+    """Its loss is NaN for batches that begin with the last identity."""
+
+    def loss_terms(self, outputs, rows, averages, axis_name=None):
+        terms = super().loss_terms(outputs, rows, averages, axis_name)
+        return terms | {"identity": terms["identity"] * jnp.where(rows["labels"][0] == P - 1, jnp.nan, 1.0)}
+
+
+def test_step_without_a_finite_loss_is_skipped():
+    step, state = make_step(method_class=Poisoned, train__on_nonfinite="skip")
+    good, bad = make_batch(), {name: rows[::-1].copy() for name, rows in make_batch().items()}
+    bad["modality"] = bad["modality"][::-1].copy()
+    one, metrics = step(state, good)
+    assert float(metrics["skipped"]) == 0 and not equal(one.params, state.params)
+    two, metrics = step(one, bad)
+    assert float(metrics["skipped"]) == 1 and np.isnan(float(metrics["loss"]))
+    assert equal(two, one.replace(step=one.step + 1))
+    three, metrics = step(two, good)
+    assert float(metrics["skipped"]) == 0 and not equal(three.averages, two.averages)
+    # Without augmentation the step after is the one that would have come.
+    assert equal(three.params, step(one, good)[0].params)
+
+
+def test_steps_are_skipped_only_where_that_was_asked_for():
+    step, state = make_step(method_class=Poisoned)
+    bad = {name: rows[::-1].copy() for name, rows in make_batch().items()}
+    after, metrics = step(state, bad)
+    finite = [np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params)]
+    assert "skipped" not in metrics and not all(finite)
 
 
 def test_four_steps_train():

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +21,10 @@ from configs import regdb as regdb_config
 from configs import synthetic as synthetic_config
 from configs import sysu as sysu_config
 from mpanet_jax import checkpoint
-from mpanet_jax.checkpoint import Checkpoints, load_model
+from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, load_model
+from mpanet_jax.checksums import CHECKSUMS_FILE
 from mpanet_jax.datasets.synthetic import write_dataset
-from mpanet_jax.errors import SettingsError, UserError
+from mpanet_jax.errors import SettingsError, Stopped, UserError
 from mpanet_jax.evaluation.evaluate import describe
 from mpanet_jax.evaluation.workdir import evaluate_set, evaluate_workdir
 from mpanet_jax.methods import METHODS, make_method, settings_of
@@ -31,6 +34,7 @@ from mpanet_jax.run_files import load_settings, save_settings
 from mpanet_jax.settings import replace
 from mpanet_jax.step import train_steps
 from mpanet_jax.train import Programs, train
+from mpanet_jax.workdir_lock import locked_workdir
 from tests.datasets.by_name import prepare
 from tests.limits import HANGS_AFTER
 
@@ -98,6 +102,16 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(settings, tmp_path):
     moved = run_script("evaluate.py", f"--workdir={tmp_path}/run", f"--data_dir={tmp_path}", cwd=tmp_path)
     assert moved.returncode == 2 and f"not prepared in {tmp_path}; name the folder" in moved.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_second_run_in_a_workdir_is_refused_and_evaluation_is_not(settings, tmp_path):
+    train(settings, tmp_path / "run")
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    with locked_workdir(tmp_path / "run"):
+        with pytest.raises(UserError, match=f"{tmp_path}/run: .* trains there"):
+            train(replace(settings, {"train.num_epochs": 2}), tmp_path / "run")
+        assert 0 < evaluate_workdir(tmp_path / "run")["sysu/all/single"]["mAP"] <= 100
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
 
 
 def test_runs_of_several_seeds_are_averaged_by_the_script(settings, tmp_path):
@@ -200,6 +214,41 @@ def test_resumed_training_is_bit_identical(settings, tmp_path, monkeypatch, vers
     assert trees_equal(whole, halves)
     kept = sorted(int(p.name) for p in (tmp_path / "halves/checkpoints").iterdir() if p.name.isdigit())
     assert kept == [3, 4]
+
+
+@pytest.mark.parametrize("when", ["between steps", "during an evaluation"])
+def test_run_that_is_asked_to_stop_loses_nothing(settings, tmp_path, monkeypatch, when):
+    # One step an epoch, an evaluation after the second, no checkpoint but at the end.
+    changes = {"train.num_epochs": 4, "train.checkpoint_every_epochs": 0, "train.eval_every_epochs": 2}
+    settings = replace(settings, {**changes, "eval.best": "mAP"})
+    monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
+    begun, evaluated = [], []
+
+    def evaluate(settings, tested, embed):
+        begun.append(tested)
+        if when == "during an evaluation" and len(begun) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        evaluated.append(evaluate_set(settings, tested, embed))
+        return evaluated[-1]
+
+    def on_steps(step, _):
+        if when == "between steps" and step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("mpanet_jax.train.evaluate_set", evaluate)
+    with pytest.raises(Stopped, match="stopped at step 2, saved; start again with the same command") as stopped:
+        train(settings, tmp_path / "run", on_steps=on_steps)
+    # The step under way when the signal came is finished; the evaluation that is due is not begun, or left off.
+    assert stopped.value.exit_code == (130 if when == "between steps" else 143)
+    assert not evaluated and not (tmp_path / "run/metrics_best.json").exists()
+    assert final_state(tmp_path / "run")[0] == 2
+    train(settings, tmp_path / "run")
+    assert len(evaluated) == 2  # of step 2, and of step 4
+    monkeypatch.setattr("mpanet_jax.train.evaluate_set", evaluate_set)
+    train(settings, tmp_path / "whole")
+    assert trees_equal(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
+    best = [json.loads((tmp_path / name / "metrics_best.json").read_text()) for name in ("run", "whole")]
+    assert best[0] == best[1]
 
 
 def test_runs_of_several_seeds_share_their_programs(settings, tmp_path, monkeypatch):
@@ -442,33 +491,50 @@ def test_diverged_run_stops_and_keeps_its_last_good_checkpoint(settings, tmp_pat
     with pytest.raises(UserError, match=r"step 4: the loss is nan; lower config.optim.learning_rate"):
         train(settings, tmp_path / "run")
     assert final_state(tmp_path / "run")[0] == 2
+    check_report(tmp_path / "run", step=4, num_images=12)
+
+
+def check_report(workdir, step, num_images):
+    report = json.loads((workdir / "nonfinite.json").read_text())
+    assert report["step"] == step and len(set(report["images"])) == num_images
+    assert all(re.fullmatch(r"cam\d/\d+/\d+\.jpg", path) for path in report["images"])
+    assert report["terms"]["loss"] == "nan" and "identity" in report["terms"]
+
+
+def test_state_that_is_not_finite_is_not_saved(settings, tmp_path, monkeypatch):
+    # The only step's loss is finite, the weights after it are not.
+    monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
+    monkeypatch.setattr(MPANet, "learning_rate", lambda self, steps_per_epoch: lambda step: jnp.nan)
+    with pytest.raises(UserError, match=r"step 1: the weights are not finite any more; lower config\.optim"):
+        train(settings, tmp_path / "run")
+    assert not has_checkpoint(tmp_path / "run")
 
 
 def test_weights_alone_are_no_run_to_go_on_with(settings, tmp_path):
     train(settings, tmp_path / "run")
     for item in ("training", "data"):
         shutil.rmtree(next((tmp_path / "run/checkpoints").glob(f"[0-9]*/{item}")))
+    next((tmp_path / "run/checkpoints").glob(f"[0-9]*/{CHECKSUMS_FILE}")).unlink()  # nobody says that more was there
     settings = replace(settings, {"train.num_epochs": 2})
     with pytest.raises(UserError, match=r"checkpoints/\d+: lacks the data and training .*init_from"):
         train(settings, tmp_path / "run")
 
 
-@pytest.mark.parametrize("damage", ["cut off", "emptied", "gone"])
-def test_damaged_checkpoint_is_named(settings, tmp_path, damage):
-    train(settings, tmp_path / "run")
-    (model,) = (tmp_path / "run/checkpoints").glob("[0-9]*/model")
-    if damage == "gone":
-        shutil.rmtree(model)
-    files = [path for path in model.glob("**/d/*") if path.is_file()]
-    for path in files:
-        os.truncate(path, path.stat().st_size // 2 if damage == "cut off" else 0)
-    assert files or damage == "gone"
-    with pytest.raises(UserError, match=rf"{model.parent}: .*cannot be read .* delete it"):
-        load_model(tmp_path / "run")
+def test_unattended_run_goes_on_from_the_last_sound_checkpoint(settings, tmp_path, capfd, monkeypatch):
     settings = replace(settings, {"train.num_epochs": 2})
-    said = "lacks the model that training" if damage == "gone" else "this checkpoint cannot be read"
-    with pytest.raises(UserError, match=f"{model.parent}: {said}"):
-        train(settings, tmp_path / "run")
+    monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
+    train(settings, tmp_path / "run")
+    whole = final_state(tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/2"
+    for path in newest.glob("model/**/d/*"):
+        os.truncate(path, path.stat().st_size // 2)
+    evaluation = run_script("evaluate.py", f"--workdir={tmp_path}/run", cwd=tmp_path)
+    assert evaluation.returncode == 2 and evaluation.stderr.count("\n") == 1
+    assert evaluation.stderr.startswith(f"error: {newest}: this checkpoint is damaged (")
+    capfd.readouterr()
+    train(settings, tmp_path / "run")
+    assert f"{newest}: damaged (" in capfd.readouterr().err
+    assert trees_equal(whole, final_state(tmp_path / "run"))
 
 
 def test_official_preset_changes_what_method_lists():
@@ -549,6 +615,7 @@ BAD_TRAINING = {
     "preset by its field": (["--config.preset=official"], "--config=configs/NAME.py:official"),
     "no such trial": (["--config.dataset.name=regdb", "--config.dataset.trial=11"], "config.dataset.trial"),
     "not a flag": (["extra"], "extra: not a flag"),
+    "empty workdir": (["--workdir="], "--workdir: is empty"),
     "one of several, alone": (["--num_processes=2"], "--num_processes goes with --distributed"),
     "weights that are not there": (["--config.init_from=/no/such/file.safetensors"], "/no/such/file.safetensors"),
 }
@@ -593,6 +660,16 @@ def test_config_file_that_is_not_there(tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: --config: No such file") and "configs/none.py" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [None, "# A page — no program", "raise KeyError('x')", "x = 1"])
+def test_config_file_that_is_none(tmp_path, content):
+    path = tmp_path / "config.py"
+    path.mkdir() if content is None else path.write_text(content)
+    result = run_script("train.py", f"--config={path}", "--workdir=run", cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: --config: cannot be read"), result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_workdir_that_cannot_be_made(settings, tmp_path):

@@ -17,6 +17,7 @@ from absl import logging
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mpanet_jax.cpus import available_cpus
+from mpanet_jax.data.cache_check import write_sums
 from mpanet_jax.data.decode import MAX_THREADS, pixels_of
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
@@ -34,9 +35,9 @@ def open_images(split: Split, data: DataSettings, cache_dir: str | os.PathLike |
 
     The images, uint8[N, height, width, 3], are memory-mapped from `cache_dir`, and built there if need be. The file is
     built under a temporary name and renamed when it is whole, so a killed build leaves nothing that could be taken for
-    a cache; the next one removes its remains. A lock makes other processes wait for one build. With `cache_dir` None
-    the images are in RAM only. So they are with 'device' where `cache_dir` has no room: there the file only saves the
-    next run the work. With 'none' there are no images.
+    a cache; the next one removes its remains. Checksums lie beside it (see `cache_check`). A lock makes other processes
+    wait for one build. With `cache_dir` None the images are in RAM only. So they are with 'device' where `cache_dir`
+    has no room: there the file only saves the next run the work. With 'none' there are no images.
 
     Raises:
       UserError: an image can't be decoded, or nothing can be written to `cache_dir`; the latter names
@@ -125,6 +126,7 @@ def _build(path: Path, shape: tuple[int, ...], split: Split, data: DataSettings)
                 _fill(images, split, data)
                 images.flush()
                 del images
+                write_sums(path, temporary)
                 os.replace(temporary, path)
     except OSError as error:
         raise UserError(

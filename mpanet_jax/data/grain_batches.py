@@ -147,7 +147,9 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     del worker_index, worker_count
     # Nothing here computes with JAX. Should something ever do, it must not claim the accelerator's memory.
     jax.config.update("jax_platforms", "cpu")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent's end is this one's
+    # Ctrl-C goes to all, and so do the signals of some schedulers; the parent's end is this one's.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
     parent = multiprocessing.parent_process()
     assert parent is not None  # a worker has one

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import grain
 import jax
 import numpy as np
 
 from mpanet_jax.data.cache import decoding_threads, open_images
+from mpanet_jax.data.cache_check import CacheCheck, CacheFile
 from mpanet_jax.data.decode import pixels_of
 from mpanet_jax.data.grain_batches import Batch, ResumableBatches, choose_num_workers
 from mpanet_jax.data.sampling import BatchPlan
@@ -40,6 +42,8 @@ class TrainFeed:
       images: uint8[N, height, width, 3] on the accelerator, to be indexed with a batch's `index`; None in the
         other modes.
       cache: the mode in use: 'device', 'host' or 'none'.
+      plan: of all processes.
+      check: of the images' file, under way in the background; None where no file is read.
     """
 
     batches: grain.DatasetIterator
@@ -47,6 +51,22 @@ class TrainFeed:
     batch_size: int
     images: jax.Array | None
     cache: str
+    plan: BatchPlan
+    check: CacheCheck | None
+
+    def rows(self, step: int) -> np.ndarray:
+        """int[P·K], the images in the split of batch `step` of the whole training (from 0), over all processes."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self.plan.epoch(epoch)[place]
+
+    def require_sound_images(self) -> None:
+        """Returns once the images that the batches come from are known to be what was cached.
+
+        Raises:
+          UserError: they are not.
+        """
+        if self.check is not None:
+            self.check.require()
 
 
 def train_feed(
@@ -87,16 +107,17 @@ def train_feed(
     dataset = grain.MapDataset.source(_TrainSource(plan, split.labels, split.modality, num_epochs, share))
     cache, images = open_images(split, data, cache_dir)
     num_threads, num_workers, on_device = 1, 0, None
+    check = CacheCheck(Path(images.filename or "")) if isinstance(images, np.memmap) else None
     if images is None:
         dataset = dataset.map(_Decode(split, data))
         num_threads = decoding_threads()
         num_workers = choose_num_workers(data.num_workers, size * data.height * data.width * 3)
     elif cache == "host":
-        dataset = dataset.map(_Gather(images))
+        dataset = dataset.map(_Gather(CacheFile(images).rows if isinstance(images, np.memmap) else images.__getitem__))
     else:
         on_device = put_images(images)
     batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
-    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, on_device, cache)
+    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, on_device, cache, plan, check)
 
 
 def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_size: int) -> Iterator[Batch]:
@@ -183,10 +204,10 @@ class _TrainSource:
 class _Gather(grain.transforms.Map):
     """Adds a batch's images from the resized ones."""
 
-    images: np.ndarray
+    rows: Callable[[np.ndarray], np.ndarray]
 
     def map(self, batch: Batch) -> Batch:
-        return batch | {"images": self.images[batch["index"]]}
+        return batch | {"images": self.rows(batch["index"])}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from PIL import Image
 from mpanet_jax.data import cache as cache_module
 from mpanet_jax.data import grain_batches as grain_batches_module
 from mpanet_jax.data.cache import cache_path, choose_cache, open_images
+from mpanet_jax.data.cache_check import sums_path
 from mpanet_jax.data.grain_batches import choose_num_workers
 from mpanet_jax.data.pipeline import split_batches
 from mpanet_jax.errors import UserError
@@ -258,6 +259,40 @@ def test_a_cut_off_cache_is_built_again(tmp_path):
     path = cache_path(split, HOST, tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
     np.testing.assert_array_equal(open_images(split, HOST, tmp_path)[1], expected)
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_a_flipped_bit_in_the_cache_is_found_before_the_first_checkpoint(tmp_path, mode):
+    split = toy_split()
+    expected = np.array(open_images(split, HOST, tmp_path)[1])
+    path = cache_path(split, HOST, tmp_path)
+    toy_feed(split, cache=mode, cache_dir=tmp_path).require_sound_images()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    feed = toy_feed(split, cache=mode, cache_dir=tmp_path)
+    next(feed.batches)
+    with pytest.raises(UserError, match=f"{path}: the image cache was damaged"):
+        feed.require_sound_images()
+    np.testing.assert_array_equal(open_images(split, HOST, tmp_path)[1], expected)  # built anew
+    toy_feed(split, cache=mode, cache_dir=tmp_path).require_sound_images()
+
+
+def test_a_cache_of_an_older_version_has_no_checksums_and_is_taken(tmp_path):
+    split = toy_split()
+    open_images(split, HOST, tmp_path)
+    sums_path(cache_path(split, HOST, tmp_path)).unlink()
+    toy_feed(split, cache="host", cache_dir=tmp_path).require_sound_images()
+    toy_feed(split, cache="none").require_sound_images()
+
+
+def test_a_cache_cut_off_during_the_run_does_not_kill_it(tmp_path):
+    split = toy_split()
+    feed = toy_feed(split, cache="host", cache_dir=tmp_path)
+    next(feed.batches)
+    os.truncate(cache_path(split, HOST, tmp_path), 4096)
+    with pytest.raises(UserError, match="image cache was cut off during the run"):
+        list(feed.batches)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):

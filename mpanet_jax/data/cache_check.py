@@ -1,0 +1,99 @@
+"""The image cache's file: its checksums, checked beside training, and reads that a file cut off does not kill."""
+
+import json
+import os
+import threading
+import weakref
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpanet_jax.cpus import available_cpus
+from mpanet_jax.errors import UserError
+from mpanet_jax.files import write_whole
+
+_BLOCK = 64 << 20  # bytes that have a checksum of their own
+_CHUNK = 1 << 20
+
+
+def sums_path(cache: Path) -> Path:
+    """Where the checksums of a cache lie."""
+    return cache.with_suffix(".crc32.json")
+
+
+def write_sums(cache: Path, file: Path) -> None:
+    """Writes the checksums of `file`, which is about to become `cache`; whole or not at all."""
+    with write_whole(sums_path(cache)) as stream:
+        json.dump(_sums(file), stream)
+
+
+def _sums(file: Path) -> list[int]:
+    with ThreadPoolExecutor(min(available_cpus(), 4)) as pool:
+        return list(pool.map(lambda start: _block_sum(file, start), range(0, file.stat().st_size, _BLOCK)))
+
+
+def _block_sum(file: Path, start: int) -> int:
+    crc, left = 0, _BLOCK
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        while left and (chunk := stream.read(min(_CHUNK, left))):
+            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    return crc
+
+
+class CacheCheck:
+    """Compares a cache with its checksums in the background; a cache of an older version has none, and passes."""
+
+    def __init__(self, cache: Path):
+        self._result: Future[bool] = Future()
+        self._cache = cache
+        threading.Thread(target=self._run, daemon=True).start()  # not waited for where the run ends before
+
+    def _run(self) -> None:
+        try:
+            recorded = sums_path(self._cache)
+            self._result.set_result(not recorded.exists() or json.loads(recorded.read_text()) == _sums(self._cache))
+        except ValueError:
+            self._result.set_result(False)
+        except BaseException as error:
+            self._result.set_exception(error)
+
+    def require(self) -> None:
+        """Returns once the cache has been found sound.
+
+        Raises:
+          UserError: it is not; it is deleted then, and the next start builds it anew.
+        """
+        if not self._result.result():
+            for path in (self._cache, sums_path(self._cache)):
+                path.unlink(missing_ok=True)
+            raise UserError(
+                f"{self._cache}: the image cache was damaged, and this run has trained on it; it is deleted, and the "
+                "same command again builds it anew (if that recurs, check the disk)"
+            )
+
+
+class CacheFile:
+    """Rows of a memory-mapped cache, read from its file: where that was cut off, the map would end the process."""
+
+    def __init__(self, images: np.memmap):
+        self._path, self._offset, self._shape = Path(images.filename or ""), images.offset, images.shape
+        self._descriptor = os.open(self._path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """uint8[b, height, width, 3], the images at `index`.
+
+        Raises:
+          UserError: the file was cut off meanwhile.
+        """
+        images = np.empty((len(index), *self._shape[1:]), np.uint8)
+        size = images[:1].nbytes
+        for number, row in enumerate(map(int, index)):
+            buffers: list[Any] = [images[number : number + 1]]  # NumPy's stubs hide that arrays are buffers
+            if os.preadv(self._descriptor, buffers, self._offset + row * size) != size:
+                raise UserError(f"{self._path}: the image cache was cut off during the run; delete it and start again")
+        return images

@@ -1,0 +1,52 @@
+"""What signals do to a run: at first, between calls of the compiled steps, and the second time."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpanet_jax.errors import Stopped
+from mpanet_jax.stop import StopRequest
+
+ROOT = Path(__file__).parent.parent
+# Deaf for an hour, as in a compilation: Python's own handlers do not run meanwhile.
+BUSY = """
+import ctypes
+from mpanet_jax.stop import StopRequest
+with StopRequest() as stop:
+    stop.defer()
+    print("ready", flush=True)
+    libc = ctypes.CDLL(None)
+    while True:
+        libc.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_before_the_first_step_ends_the_run_where_it_is(number, code):
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match="stopped before the first step; start again") as stopped, StopRequest():
+        os.kill(os.getpid(), number)
+    assert stopped.value.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_between_steps_is_noted(number, code):
+    with StopRequest() as stop:
+        stop.defer()
+        assert not stop.agreed(0, 1)
+        os.kill(os.getpid(), number)
+        assert stop.agreed(1, 2) and stop.interrupts_work_of_one()
+        assert stop.stopped("said").exit_code == code and str(stop.stopped("said")) == "said"
+
+
+def test_second_signal_ends_the_process_whatever_it_does():
+    with subprocess.Popen([sys.executable, "-c", BUSY], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() in (130, 143)  # two signals that are sent at once come in either order
