@@ -206,6 +206,8 @@ def _process(work: Work, options: Options, connection: Connection) -> None:
     except Exception as error:
         traceback.print_exc()
         connection.send({"error": f"{type(error).__name__}: {first_line(error)}"})
+    except KeyboardInterrupt:  # of SIGTERM too: it is no failure, and the lab itself has been stopped
+        return
     connection.send(None)
 
 
@@ -253,8 +255,9 @@ def run_work(
                 except EOFError:
                     process.join()
                     log = options.workdir / f"{work.row}.log"
-                    outcome = {"error": f"its process ended with exit code {process.exitcode}; see {log}"}
-                    ended = True
+                    stopped = process.exitcode == 0
+                    error = f"its process ended with exit code {process.exitcode}; see {log}"
+                    outcome, ended = None if stopped else {"error": error}, True
                 if outcome is not None:
                     settings = runs.pop(0)
                     results.add(Run(work.row, settings, outcome))

@@ -18,6 +18,7 @@ from configs import synthetic_gpu
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import make_method, settings_of
+from mpanet_jax.methods.agw import AGWSettings
 from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.settings import replace
 from tests.ablations.rows import outcome, row_process
@@ -149,14 +150,16 @@ def test_rows_of_a_table_are_recipes_and_differ(name):
 
 
 def test_rows_of_one_seed_share_the_start_of_their_common_layers():
-    small = replace(PLAIN, {"model.stage_sizes": (1, 1, 1, 1), "model.width": 8})
-    images, starts = jnp.zeros((2, 32, 32, 3)), []
-    for row in TABLES["3"].rows[0], TABLES["3"].rows[-1]:
-        network = make_method(replace(small, row.changes)).network(5)
-        params = jax.jit(lambda key, n=network: n.init(key, images, train=False)["params"]["stage4"])
-        starts.append(params(jax.random.key(0)))
-    for ours, theirs in zip(*map(jax.tree.leaves, starts), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    small = {"model.stage_sizes": (1, 1, 1, 1), "model.width": 8}
+    baseline = replace(PLAIN, {**small, **TABLES["3"].rows[0].changes})
+    images, modality, starts = jnp.zeros((2, 32, 32, 3)), jnp.arange(2), []
+    for settings in baseline, replace(PLAIN, small), replace(AGWSettings(), small):
+        network = make_method(settings).network(5)
+        init = jax.jit(lambda key, n=network: n.init(key, images, modality, train=False)["params"]["stage4"])
+        starts.append(jax.tree.leaves(init(jax.random.key(0))))
+    for leaves in zip(*starts, strict=True):
+        for other in leaves[1:]:
+            np.testing.assert_array_equal(leaves[0], other)
 
 
 def ablate(tmp_path, *arguments):
