@@ -1,5 +1,7 @@
 # make demo  - install, draw the synthetic data set, train, evaluate
 # make test  - install, lint, all tests
+# make test-kill - kill a run KILLS times, and hold it against one that was not
+# make test-fuzz - feed the readers damaged files for FUZZ_SECONDS
 # Variables: PYTHON (interpreter), VENV (environment), EXTRA (cuda12 or cuda13: JAX with CUDA), WORKDIR (demo's folder)
 
 PYTHON ?= python3
@@ -7,12 +9,14 @@ VENV ?= .venv
 EXTRA ?=
 WORKDIR ?= runs/demo
 PYTEST_ARGS ?= -n 2
+KILLS ?= 50
+FUZZ_SECONDS ?= 600
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
 TEST_INSTALLED := $(VENV)/.installed-test
 
-.PHONY: demo test lint format lock clean
+.PHONY: demo test test-kill test-fuzz lint format lock clean
 
 demo: $(INSTALLED) $(WORKDIR)/raw
 	$(BIN)/python scripts/train.py --config=configs/synthetic.py --workdir=$(WORKDIR) \
@@ -28,6 +32,12 @@ $(WORKDIR)/raw: | $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-kill: $(TEST_INSTALLED)
+	folder=$$(mktemp -d) && $(BIN)/python -m tests.kill_matrix $$folder $(KILLS) && rm -rf $$folder
+
+test-fuzz: $(TEST_INSTALLED)
+	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 
 # The variable: pyright asks the network for newer versions of itself otherwise.
 lint: $(TEST_INSTALLED)

@@ -54,6 +54,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int, which: str = "last"):
         """Of the run in `workdir`; the latest `keep` stay. `which` = 'best': those that `train.keep_best` chooses."""
         _quiet_orbax()
+        if (workdir / FOLDERS[which]).exists() and not (workdir / FOLDERS[which]).is_dir():
+            raise UserError(f"{workdir / FOLDERS[which]}: not a folder; move it away, checkpoints go there")
         self._workdir = workdir
         self._checkpointer = ocp.training.Checkpointer(
             str((workdir / FOLDERS[which]).resolve()),

@@ -1,6 +1,7 @@
 """Images as vectors, and the `.npz` files that hold them."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from jaxtyping import Float32, Int
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.files import write_whole
+from mpanet_jax.memory import free_ram
 from mpanet_jax.modality import INFRARED, UNKNOWN, VISIBLE
 
 REQUIRED = ("features", "pids", "camids", "paths")
@@ -62,6 +64,9 @@ def load_embeddings(path: str | os.PathLike) -> Embeddings:
             missing = [name for name in REQUIRED if name not in archive]
             if missing:
                 raise UserError(f"{path}: no array named {', '.join(missing)}; {fix}")
+            unpacked = sum(entry.file_size for entry in archive.zip.infolist())
+            if unpacked > (free := free_ram()):
+                raise UserError(f"{path}: unpacks to {unpacked >> 20} MiB of which {free >> 20} are free; split it")
             arrays = {}
             for name in (*REQUIRED, *(name for name in OPTIONAL if name in archive)):
                 try:
@@ -82,7 +87,22 @@ def load_embeddings(path: str | os.PathLike) -> Embeddings:
                 arrays[name] = np.char.decode(array, "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}: {name} holds bytes that are not UTF-8; save it as text") from error
-    return check_embeddings(Embeddings(**arrays, source=str(path)))
+    embeddings = check_embeddings(Embeddings(**arrays, source=str(path)))
+    _warn_of_oddities(embeddings)
+    return embeddings
+
+
+def _warn_of_oddities(embeddings: Embeddings) -> None:
+    """Says on stderr what makes a table worthless without being wrong by itself."""
+    zero = np.flatnonzero(~embeddings.features.any(axis=1))
+    if len(zero):
+        what = f"{len(zero)} rows of features are all zero, first that of {embeddings.paths[zero[0]]}"
+        print(f"warning: {embeddings.source}: {what}; they are as far from every image as from any", file=sys.stderr)
+    _, first = np.unique(embeddings.paths, return_index=True)
+    if len(first) < len(embeddings):
+        again = np.setdiff1d(np.arange(len(embeddings)), first)
+        what = f"{len(again)} paths come more than once, first {embeddings.paths[again[0]]}"
+        print(f"warning: {embeddings.source}: {what}; each of them counts as an image of its own", file=sys.stderr)
 
 
 def check_embeddings(embeddings: Embeddings) -> Embeddings:

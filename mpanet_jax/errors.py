@@ -13,6 +13,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from mpanet_jax.lost_process import loss_is_said
+
 
 class UserError(Exception):
     """A mistake in a flag, a config field or a file that the user can mend.
@@ -68,6 +70,7 @@ def lacks_room(error: BaseException) -> bool:
 def _fail(message: object) -> NoReturn:
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     if isinstance(message, AbsentProcessError):
+        loss_is_said()
         sys.stdout.flush()
         os._exit(2)
     _silence()

@@ -13,6 +13,7 @@ from mpanet_jax import datasets
 from mpanet_jax.call_plan import cut_into_calls, stack_batches
 from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, is_finite
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
+from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import Stopped
 from mpanet_jax.evaluation.best import keep_best
@@ -24,7 +25,7 @@ from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog, MetricReader
 from mpanet_jax.nonfinite import FiniteCheck
 from mpanet_jax.parallel import Parallel, all_devices, global_num_ids, on_first_device
-from mpanet_jax.processes import check_same_workdir, is_first_process, wait_for_all_processes
+from mpanet_jax.processes import check_same_workdir, is_first_process, raise_loss, wait_for_all_processes
 from mpanet_jax.run_files import METRICS_FILES, check_init_from, check_same_run, save_settings
 from mpanet_jax.settings import Settings, replace
 from mpanet_jax.state import TrainState, create_train_state, random_keys
@@ -136,8 +137,12 @@ def train(
         not finite any more.
       Stopped: SIGTERM or Ctrl-C; the steps done are saved.
     """
-    with StopRequest() as stop:
-        return _train(settings, Path(workdir), feed, on_steps, programs or Programs(), stop)
+    try:
+        with StopRequest() as stop:
+            return _train(settings, Path(workdir), feed, on_steps, programs or Programs(), stop)
+    except jax.errors.JaxRuntimeError as error:
+        raise_loss(error)
+        raise
 
 
 def _train(
@@ -159,6 +164,7 @@ def _train(
     # Before the feed: weights that cannot be had should not cost the time of building a cache first.
     variables = start_of_run(method, train_split.num_ids, workdir)
     feed = feed or make_feed(method, train_split, parallel)
+    test_records = RecordCheck(test_set.split)
     steps_per_epoch = feed.steps_per_epoch
     state = parallel.replicate(initial_state(method, variables, steps_per_epoch))
     run_steps, make_embedder = programs.of(method, train_split.num_ids, steps_per_epoch, parallel)
@@ -201,9 +207,11 @@ def _train(
             )
 
             def save(step: int) -> None:
-                # What diverged, or comes from damaged images, must not take the place of the last good state.
+                # What diverged, or comes from damaged images, must not take the place of the last good state; and a run
+                # that could not be evaluated should say so before it has trained for long.
                 reader.finish()
                 feed.require_sound_images()
+                test_records.require()
                 if not is_finite((state.params, state.batch_stats, state.opt_state)):
                     raise finite.error(step, "the weights are not finite any more", {})
                 checkpoints.save(step, state, feed.batches)

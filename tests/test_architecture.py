@@ -9,7 +9,7 @@ SOURCES = ("mpanet_jax", "configs", "scripts", "benchmarks", "ablations", "tests
 
 # part: the internal modules or packages that it may import, beside itself
 ALLOWED = {
-    "errors": set(),
+    "errors": {"lost_process"},
     "cpus": set(),
     "compilation": set(),
     "call_plan": set(),
@@ -19,14 +19,16 @@ ALLOWED = {
     "models": {"errors"},
     "modality": set(),
     "files": set(),
+    "memory": set(),
     "settings": {"errors", "models", "datasets"},  # the names of backbones and data sets, when settings are checked
-    "embeddings": {"errors", "files", "modality"},
+    "embeddings": {"errors", "files", "memory", "modality"},
     "protocol": {"embeddings", "errors", "modality"},
     "nonfinite": {"errors", "files"},
     "metric_log": {"nonfinite"},
-    "processes": {"errors"},
+    "lost_process": set(),
+    "processes": {"errors", "lost_process"},
     "datasets": {"errors", "settings", "embeddings", "protocol", "modality", "files"},
-    "data": {"datasets", "modality", "settings", "processes", "errors", "cpus", "files"},
+    "data": {"datasets", "modality", "settings", "processes", "errors", "cpus", "memory", "files"},
     "parallel": {"state", "errors", "processes"},
     "checksums": {"files"},
     "checkpoint": {"state", "checksums", "processes", "errors"},

@@ -21,6 +21,7 @@ from mpanet_jax.data.cache_check import write_sums
 from mpanet_jax.data.decode import MAX_THREADS, pixels_of
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
+from mpanet_jax.memory import free_ram
 from mpanet_jax.processes import gather, is_first_process
 from mpanet_jax.settings import DataSettings
 
@@ -73,9 +74,11 @@ def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None
         return cache
     if cache != "auto":
         raise UserError(f"config.data.cache='{cache}' is unknown; expected one of {('auto', *CACHE_MODES)}")
-    sizes = {"accelerator": _free_device_memory(), "RAM": _free_ram()}
+    sizes = {"accelerator": _free_device_memory(), "RAM": free_ram()}
     if cache_dir is not None and not built:
-        sizes["disk"] = _free_disk(Path(cache_dir))
+        # A folder that is only read, as a data set shared by many may be, has no room.
+        writable = os.access(_existing(Path(cache_dir)), os.W_OK)
+        sizes["disk"] = _free_disk(Path(cache_dir)) if writable else 0
     fits = {place: free >= 2 * num_bytes for place, free in sizes.items()}
     if fits.pop("accelerator"):
         choice = "device"
@@ -194,14 +197,6 @@ def _free_device_memory() -> int:
         return stats["bytes_limit"] - stats["bytes_in_use"] if stats else 0
 
     return min(map(free, jax.local_devices()))
-
-
-def _free_ram() -> int:
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _free_disk(path: Path) -> int:

@@ -11,7 +11,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from mpanet_jax.datasets.schema import Split
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.settings import DataSettings
 
 # Threads that decode in one process. With more of them, getting Python's lock from another takes longer than decoding.
@@ -62,6 +62,21 @@ def resized_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
     return np.asarray(decode_rgb(encoded).resize((data.width, data.height), _FILTERS[data.resize]))
 
 
+def encoded_image(split: Split, i: int) -> bytes:
+    """Image i of a prepared split as its file's bytes.
+
+    Raises:
+      UserError: its record is damaged; names its path.
+    """
+    try:
+        return split.encoded[i]
+    except Exception as error:  # array_record and protobuf raise many types
+        raise UserError(
+            f"image {split.paths[i]} can't be read, its record in the prepared data is damaged "
+            f"({first_line(error)[:200]}); delete the prepared folder and prepare the data again"
+        ) from error
+
+
 def pixels_of(split: Split, i: int, data: DataSettings) -> np.ndarray:
     """The `resized_pixels` of image i of a prepared split.
 
@@ -69,7 +84,7 @@ def pixels_of(split: Split, i: int, data: DataSettings) -> np.ndarray:
       UserError: it can't be decoded; names its path.
     """
     try:
-        return resized_pixels(split.encoded[i], data)
+        return resized_pixels(encoded_image(split, i), data)
     except BadImageError as error:
         raise UserError(
             f"image {split.paths[i]} can't be decoded ({error}); replace the file, "

@@ -21,6 +21,7 @@ from mpanet_jax.datasets.registry import make_dataset
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.datasets.tfds_workarounds import EncodedImages, quiet
 from mpanet_jax.datasets.verify import require_sound
+from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.files import write_whole
 from mpanet_jax.settings import DatasetSettings
@@ -156,9 +157,23 @@ def open_evaluation(settings: DatasetSettings, *, validation: bool = False) -> E
     if validation:
         prepare(settings, track=progress_bar)
         split = _part(settings, load_split(settings, "train"), "val")
-        return EvaluationSet(f"{dataset.title} validation", split, dataset.validations(split))
+        return _readable(EvaluationSet(f"{dataset.title} validation", split, dataset.validations(split)))
     split = open_split(settings, "test")
-    return EvaluationSet(dataset.title, split, dataset.evaluations(split, prepared_dir(settings)))
+    return _readable(EvaluationSet(dataset.title, split, dataset.evaluations(split, prepared_dir(settings))))
+
+
+def _readable(tested: EvaluationSet) -> EvaluationSet:
+    """The set, once all files of its protocols have been read and fit its images: not only after hours of training."""
+    split = tested.split
+
+    def images(rows: np.ndarray) -> Embeddings:
+        names = None if split.pid_names is None else split.pid_names[rows]
+        columns = (split.pids[rows], split.camids[rows], split.paths[rows], split.modality[rows], names)
+        return Embeddings(np.zeros((len(rows), 1), np.float32), *columns, source=split.name)
+
+    for test in tested.evaluations:
+        test.protocol.comparisons(images(test.query), images(test.gallery))
+    return tested
 
 
 def _part(settings: DatasetSettings, split: Split, part: str) -> Split:
@@ -180,8 +195,12 @@ def load_split(settings: DatasetSettings, split: str) -> Split:
         raise UserError(f"split '{split}': expected train or test")
     if not is_prepared(settings):
         raise UserError(_not_prepared(make_dataset(settings)))
-    builder = make_builder(settings)
     again = "delete the directory and prepare it again"
+    try:
+        builder = make_builder(settings)
+    except Exception as error:  # protobuf's and tfds's, for a dataset_info.json or features.json that is damaged
+        reason = first_line(error)[:200]
+        raise UserError(f"{prepared_dir(settings)}: its dataset_info.json is damaged ({reason}); {again}") from error
     try:
         with np.load(Path(builder.data_dir) / f"index_{split}.npz") as index:
             metadata = {key: index[key] for key in ("pids", "camids", "modality", "paths")}

@@ -34,6 +34,11 @@ def read_text(path: Path, report: Report) -> str:
     return ""
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a number from 0 on that int32 holds."""
+    return text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**31
+
+
 def read_identities(path: Path, report: Report) -> list[int]:
     """The identities of a list like `1,2,3` (commas, spaces or line breaks), in the file's order, each once.
 
@@ -45,8 +50,8 @@ def read_identities(path: Path, report: Report) -> list[int]:
         report(f"{path}: no identities in it; expected one line like '1,2,3'")
     pids: dict[int, None] = {}
     for entry in entries:
-        if not (entry.isascii() and entry.isdigit() and int(entry) > 0):
-            report(f"{path}: '{entry}' is not an identity number; correct the list")
+        if not (is_number(entry) and int(entry) > 0):
+            report(f"{path}: '{entry[:20]}' is not an identity number; correct the list")
         elif int(entry) in pids:
             report(f"{path}: identity {int(entry)} is listed twice; remove one of the two")
         else:
@@ -79,8 +84,8 @@ def read_index(path: Path, root: Path, report: Report) -> list[tuple[str, int]]:
         where = f"{path}:{number}"
         name, label = (*line.rsplit(maxsplit=1), "")[:2]
         name = name.strip()
-        if not (label.isascii() and label.isdigit()):
-            report(f"{where}: expected 'path label', got '{line.strip()}'; correct the line")
+        if not is_number(label):
+            report(f"{where}: expected 'path label', got '{line.strip()[:200]}'; correct the line")
             continue
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts:

@@ -5,6 +5,7 @@ An image that cannot be read costs its own row, not the run: it is reported, mas
 
 import dataclasses
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,10 +124,17 @@ def _walk(root: Path, below: Path, above: frozenset[str] = frozenset()) -> Itera
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; make the folder readable, or list the images") from error
     for entry in entries:
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(root, below / entry.name, above | {real})
         elif entry.name.lower().endswith(SUFFIXES):
             yield (below / entry.name).as_posix()
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself; as an image it is reported when it is read
+        return False
 
 
 def _image_file(folder: Path, name: str) -> ImageFile:
@@ -141,6 +149,8 @@ def _image_file(folder: Path, name: str) -> ImageFile:
 
 def _pixels(image: ImageFile, data: DataSettings) -> np.ndarray:
     try:
+        if not stat.S_ISREG(os.stat(image.file).st_mode):  # a named pipe would be waited for without end
+            raise BadImageError("not a file")
         encoded = image.file.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise BadImageError(getattr(error, "strerror", None) or str(error)) from error

@@ -154,6 +154,8 @@ def evaluate_workdir(
             f"{workdir}: data set {title} is not prepared in {folder}; name the folder in which it is with --data_dir, "
             "or prepare it with scripts/prepare_data.py"
         )
+    if data_dir is None and dataset is None:
+        _check_place_of_data(settings, workdir)
     method = make_method(settings)
     if checkpoint == "untrained":
         step, variables = 0, initial_variables(method, num_ids=1)
@@ -166,6 +168,17 @@ def evaluate_workdir(
     if dataset is not None:
         metrics = {name: {**v, "dataset": tested.title, "trained_on": trained_on} for name, v in metrics.items()}
     return of_checkpoint(metrics, checkpoint, step)
+
+
+def _check_place_of_data(settings: Settings, workdir: Path) -> None:
+    """Refuses to prepare data in a new folder outside the workdir only because its config.json says so."""
+    folder = Path(settings.dataset.data_dir).expanduser()
+    if folder.exists() or folder.resolve().is_relative_to(workdir.resolve()):
+        return
+    raise UserError(
+        f"{workdir}: its config.json would prepare data in {folder.absolute()}, which is not there; name the folder "
+        "for them with --data_dir, or make that one"
+    )
 
 
 def of_checkpoint(metrics: dict[str, dict[str, Any]], checkpoint: str, step: int) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,77 @@
+"""What a process says when another one of its run is lost: one line.
+
+JAX's coordination service then aborts the process from C++: about a hundred lines of stack traces, which Python can
+neither catch nor follow up (`missed_heartbeat_callback` of jaxlib 0.10 ends in std::bad_cast before it calls Python).
+So what C++ writes to standard error goes through a small process of its own, this file run as a script, which outlives
+the abort, drops those lines and says what happened. What Python writes goes where it always went.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+GO_ON = "start all of them again with the same command: the run goes on from its last checkpoint"
+# Whatever comes from this line on ends in the abort.
+_BEGINS = re.compile(rb"^[EF]\d{4} .*coordination_service|Terminating process because the JAX distributed service")
+_SAID = b"\0said\n"
+_ABORTS = b"Terminating process because the JAX distributed service"
+
+
+def filter_standard_error(process_id: int | None) -> None:
+    """Sends what C++ writes to standard error through the other process from now on; to be called once."""
+    sys.stderr.flush()
+    python_writes = os.dup(2)
+    reading, writing = os.pipe()
+    subprocess.Popen(
+        [sys.executable, "-I", __file__, "" if process_id is None else str(process_id)],
+        stdin=reading,
+        stderr=python_writes,
+        stdout=subprocess.DEVNULL,
+    )
+    os.close(reading)
+    os.dup2(writing, 2)
+    os.close(writing)
+    sys.stderr = os.fdopen(python_writes, "w", buffering=1, errors="backslashreplace")
+
+
+def loss_is_said() -> None:
+    """Tells the filter that Python has said it, in case JAX aborts the process nevertheless."""
+    os.write(2, _SAID)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether a runtime error of JAX says that another process does not answer."""
+    signs = r"gloo|nccl|connection (closed|reset|refused)|socket closed|UNAVAILABLE|peer|heartbeat|task died|unhealthy"
+    return re.search(signs, str(error), re.I) is not None
+
+
+def line(process_id: str, lost: str) -> str:
+    """The one line: `lost` says who, if that is known."""
+    this = f"process {process_id}" if process_id else "this process"
+    return f"error: {this} ends, for {lost} was lost; see what it printed, and {GO_ON}"
+
+
+def _filter(lines, output, process_id: str) -> None:
+    held, said = b"", False
+    for text in lines:
+        if text.endswith(_SAID):
+            said = True
+        elif held or _BEGINS.search(text):
+            held += text
+        else:
+            output.write(text)
+            output.flush()
+    if _ABORTS in held:
+        lost = re.search(rb"task:(\d+)", held)
+        who = f"process {lost[1].decode()}" if lost else "process 0" if b"Socket closed" in held else "another process"
+        held = b"" if said else line(process_id, who).encode() + b"\n"
+    output.write(held)
+    output.flush()
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends with the process that it reads from
+        signal.signal(number, signal.SIG_IGN)
+    _filter(sys.stdin.buffer, sys.stderr.buffer, sys.argv[1])

@@ -1,0 +1,12 @@
+"""How much memory there is to work with."""
+
+import os
+
+
+def free_ram() -> int:
+    """Bytes that programs may still take."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
