@@ -52,7 +52,7 @@ def _permutation():
     import scipy.io
 
     cell = np.empty((2, 1), object)
-    cell[0, 0], cell[1, 0] = np.arange(1, 11).reshape(10, 1), np.zeros((10, 0))
+    cell[0, 0], cell[1, 0] = np.ones((10, 1)), np.zeros((10, 0))
     cameras = np.empty((6, 1), object)
     for camera in range(6):
         cameras[camera, 0] = cell
