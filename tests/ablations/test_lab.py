@@ -109,6 +109,13 @@ def filled(results):
     return results
 
 
+def test_a_difference_of_one_common_seed_has_no_deviation(results):
+    for seed, value in ((0, 40.0), (5, 90.0)):
+        results.add(Run("in", seeded(RECIPES["in"], seed), outcome(value)))
+    text = report.markdown(TABLE, RECIPES, filled(results))
+    assert "| 65.0 ± 25.0 | -10.0 | 63.0–68.0 |" in text
+
+
 def test_markdown_has_means_deviations_and_what_failed(results):
     text = report.markdown(TABLE, RECIPES, filled(results))
     cells = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
