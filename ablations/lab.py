@@ -7,6 +7,7 @@ is in the JSON before the next one ends, and the JSON alone is enough to go on, 
 import json
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,8 +182,17 @@ def train_row(work: Work, options: Options) -> Iterator[dict[str, Any]]:
         }
 
 
+def _end_with_the_lab() -> None:
+    """A lab that is killed leaves no row behind that holds the accelerator."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _process(work: Work, options: Options, connection: Connection) -> None:
-    """A row's process: sends each outcome, and None in the end; an error ends it."""
+    """A row's process: sends each outcome, and None in the end; an error ends it, and so does the end of the lab."""
+    threading.Thread(target=_end_with_the_lab, daemon=True).start()
     if options.memory_share is not None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{options.memory_share:.2f}")
     with open(options.workdir / f"{work.row}.log", "a") as log:
@@ -196,6 +206,8 @@ def _process(work: Work, options: Options, connection: Connection) -> None:
     except Exception as error:
         traceback.print_exc()
         connection.send({"error": f"{type(error).__name__}: {first_line(error)}"})
+    except KeyboardInterrupt:  # of SIGTERM too: it is no failure, and the lab itself has been stopped
+        return
     connection.send(None)
 
 
@@ -243,8 +255,9 @@ def run_work(
                 except EOFError:
                     process.join()
                     log = options.workdir / f"{work.row}.log"
-                    outcome = {"error": f"its process ended with exit code {process.exitcode}; see {log}"}
-                    ended = True
+                    stopped = process.exitcode == 0
+                    error = f"its process ended with exit code {process.exitcode}; see {log}"
+                    outcome, ended = None if stopped else {"error": error}, True
                 if outcome is not None:
                     settings = runs.pop(0)
                     results.add(Run(work.row, settings, outcome))

@@ -27,8 +27,7 @@ class Line:
       errors: why others failed, by seed.
       mean, std: {"rank1": …} over the seeds, in percent; empty where no run is finished.
       interval: the ends of the runs' bootstrap intervals over query identities, averaged over the seeds.
-      gain: the mean and the standard deviation over seeds of mAP minus that of the first row with the same seed; None
-        where they have no seed in common.
+      gains: mAP minus that of the first row with the same seed, for the seeds that they have in common.
       images: training images of a run, each time that one is seen.
       data: what the figures are of: the protocol's first setting, and the images' size.
     """
@@ -39,7 +38,7 @@ class Line:
     mean: dict[str, float]
     std: dict[str, float]
     interval: dict[str, tuple[float, float]]
-    gain: tuple[float, float] | None
+    gains: list[float]
     images: int
     data: str
 
@@ -53,7 +52,7 @@ def lines_of(table: Table, recipes: Mapping[str, Settings], results: Results) ->
 def _line(row: Row, settings: Settings, results: Results, first: dict[int, Any]) -> Line:
     runs, errors = results.finished(settings), results.errors(settings)
     if not runs:
-        return Line(row, [], errors, {}, {}, {}, None, 0, "")
+        return Line(row, [], errors, {}, {}, {}, [], 0, "")
     seeds = sorted(runs)
     metrics = [runs[seed]["metrics"] for seed in seeds]
     setting, averaged = next(iter(average_seeds(metrics, seeds, [f"{row.name}, seed {s}" for s in seeds]).items()))
@@ -69,7 +68,7 @@ def _line(row: Row, settings: Settings, results: Results, first: dict[int, Any])
         {name: averaged[name] for name in FIGURES},
         {name: averaged["std"][name] for name in FIGURES},
         {name: (float(low), float(high)) for name, (low, high) in ends.items()},
-        (float(np.mean(gains)), float(np.std(gains))) if gains else None,
+        gains,
         runs[seeds[0]]["images"],
         f"{setting}, {data.height}×{data.width}",
     )
@@ -100,7 +99,8 @@ def _cells(line: Line, is_first: bool) -> list[str]:
     if not line.seeds:
         return [line.row.title, published, *[""] * 7, "failed" if line.errors else "not run"]
     figures = [_plus_minus(line.mean[name], line.std[name], len(line.seeds)) for name in FIGURES]
-    gain = "" if is_first or line.gain is None else _plus_minus(*line.gain, len(line.seeds), "+.1f")
+    gains = [] if is_first else line.gains
+    gain = _plus_minus(float(np.mean(gains)), float(np.std(gains)), len(gains), "+.1f") if gains else ""
     intervals = ["{:.1f}–{:.1f}".format(*line.interval[name]) if line.interval else "" for name in ("rank1", "mAP")]
     seeds = ", ".join(map(str, line.seeds)) + (f" ({len(line.errors)} failed)" if line.errors else "")
     return [line.row.title, published, *figures, gain, *intervals, f"{line.images:,}", seeds]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.evaluation import peak_memory_gib
+from mpanet_jax.files import write_whole
 from mpanet_jax.metric_log import time_when_ready
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
@@ -189,7 +190,5 @@ def _format(value: Any) -> str:
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Writes the report as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n")
-    unfinished.rename(path)
+    with write_whole(path) as file:
+        file.write(json.dumps(report, indent=2) + "\n")

@@ -25,6 +25,7 @@ from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, load_model
 from mpanet_jax.checksums import CHECKSUMS_FILE
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import SettingsError, Stopped, UserError
+from mpanet_jax.evaluation.evaluate import describe
 from mpanet_jax.evaluation.workdir import evaluate_set, evaluate_workdir
 from mpanet_jax.methods import METHODS, make_method, settings_of
 from mpanet_jax.methods.mpanet import MPANet
@@ -133,6 +134,17 @@ def test_runs_of_several_seeds_are_averaged_by_the_script(settings, tmp_path):
         and refused.stderr.count("\n") == 1
         and "seed3: was trained with seed 2" in refused.stderr
     )
+
+
+def test_flip_is_named_in_the_output(settings, tmp_path):
+    results = []
+    for flip in (False, True):
+        save_settings(replace(settings, {"eval.flip": flip}), tmp_path / f"{flip}")
+        results.append(evaluate_workdir(tmp_path / f"{flip}", checkpoint="untrained"))
+    plain, flipped = results
+    assert not any("flip" in values or "flip" in describe(values) for values in plain.values())
+    assert all(values["flip"] is True and "flip ON" in describe(values) for values in flipped.values())
+    assert any(plain[name]["mAP"] != flipped[name]["mAP"] for name in plain)
 
 
 # config.json as version 0.1 wrote it for `settings`; {source} and {data_dir} are filled in.

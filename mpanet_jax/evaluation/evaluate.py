@@ -240,10 +240,11 @@ def describe(values: Mapping) -> str:
     dataset = f" · tested on {values['dataset']}, trained on {values['trained_on']}" if "trained_on" in values else ""
     split = dataset + (f" · trial {values['trial']}" if "trial" in values else "")
     checkpoint = f" · {values['checkpoint']} checkpoint" if "checkpoint" in values else ""
+    flip = " · flip ON (mean of image and mirror image)" if values.get("flip") else ""
     interval = f" · bootstrap over query identities, {RESAMPLES} resamples" if "interval" in values else ""
     return (
         f"protocol {values['protocol']}{split}{checkpoint} · metric {values['metric']} · CMC by {values['cmc']} · "
-        f"re-ranking {'ON (k-reciprocal)' if values['rerank'] else 'off'} · {trials}{interval} · percent"
+        f"re-ranking {'ON (k-reciprocal)' if values['rerank'] else 'off'}{flip} · {trials}{interval} · percent"
     )
 
 

@@ -13,7 +13,7 @@ from mpanet_jax.run_files import CONFIG_FILE, load_settings, recipe_differences
 from mpanet_jax.settings import Settings
 
 # What all models must have been evaluated by; the last of them only where models are restored.
-_HOW = ("rerank", "protocol", "metric", "cmc", "checkpoint")
+_HOW = ("flip", "rerank", "protocol", "metric", "cmc", "checkpoint")
 
 
 def average_trials(trials: Sequence[Mapping[str, Mapping]], names: Sequence[str] | None = None) -> dict[str, dict]:

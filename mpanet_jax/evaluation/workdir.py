@@ -115,7 +115,7 @@ def evaluate_set(
             trial=settings.dataset.trial,
             on_device=jax.default_backend() != "cpu",
         )
-    return results
+    return {name: {**values, "flip": True} for name, values in results.items()} if settings.eval.flip else results
 
 
 def evaluate_workdir(

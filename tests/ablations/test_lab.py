@@ -18,6 +18,7 @@ from configs import synthetic_gpu
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import make_method, settings_of
+from mpanet_jax.methods.agw import AGWSettings
 from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.settings import replace
 from tests.ablations.rows import outcome, row_process
@@ -108,6 +109,13 @@ def filled(results):
     return results
 
 
+def test_a_difference_of_one_common_seed_has_no_deviation(results):
+    for seed, value in ((0, 40.0), (5, 90.0)):
+        results.add(Run("in", seeded(RECIPES["in"], seed), outcome(value)))
+    text = report.markdown(TABLE, RECIPES, filled(results))
+    assert "| 65.0 ± 25.0 | -10.0 | 63.0–68.0 |" in text
+
+
 def test_markdown_has_means_deviations_and_what_failed(results):
     text = report.markdown(TABLE, RECIPES, filled(results))
     cells = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
@@ -149,14 +157,16 @@ def test_rows_of_a_table_are_recipes_and_differ(name):
 
 
 def test_rows_of_one_seed_share_the_start_of_their_common_layers():
-    small = replace(PLAIN, {"model.stage_sizes": (1, 1, 1, 1), "model.width": 8})
-    images, starts = jnp.zeros((2, 32, 32, 3)), []
-    for row in TABLES["3"].rows[0], TABLES["3"].rows[-1]:
-        network = make_method(replace(small, row.changes)).network(5)
-        params = jax.jit(lambda key, n=network: n.init(key, images, train=False)["params"]["stage4"])
-        starts.append(params(jax.random.key(0)))
-    for ours, theirs in zip(*map(jax.tree.leaves, starts), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    small = {"model.stage_sizes": (1, 1, 1, 1), "model.width": 8}
+    baseline = replace(PLAIN, {**small, **TABLES["3"].rows[0].changes})
+    images, modality, starts = jnp.zeros((2, 32, 32, 3)), jnp.arange(2), []
+    for settings in baseline, replace(PLAIN, small), replace(AGWSettings(), small):
+        network = make_method(settings).network(5)
+        init = jax.jit(lambda key, n=network: n.init(key, images, modality, train=False)["params"]["stage4"])
+        starts.append(jax.tree.leaves(init(jax.random.key(0))))
+    for leaves in zip(*starts, strict=True):
+        for other in leaves[1:]:
+            np.testing.assert_array_equal(leaves[0], other)
 
 
 def ablate(tmp_path, *arguments):

@@ -44,6 +44,7 @@ def toy_split(counts: list[tuple[int, int]] = ((10, 13), (12, 11), (11, 11), (1,
         paths=np.array([f"cam/{i:04d}.jpg" for i in range(len(pids))]),
         encoded=encoded,
         fingerprint="toy0",
+        parts=np.full(len(pids), ""),
     )
 
 

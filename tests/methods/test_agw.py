@@ -21,6 +21,7 @@ from mpanet_jax.weights.convert import template_of  # noqa: E402
 from mpanet_jax.weights.names import from_state_dict, to_state_dict  # noqa: E402
 from tests.methods_in_tests import start  # noqa: E402
 from tests.reference import agw as reference  # noqa: E402
+from tests.reference import speed  # noqa: E402
 from tests.reference.compare import (  # noqa: E402
     FORMS,
     IMAGES_PER_ID,
@@ -254,6 +255,12 @@ def test_caj_views():
     np.testing.assert_allclose(views[:half], parts[0][0][:half], atol=1e-6)
     np.testing.assert_allclose(views[half : 2 * half], parts[1][0][:half], atol=1e-6)
     np.testing.assert_allclose(second[pairs:], parts[1][0][half:], atol=1e-6)
+
+
+def test_the_loss_that_pytorchs_speed_is_measured_with_is_the_loss():
+    features = torch.randn(16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4).repeat_interleave(4)
+    torch.testing.assert_close(speed.triplet(features, labels), reference.triplet(features, labels))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
