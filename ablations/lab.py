@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mpanet_jax.errors import UserError, first_line
-from mpanet_jax.evaluation.evaluate import write_metrics
+from mpanet_jax.files import write_whole
 from mpanet_jax.methods import settings_of
 from mpanet_jax.settings import Settings, flat, replace, to_dict
 
@@ -104,9 +104,10 @@ class Results:
         return {r.settings.seed: r.outcome for r in self.runs if "error" not in r.outcome and r.recipe == recipe}
 
     def errors(self, settings: Settings) -> dict[int, str]:
-        """Why runs by these settings failed, by seed."""
-        recipe = recipe_of(settings)
-        return {r.settings.seed: r.outcome["error"] for r in self.runs if "error" in r.outcome and r.recipe == recipe}
+        """Why runs by these settings failed, by seed, where none by them has been finished since."""
+        recipe, finished = recipe_of(settings), self.finished(settings)
+        failed = [r for r in self.runs if "error" in r.outcome and r.recipe == recipe]
+        return {r.settings.seed: r.outcome["error"] for r in failed if r.settings.seed not in finished}
 
     def add(self, run: Run) -> None:
         """Puts a run in the file, in place of an earlier one of its row and seed."""
@@ -114,7 +115,8 @@ class Results:
         self.runs = [r for r in self.runs if (r.row, r.settings.seed) != place] + [run]
         self.runs.sort(key=lambda r: (r.row, r.settings.seed))
         entries = [{"row": r.row, **r.outcome, "settings": to_dict(r.settings)} for r in self.runs]
-        write_metrics(self.path, {"runs": entries})  # type: ignore[dict-item]
+        with write_whole(self.path) as file:
+            json.dump({"runs": entries}, file, indent=2)
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,11 @@ def run_work(
                 if ended:
                     process.join()
                     del running[connection]
+    except KeyboardInterrupt:
+        # The terminal told the rows too: they save what they have. A second signal would cut that off.
+        for process, *_ in running.values():
+            process.join()
+        raise
     finally:
         for process, *_ in running.values():
             process.terminate()

@@ -9,7 +9,9 @@ from configs.default import config_of
 from mpanet_jax.methods.agw import AGWSettings
 
 
-def get_config() -> ConfigDict:
+def get_config(options: str = "") -> ConfigDict:
+    if options:
+        raise ValueError(f"config option {options!r}: this recipe has none")
     config = config_of(AGWSettings())
     config.init_from = "hf:timm/resnet50.tv_in1k"
     config.dataset.name = "llcm"

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from mpanet_jax.lost_process import loss_is_said
+from mpanet_jax.lost_process import lost_process_is_said
 
 
 class UserError(Exception):
@@ -70,7 +70,7 @@ def lacks_room(error: BaseException) -> bool:
 def _fail(message: object) -> NoReturn:
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     if isinstance(message, AbsentProcessError):
-        loss_is_said()
+        lost_process_is_said()
         sys.stdout.flush()
         os._exit(2)
     _silence()

@@ -36,14 +36,14 @@ def filter_standard_error(process_id: int | None) -> None:
     sys.stderr = os.fdopen(python_writes, "w", buffering=1, errors="backslashreplace")
 
 
-def loss_is_said() -> None:
+def lost_process_is_said() -> None:
     """Tells the filter that Python has said it, in case JAX aborts the process nevertheless."""
     os.write(2, _SAID)
 
 
-def is_loss(error: BaseException) -> bool:
+def means_lost_process(error: BaseException) -> bool:
     """Whether a runtime error of JAX says that another process does not answer."""
-    signs = r"gloo|nccl|connection (closed|reset|refused)|socket closed|UNAVAILABLE|peer|heartbeat|task died|unhealthy"
+    signs = r"gloo|connection (closed|reset|refused)|socket closed|UNAVAILABLE|heartbeat|task died|unhealthy"
     return re.search(signs, str(error), re.I) is not None
 
 

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from mpanet_jax.errors import AbsentProcessError, UserError, first_line
-from mpanet_jax.lost_process import GO_ON, filter_standard_error, is_loss
+from mpanet_jax.lost_process import GO_ON, filter_standard_error, means_lost_process
 
 # A process that is lost is noticed after this long; the others are then stopped.
 HEARTBEAT_SECONDS = 20
@@ -95,7 +95,7 @@ def wait_for_all_processes(place: str) -> None:
         _in_thread(partial(barrier, key=key, timeout_ms=milliseconds))
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
-            raise_loss(error)
+            raise_lost_process(error)
             raise
         raise AbsentProcessError(
             f"process {jax.process_index()} waited {_wait_seconds} s at {place} for a process that has not come; see "
@@ -103,13 +103,13 @@ def wait_for_all_processes(place: str) -> None:
         ) from error
 
 
-def raise_loss(error: Exception) -> None:
+def raise_lost_process(error: Exception) -> None:
     """Raises what is to be said instead of `error` where that means that another process is lost.
 
     Raises:
       AbsentProcessError: it does.
     """
-    if jax.process_count() > 1 and is_loss(error):
+    if jax.process_count() > 1 and means_lost_process(error):
         raise AbsentProcessError(
             f"process {jax.process_index()} ends, for another process was lost ({first_line(error)[:100]}); see what "
             f"that printed, and {GO_ON}"

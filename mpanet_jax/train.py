@@ -25,7 +25,7 @@ from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog, MetricReader
 from mpanet_jax.nonfinite import FiniteCheck
 from mpanet_jax.parallel import Parallel, all_devices, global_num_ids, on_first_device
-from mpanet_jax.processes import check_same_workdir, is_first_process, raise_loss, wait_for_all_processes
+from mpanet_jax.processes import check_same_workdir, is_first_process, raise_lost_process, wait_for_all_processes
 from mpanet_jax.run_files import METRICS_FILES, check_init_from, check_same_run, save_settings
 from mpanet_jax.settings import Settings, replace
 from mpanet_jax.state import TrainState, create_train_state, random_keys
@@ -141,7 +141,7 @@ def train(
         with StopRequest() as stop:
             return _train(settings, Path(workdir), feed, on_steps, programs or Programs(), stop)
     except jax.errors.JaxRuntimeError as error:
-        raise_loss(error)
+        raise_lost_process(error)
         raise
 
 

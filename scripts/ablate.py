@@ -93,7 +93,13 @@ def settings_of_row(row: Any) -> Any:
     config = CONFIG.value
     if row.preset is not None:
         path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-        config = runpy.run_path(path)["get_config"](row.preset)
+        try:
+            config = runpy.run_path(path)["get_config"](row.preset)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"--config={path}: row {row.name!r} is of {path}:{row.preset}, which there isn't ({error}); "
+                "take configs/synthetic_gpu.py, or choose other rows with --rows"
+            ) from None
         try:
             config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
         except (KeyError, AttributeError, TypeError) as error:

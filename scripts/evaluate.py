@@ -20,7 +20,7 @@ from mpanet_jax.evaluation.evaluate import evaluate_embeddings, format_table, wr
 from mpanet_jax.evaluation.metrics import CMC_DEFINITIONS, METRICS
 
 FEATURES = flags.DEFINE_string(
-    "features", None, "QUERY.npz, followed by GALLERY.npz (regdb, llcm: the visible and the infrared images)."
+    "features", None, "QUERY.npz, followed by GALLERY.npz (regdb, llcm, own: the visible and the infrared images)."
 )
 PROTOCOL = flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "What --features are.")
 PERMUTATION = flags.DEFINE_string("permutation", None, "SYSU-MM01's rand_perm_cam.mat, for --protocol sysu_mm01.")

@@ -36,6 +36,7 @@ def main(arguments):
     variants = [v for v in asked_for if _CHECK.value or not is_prepared(v)]
     for variant in asked_for:
         if variant not in variants:
+            prepare(variant)  # says so where it was prepared from another folder, or from other lists
             print(f"already prepared: {prepared_dir(variant)} (delete it to build it again)")
     if not variants:
         return 0

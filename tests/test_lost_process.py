@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mpanet_jax import lost_process
-from mpanet_jax.lost_process import GO_ON, is_loss
+from mpanet_jax.lost_process import GO_ON, means_lost_process
 
 ABORT = """E1130 06:23:10.949345    9273 coordination_service.cc:1549] Use error polling to tell all tasks
 /job:jax_worker/replica:0/task:1
@@ -50,4 +50,4 @@ def test_everything_else_passes(text):
     ],
 )
 def test_runtime_errors_of_a_loss_are_known(said, lost):
-    assert is_loss(RuntimeError(said)) == lost
+    assert means_lost_process(RuntimeError(said)) == lost

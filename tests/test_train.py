@@ -23,6 +23,7 @@ from configs import sysu as sysu_config
 from mpanet_jax import checkpoint
 from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, load_model
 from mpanet_jax.checksums import CHECKSUMS_FILE
+from mpanet_jax.datasets.regdb import RegdbSettings
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import SettingsError, Stopped, UserError
 from mpanet_jax.evaluation.evaluate import describe
@@ -333,6 +334,9 @@ def test_a_model_is_tested_on_another_data_set_by_that_ones_protocol(settings, t
             "regdb trial 3",
             "euclidean",
         )
+    save_settings(replace(settings, {"dataset": RegdbSettings(trial=2)}), tmp_path / "regdb2")
+    with pytest.raises(UserError, match="was trained on regdb trial 2, whose other splits share identities"):
+        evaluate_workdir(tmp_path / "regdb2", dataset=RegdbSettings(trial=3), data_dir=str(tmp_path / "data"))
     for flags, message in (
         (["--dataset=llcm"], "llcm is not prepared in"),
         (["--dataset=llcm", "--trial=2"], "--trial = 2: goes with --dataset regdb"),

@@ -81,7 +81,7 @@ class Own(Dataset):
     def list_images(self, source: Path, split: str, report: Report = raise_fault) -> list[ImageRecord]:
         """The images of `split`, ordered by identity, camera, modality and path.
 
-        With `drop_unpaired`, identities of the training part that one modality lacks are left out.
+        With `drop_unpaired`, identities of the training split that one modality lacks are left out.
         """
         images = [image for image in read_csv(Path(source), report) if image.part in PARTS[split]]
         assert isinstance(self.settings, OwnSettings)
@@ -136,7 +136,7 @@ def read_csv(source: Path, report: Report, file: str = CSV_FILE) -> list[ImageRe
     path = source / file
     text = read_text(path, report)
     if not text:
-        if path.is_file():
+        if path.is_file() and not path.stat().st_size:  # what is no text is reported already
             report(f"{path}:1: empty; expected the header {','.join(COLUMNS)}")
         return []
     rows = csv.reader(io.StringIO(text, newline=""))
@@ -148,15 +148,17 @@ def read_csv(source: Path, report: Report, file: str = CSV_FILE) -> list[ImageRe
             what = f"no column {', '.join(missing)}" if missing else "a column comes twice"
             report(f"{path}:1: {what}; expected the header {','.join(COLUMNS)}")
             return []
+        end = rows.line_num
         for row in rows:
+            line, end = end + 1, rows.line_num  # a quoted field may hold line breaks
             if not any(field.strip() for field in row):
                 continue
-            where = f"{path}:{rows.line_num}"
+            where = f"{path}:{line}"
             if len(row) != len(header):
                 report(f"{where}: {len(row)} fields, but the header has {len(header)}; correct the line")
                 continue
             fields = {name: value.strip() for name, value in zip(header, row, strict=True)}
-            image, fault = _image(source, fields, rows.line_num)
+            image, fault = _image(source, fields, line)
             if image is not None and image.path in images:
                 fault = f"path '{image.path}' is in line {images[image.path].line} too; remove one of the two"
             if fault or image is None:
@@ -186,10 +188,17 @@ def _image(source: Path, fields: dict[str, str], line: int) -> tuple[ImageRecord
     parts = [part for parts in PARTS.values() for part in parts]
     if fields["split"] not in parts:
         return None, f"split '{fields['split']}'; expected one of {', '.join(parts)}"
-    if not (source / path).is_file():
+    if not _is_file(source / path):
         return None, f"there is no image {source / path}; restore the file or remove the line"
     modality, number = MODALITIES[fields["modality"]], int(camid) if camid else UNKNOWN
     return ImageRecord(str(relative), UNKNOWN, number, modality, fields["split"], pid, line), ""
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _by_name(images: Iterable[ImageRecord]) -> dict[str, list[ImageRecord]]:
@@ -215,8 +224,8 @@ def _shared_identities(images: Iterable[ImageRecord]) -> Iterator[str]:
 
 
 def _unpaired(images: Iterable[ImageRecord]) -> dict[str, ImageRecord]:
-    """{name: its first image} of the identities of the part train whose images are of one modality."""
-    by_name = _by_name(image for image in images if image.part == "train")
+    """{name: its first image} of the identities of the training split whose images are of one modality."""
+    by_name = _by_name(image for image in images if image.part in PARTS["train"])
     return {name: of_pid[0] for name, of_pid in by_name.items() if len({image.modality for image in of_pid}) == 1}
 
 

@@ -41,7 +41,9 @@ def make_embed(method: Method, num_ids: int) -> Callable[[Any], Embed]:
             if method.needs_modality:
                 if modality is None or np.any(modality == UNKNOWN):
                     raise ArgumentError(
-                        "modality", f"unknown of some images; method {method.settings.method!r} needs each image's"
+                        "modality",
+                        f"of some images is not known, and method {method.settings.method!r} needs it: "
+                        "say what they are, or list them in an images.csv",
                     )
                 rows["modality"] = modality
             return function(variables, rows)
@@ -144,6 +146,12 @@ def evaluate_workdir(
     settings = load_settings(workdir)
     trained_on = datasets.make_dataset(settings.dataset).title
     if dataset is not None:
+        own = settings.dataset
+        if dataset.name == own.name and dataset.trial != own.trial:
+            raise UserError(
+                f"{workdir}: was trained on {trained_on}, whose other splits share identities with it; test it on its "
+                "own split, or on another data set"
+            )
         settings = dataclasses.replace(settings, dataset=dataset)
     if data_dir is not None:
         settings = replace(settings, {"dataset.data_dir": data_dir, "dataset.source": ""})

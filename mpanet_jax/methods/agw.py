@@ -104,6 +104,11 @@ class RandomBatchPlan(BatchPlan):
         return int(larger) // (self.num_ids_per_batch * self.images_per_id // 2) + 1
 
     @cached_property
+    def num_resampled(self) -> int:
+        """None is an exception: all images are drawn with replacement."""
+        return 0
+
+    @cached_property
     def signature(self) -> str:
         """Differs between plans that draw different batches."""
         return f"random {super().signature}"

@@ -4,7 +4,6 @@ A *state dict* here is a dict of NumPy arrays by PyTorch's names.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from mpanet_jax.errors import UserError
+from mpanet_jax.files import write_whole
 
 StateDict = dict[str, np.ndarray]
 
@@ -140,15 +140,10 @@ def write_state_dict(path: str | Path, state_dict: StateDict, settings: dict[str
     if path.suffix not in FILE_SUFFIXES:
         raise UserError(f"{path}: unknown weights format; expected a name ending in {', '.join(FILE_SUFFIXES)}")
     arrays = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with write_whole(path, "wb") as file:
         if path.suffix == ".safetensors":
             metadata = {"format": "pt"} | ({} if settings is None else {METADATA_KEY: json.dumps(settings)})
-            temporary.write_bytes(safetensors.numpy.save(arrays, metadata=metadata))
+            file.write(safetensors.numpy.save(arrays, metadata=metadata))
         else:
             torch = import_torch(path)
-            torch.save({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            torch.save({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, file)

@@ -329,7 +329,7 @@ GIB = 2**30
 )
 def test_auto_takes_the_fastest_mode_that_fits_and_says_so(tmp_path, monkeypatch, capsys, device, ram, disk, choice):
     monkeypatch.setattr(cache_module, "_free_device_memory", lambda: int(device * GIB))
-    monkeypatch.setattr(cache_module, "_free_ram", lambda: int(ram * GIB))
+    monkeypatch.setattr(cache_module, "free_ram", lambda: int(ram * GIB))
     monkeypatch.setattr(cache_module, "_free_disk", lambda path: int(disk * GIB))
     assert choose_cache("auto", 4 * GIB, tmp_path) == choice
     printed = capsys.readouterr().err

@@ -162,7 +162,7 @@ def test_all_faulty_lines_are_listed_once(tmp_path):
     (root / "d/1.png").write_bytes(b"no image")
     (root / "c/1.png").unlink()
     faults = faults_of(root)
-    assert len(faults) == 4
+    assert len(faults) == 5
     assert [f for f in faults if "a/1.png: empty file" in f and "line 2 of images.csv" in f]
     assert [f for f in faults if "d/1.png: not an image" in f and "line 8 of images.csv" in f]
     assert [f for f in faults if "images.csv:6: there is no image" in f]
@@ -191,13 +191,15 @@ def test_files_that_are_no_csv(tmp_path):
         (b'path,pid,camid,modality,split\n"' + b"x" * 200_000 + b'"\n', "not CSV"),
     ):
         (root / "images.csv").write_bytes(content)
+        assert len([f for f in faults_of(root) if ":1: empty" in f]) == (content == b"")
         assert [f for f in faults_of(root) if fault in f], faults_of(root)
     (root / "images.csv").unlink()
     assert faults_of(root)[0].startswith(f"{root}/images.csv: file missing")
 
 
-def test_unpaired_training_identities_are_left_out_by_name(tmp_path):
-    root = write(tmp_path / "raw", [*ROWS, ["f/1.png", "fred", "3", "infrared", "train"]])
+@pytest.mark.parametrize("part", ["train", "val"])  # without validation those of val are trained on
+def test_unpaired_training_identities_are_left_out_by_name(tmp_path, part):
+    root = write(tmp_path / "raw", [*ROWS, ["f/1.png", "fred", "3", "infrared", part]])
     (fault,) = faults_of(root)
     assert "images.csv:14: training identity 'fred' has infrared images only" in fault and "--drop_unpaired" in fault
     found = verify("own", root, drop_unpaired=True)
