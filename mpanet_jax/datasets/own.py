@@ -9,6 +9,7 @@ modality visible or infrared; split train, val, test, query or gallery. Other co
 
 import csv
 import io
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -186,8 +187,8 @@ def _image(source: Path, fields: dict[str, str], line: int) -> tuple[ImageRecord
     parts = [part for parts in PARTS.values() for part in parts]
     if fields["split"] not in parts:
         return None, f"split '{fields['split']}'; expected one of {', '.join(parts)}"
-    if not (source / path).is_file():
-        return None, f"there is no image {source / path}; restore the file or remove the line"
+    if not os.path.isfile(source / path):  # Path.is_file raises for names that are too long
+        return None, f"there is no image {str(source / path)[:300]}; restore the file or remove the line"
     modality, number = MODALITIES[fields["modality"]], int(camid) if camid else UNKNOWN
     return ImageRecord(str(relative), UNKNOWN, number, modality, fields["split"], pid, line), ""
 
