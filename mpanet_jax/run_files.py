@@ -42,7 +42,8 @@ def load_settings(workdir: str | Path) -> Settings:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; expected a folder that training has written") from None
     except (ValueError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"{path}: not a run's settings ({error}); restore it or train again") from None
+        reason = " ".join(str(error).split())  # a field's name may hold anything
+        raise UserError(f"{path}: not a run's settings ({reason}); restore it or train again") from None
 
 
 def check_init_from(init_from: str, workdir: Path) -> None:

@@ -9,6 +9,7 @@ modality visible or infrared; split train, val, test, query or gallery. Other co
 
 import csv
 import io
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -188,17 +189,10 @@ def _image(source: Path, fields: dict[str, str], line: int) -> tuple[ImageRecord
     parts = [part for parts in PARTS.values() for part in parts]
     if fields["split"] not in parts:
         return None, f"split '{fields['split']}'; expected one of {', '.join(parts)}"
-    if not _is_file(source / path):
-        return None, f"there is no image {source / path}; restore the file or remove the line"
+    if not os.path.isfile(source / path):  # Path.is_file raises for names that are too long
+        return None, f"there is no image {str(source / path)[:300]}; restore the file or remove the line"
     modality, number = MODALITIES[fields["modality"]], int(camid) if camid else UNKNOWN
     return ImageRecord(str(relative), UNKNOWN, number, modality, fields["split"], pid, line), ""
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file can have
-        return False
 
 
 def _by_name(images: Iterable[ImageRecord]) -> dict[str, list[ImageRecord]]:
