@@ -37,7 +37,7 @@ ALLOWED = {
     "methods": {"datasets", "data", "models", "losses", "optim", "settings", "errors", "weights", "modality"},
     "step": {"methods", "models", "state"},
     "run_files": {"methods", "settings", "errors", "files"},
-    "weights": {"methods", "models", "run_files", "checkpoint", "settings", "state", "errors"},
+    "weights": {"methods", "models", "run_files", "checkpoint", "settings", "state", "errors", "files"},
     "evaluation": {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),
         *("parallel", "processes", "embeddings", "protocol", "modality", "files"),
