@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?=
 WORKDIR ?= runs/demo
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 KILLS ?= 50
 FUZZ_SECONDS ?= 600
 

@@ -16,6 +16,8 @@ from tests.limits import HANGS_AFTER
 from tests.parallel_process import CASES, case_name
 
 ROOT = Path(__file__).parent.parent
+# All in one worker: they share one process, which takes minutes.
+pytestmark = pytest.mark.xdist_group("parallel")
 
 
 @pytest.fixture(scope="module")
