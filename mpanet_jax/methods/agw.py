@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.losses import identity_loss
-from mpanet_jax.methods.method import Method, Rows, compute_dtype, unit
+from mpanet_jax.methods.method import Method, Rows, unit
 from mpanet_jax.models.agw import AGW as Network
 from mpanet_jax.models.agw import Outputs
 from mpanet_jax.models.resnet import BACKBONES, ResNet, make_backbone
@@ -189,15 +189,14 @@ class AGW(Method):
 
     def network(self, num_ids: int, axis_name: str | None = None) -> Network:
         """The network of `models/agw.py`."""
-        model, dtype = self.settings.model, compute_dtype(self.settings.dtype)
+        model = self.settings.model
         backbone = make_backbone(model.backbone, model.stage_sizes, model.width)
         assert isinstance(backbone, ResNet)  # by the rule of the settings
         return Network(
             num_ids,
             backbone,
             visible_share=self.visible_share,
-            dtype=dtype,
-            param_dtype=jnp.promote_types(dtype, jnp.float32),
+            **self.layer_types(),
             axis_name=axis_name,
         )
 

@@ -69,6 +69,11 @@ class Method:
 
     needs_modality: ClassVar[bool] = False
 
+    def layer_types(self) -> dict[str, Any]:
+        """{dtype, param_dtype}: what the layers compute in, and what their parameters are, float32 at least."""
+        dtype = compute_dtype(self.settings.dtype)
+        return {"dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
+
     # What every method says for itself.
 
     def network(self, num_ids: int, axis_name: str | None = None) -> nn.Module:

@@ -112,7 +112,7 @@ class MPANet(Method):
 
     def network(self, num_ids: int, axis_name: str | None = None) -> Network:
         """The network of `models/mpanet.py`."""
-        model, dtype = self.settings.model, compute_dtype(self.settings.dtype)
+        model = self.settings.model
         return Network(
             num_ids,
             make_backbone(model.backbone, model.stage_sizes, model.width),
@@ -120,8 +120,7 @@ class MPANet(Method):
             pattern_module=model.pattern_module,
             num_patterns=model.num_patterns,
             reduction=model.reduction,
-            dtype=dtype,
-            param_dtype=jnp.promote_types(dtype, jnp.float32),
+            **self.layer_types(),
             axis_name=axis_name,
         )
 
