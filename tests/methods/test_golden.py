@@ -94,7 +94,9 @@ def published(method, params, state):
 
 
 def compiled(function):
-    return jax.jit(function)
+    # The whole ResNet-50 computes for longer than it compiles, so it is worth more than tests/conftest.py asks for.
+    options = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": False}
+    return jax.jit(function, compiler_options=options)
 
 
 def error(found, expected):
