@@ -157,6 +157,9 @@ def test_script_lists_all_faults_and_exits_with_2(copy_of, tmp_path):
     assert all(f"error: {path}: empty file" in err for path in broken) and "2 fault(s); nothing was built" in err
     code, _, err = script("--dataset", "regdb", "--source", source, "--trial", "12")
     assert code == 2 and "--trial 12: expected 1 to 10 or 'all'" in err
+    (tmp_path / "file").write_text("")
+    code, _, err = script("--dataset", "llcm", "--source", copy_of("llcm"), "--data_dir", tmp_path / "file")
+    assert code == 2 and "error: --data_dir: cannot make" in err
 
 
 def test_many_shards_keep_the_order(tiny_sources, tmp_path, monkeypatch):
