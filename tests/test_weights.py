@@ -15,18 +15,18 @@ from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
 
+
 from mpanet_jax.checkpoint import Checkpoints, load_model  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
-from mpanet_jax.evaluation.network import network_of_weights  # noqa: E402
-from mpanet_jax.evaluation.workdir import embed_of  # noqa: E402
+from mpanet_jax.evaluation.extract import embed_of  # noqa: E402
+from mpanet_jax.loop import initial_state  # noqa: E402
 from mpanet_jax.methods import make_method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
 from mpanet_jax.run_files import load_settings, save_settings  # noqa: E402
 from mpanet_jax.settings import replace, to_dict  # noqa: E402
 from mpanet_jax.state import init_variables  # noqa: E402
-from mpanet_jax.train import initial_state  # noqa: E402
 from mpanet_jax.weights.convert import convert, read_weights, start_from, template_of  # noqa: E402
-from mpanet_jax.weights.files import read_metadata_settings, read_state_dict, write_state_dict  # noqa: E402
+from mpanet_jax.weights.files import read_metadata, read_state_dict, write_state_dict  # noqa: E402
 from mpanet_jax.weights.hub import resolve  # noqa: E402
 from mpanet_jax.weights.names import from_state_dict, to_state_dict  # noqa: E402
 from tests.reference.model import MPANet, randomise  # noqa: E402
@@ -171,7 +171,7 @@ def test_a_trained_neck_bias_is_refused(published):
 
 
 def test_classifiers_of_other_identities_are_left_out_on_request_only(published):
-    with pytest.raises(UserError, match="--drop-classifiers") as error:
+    with pytest.raises(UserError, match="drop_classifiers") as error:
         to_flax(published, template(num_ids=7))
     assert "infrared_classifier_.weight is float32[5, 1792], expected [7, 1792]" in str(error.value)
     variables, left_out = to_flax(published, template(num_ids=7), drop_classifiers=True)
@@ -340,12 +340,12 @@ def test_a_backbone_is_taken_and_nothing_else(torchvision, tmp_path):
 
 
 def test_misfits_name_the_config_field(torchvision, tmp_path):
-    with pytest.raises(UserError, match=r"config\.init_from: .*none\.pth: no such"):
+    with pytest.raises(UserError, match=r"init_from: .*none\.pth: no such"):
         start(tmp_path / "none.pth")
     save_file({name: a for name, a in torchvision.items() if name != "bn1.bias"}, tmp_path / "short.safetensors")
     with pytest.raises(
         UserError,
-        match=r"config\.init_from: .*short\.safetensors: .*missing: bn1\.bias; config\.method and config\.mod",
+        match=r"init_from: .*short\.safetensors: .*missing: bn1\.bias; method and mod",
     ):
         start(tmp_path / "short.safetensors")
 
@@ -472,7 +472,7 @@ def test_hugging_face_repositories_come_from_the_cache(torchvision, tmp_path, mo
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"config\.init_from.*hf download timm/resnet50\.tv_in1k model\.safetensors$"):
+    with pytest.raises(UserError, match=r"init_from.*hf download timm/resnet50\.tv_in1k model\.safetensors$"):
         start("hf:timm/resnet50.tv_in1k")
     with pytest.raises(UserError, match=r"hf download no-owner model\.safetensors"):
         resolve("hf:no-owner")
@@ -495,7 +495,7 @@ def test_published_checkpoint_to_orbax_and_back(published, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["back.safetensors", "folder", "published.pth"]
     with pytest.raises(UserError, match="exists already"):
         convert(source, tmp_path / "folder", settings=SMALL)
-    with pytest.raises(UserError, match=r"--drop-classifiers.*expected \[7, 1792\]"):
+    with pytest.raises(UserError, match=r"drop_classifiers.*expected \[7, 1792\]"):
         convert(tmp_path / "folder", tmp_path / "seven.pth", num_ids=7)
     left_out = convert(tmp_path / "folder", tmp_path / "none.pth", num_ids=7, drop_classifiers=True)
     assert left_out == CLASSIFIER_NAMES
@@ -573,17 +573,22 @@ def ablation(request, tmp_path):
     return source, settings_of_size(**{f"{({'mam': 'channel', 'pam': 'pattern'})[kind]}_module": value}), tmp_path
 
 
+def embedding_of(source, **options):
+    settings, variables, _ = read_weights(source, drop_classifiers=True, **options)
+    return embed_of(make_method(settings), variables, source)(IMAGES)
+
+
 def test_settings_go_with_the_weights(ablation):
     """Converted once by its settings, an ablation needs none any more, and its embeddings are PyTorch's."""
     source, settings, folder = ablation
     convert(folder / "ablation.safetensors", folder / "a.safetensors", settings=settings)
-    assert read_metadata_settings(folder / "a.safetensors") == json.loads(json.dumps(to_dict(settings)))
+    assert read_metadata(folder / "a.safetensors") == json.loads(json.dumps(to_dict(settings)))
     convert(folder / "a.safetensors", folder / "b")
     convert(folder / "b", folder / "c.safetensors")
     assert same(load_file(folder / "c.safetensors"), load_file(folder / "a.safetensors"))
-    assert read_metadata_settings(folder / "c.safetensors") == read_metadata_settings(folder / "a.safetensors")
+    assert read_metadata(folder / "c.safetensors") == read_metadata(folder / "a.safetensors")
     for stored in ("a.safetensors", "b"):
-        embedding = network_of_weights(folder / stored).embed(IMAGES)
+        embedding = embedding_of(folder / stored)
         np.testing.assert_allclose(embedding, pytorch_embedding(source), rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match=r"a\.safetensors: .*another network, model\.\w+_module = '(mam|pam)' \('\w+'"):
         convert(folder / "a.safetensors", folder / "d", settings=SMALL)
@@ -598,7 +603,7 @@ def test_weights_without_settings_are_the_papers_unless_told(ablation):
             read_weights(path)
         with pytest.raises(UserError, match=r"ablation\.safetensors: does not fit the model; missing: .*\.weight"):
             read_weights(path, settings=SMALL)
-    embedding = network_of_weights(path, settings=settings).embed(IMAGES)
+    embedding = embedding_of(path, settings=settings)
     np.testing.assert_allclose(embedding, pytorch_embedding(source), rtol=1e-3, atol=1e-4)
 
 
@@ -630,7 +635,7 @@ def test_script_takes_the_network_from_a_config(published, tmp_path):
     assert "missing: backbone.MAM3.channel_attention.0.weight" in failed.stderr
     done = run_script(tmp_path / "none.safetensors", tmp_path / "a.safetensors", *config, *size)
     assert done.returncode == 0, done.stderr
-    stored = read_metadata_settings(tmp_path / "a.safetensors")["model"]
+    stored = read_metadata(tmp_path / "a.safetensors")["model"]
     assert (stored["channel_module"], stored["stage_sizes"], stored["width"]) == ("none", [1, 1, 1, 1], 8)
     for options, named in (
         ([*config, *size, "--config.model.backbone=resnet18"], "model.backbone = 'resnet18' ('resnet50' there)"),

@@ -74,6 +74,7 @@ class Own(Dataset):
     """Images of your own cameras, listed in images.csv."""
 
     name = "own"
+    licence = "The images are the own ones of whoever trained the model; ask them what may be done with it."
     settings_class = OwnSettings
     companions = (CSV_FILE,)
     protocols = (OwnProtocol, QueryGalleryProtocol)
@@ -227,7 +228,7 @@ def _unpaired_faults(images: Iterable[ImageRecord]) -> Iterator[str]:
     for name, image in _unpaired(images).items():
         yield (
             f":{image.line}: training identity '{name}' has {MODALITY_NAMES[image.modality]} images only, and training "
-            "needs both modalities; complete it, remove it, or leave all such identities out with --drop_unpaired"
+            "needs both modalities; complete it, remove it, or leave all such identities out with drop_unpaired"
         )
 
 

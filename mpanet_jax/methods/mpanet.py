@@ -8,18 +8,31 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt8
 
 from mpanet_jax import losses
+from mpanet_jax.data.augment import normalize
+from mpanet_jax.errors import UserError
 from mpanet_jax.methods.method import Method, Rows, compute_dtype
 from mpanet_jax.models.layers import linear
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, MODALITY_CLASSIFIERS, PATTERN_MODULES, Outputs
 from mpanet_jax.models.mpanet import MPANet as Network
 from mpanet_jax.models.resnet import make_backbone
-from mpanet_jax.settings import ModelSettings, Settings, at_least, between, group, one_of, setting
+from mpanet_jax.settings import (
+    IMAGENET,
+    ModelSettings,
+    Settings,
+    at_least,
+    between,
+    group,
+    one_of,
+    setting,
+    start_setting,
+)
 from mpanet_jax.weights.names import NameMap
 
 
@@ -68,6 +81,7 @@ class MeanSettings:
 class MPANetSettings(Settings):
     """The paper's recipe on SYSU-MM01 by default."""
 
+    init_from: str = start_setting(IMAGENET)
     model: MPANetModelSettings = group(MPANetModelSettings)
     loss: LossSettings = group(LossSettings)
     mean: MeanSettings = group(MeanSettings)
@@ -146,6 +160,32 @@ class MPANet(Method):
             zeros=("bn_neck.bias",),  # the neck's bias is no parameter here: it stays 0
             left_out=r"backbone\.fc\.\w+|fc\.\w+",
         )
+
+    def pattern_maps(
+        self,
+        network: nn.Module,
+        variables: Any,
+        images: UInt8[Array, "b h w 3"],
+        modality: Int[Array, "b"] | None = None,
+    ) -> Float[Array, "b l h2 w2"]:
+        """M of eq. 4: PAM's maps."""
+        if self.settings.model.pattern_module != "pam":
+            module = self.settings.model.pattern_module
+            raise UserError(f"model.pattern_module = {module!r}: makes no pattern maps; 'pam' does")
+        normalised = normalize(images, compute_dtype(self.settings.dtype))
+        # The maps come as rows of positions; the last stage's output says how these lie in the plane.
+        last = "stage4"
+        outputs, state = network.apply(
+            variables,
+            normalised,
+            modality,
+            train=False,
+            capture_intermediates=lambda module, _: module.name == last,
+            mutable=["intermediates"],
+        )
+        height, width = state["intermediates"][last]["__call__"][0].shape[1:3]  # type: ignore[union-attr]
+        maps = outputs.maps  # type: ignore[union-attr]
+        return maps.reshape(len(maps), height, width, -1).transpose(0, 3, 1, 2)
 
     def averaged(self, params: Any) -> dict[str, Array]:
         """θ_v and θ_r, whose averages are the mean classifiers."""

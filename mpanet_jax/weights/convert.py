@@ -1,8 +1,6 @@
 """Whole jobs with weights: read them from anywhere, convert them, start a network from them."""
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +13,8 @@ from orbax.checkpoint import v1 as ocp
 
 from mpanet_jax import run_files
 from mpanet_jax.checkpoint import load_model
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import SettingsError, UserError
+from mpanet_jax.files import write_whole_folder
 from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.method import Method
 from mpanet_jax.settings import ModelSettings, Settings, differences, to_dict
@@ -38,10 +37,10 @@ def template_of(method: Method, num_ids: int) -> Variables:
 
 def settings_of_weights(source: str | Path) -> Settings | None:
     """The settings that were stored with weights: a run's config.json, or a .safetensors file's metadata."""
-    path = Path(source)
+    path = resolve(str(source))
     if path.is_dir():
         return run_files.load_settings(path) if (path / run_files.CONFIG_FILE).exists() else None
-    tree = files.read_metadata_settings(resolve(str(source)))
+    tree = files.read_metadata(path)
     try:
         return None if tree is None else settings_of(tree)
     except (UserError, TypeError, AttributeError) as error:
@@ -78,17 +77,18 @@ def read_weights(
         _check_same_network(stored, settings, source, fix)
     elif not stored and not settings:
         advice = (
-            "weights that carry no settings are taken for the paper's MPANet; name another network with "
-            "--config=configs/NAME.py --config.model.…"
+            "weights that carry no settings are taken for the paper's MPANet; name another network by "
+            "its settings (of a script: --config=configs/NAME.py --config.model.…)"
         )
     settings = stored or settings or settings_of({})
     method = make_method(settings)
     names = method.names()
-    if Path(source).is_dir():
-        _, variables = load_model(Path(source))
+    path = resolve(str(source))
+    if path.is_dir():
+        _, variables = load_model(path)
         state_dict = to_state_dict(variables, names)
     else:
-        state_dict = files.read_state_dict(resolve(str(source)))
+        state_dict = files.read_state_dict(path)
     in_file = next((len(a) for name, a in state_dict.items() if names.is_classifier(name) and a.ndim), 1)
     template = template_of(method, num_ids or in_file)
     variables, left_out = from_state_dict(
@@ -135,14 +135,10 @@ def convert(source: str | Path, target: str | Path, **options: Any) -> list[str]
         suffixes = ", ".join(files.FILE_SUFFIXES)
         raise UserError(f"{target}: exists already; give a new folder, or a name ending in {suffixes}")
     settings, variables, left_out = read_weights(source, **options)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with ocp.training.Checkpointer(str((temporary / "checkpoints").resolve())) as checkpointer:
+    with write_whole_folder(target) as folder:
+        with ocp.training.Checkpointer(str((folder / "checkpoints").resolve())) as checkpointer:
             checkpointer.save_checkpointables(0, {"model": variables})
-        run_files.save_settings(settings, temporary)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        run_files.save_settings(settings, folder)
     return left_out
 
 
@@ -174,15 +170,15 @@ def start_from(init_from: str, method: Method, variables: Mapping[str, Any]) -> 
             init_from,
             settings=None if stored else method.settings,
             drop_classifiers=True,
-            advice="config.method and config.model say which network is expected",
+            advice="method and model of the settings say which network is expected",
         )
         taken = {path: array for path, array in flatten_dict(loaded).items() if path[0] in variables}
         is_bare = all(map(names.is_backbone, taken))
         if stored:
-            fix = "set these fields of config as they are there, or name other weights"
+            fix = "set these fields as they are there, or name other weights"
             _check_same_network(stored, method.settings, init_from, fix, backbone_only=is_bare)
     except UserError as error:
-        raise UserError(f"config.init_from: {error}") from error
+        raise SettingsError(f"init_from: {error}") from error
     after = {path: jnp.asarray(taken[path], leaf.dtype) if path in taken else leaf for path, leaf in before.items()}
     return unflatten_dict(after), f"init_from: {init_from}: " + _taken_in_words(method, variables, is_bare, left_out)
 
