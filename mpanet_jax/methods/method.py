@@ -160,7 +160,7 @@ class Method:
 
         if not self.settings.eval.flip:
             return embedding(images)
-        return unit(unit(embedding(images)) + unit(embedding(images[:, :, ::-1])))
+        return unit(unit(embedding(images)) + unit(embedding(jnp.flip(images, 2))))
 
     def names(self) -> NameMap:
         """The names of the network's weights in PyTorch: by default those of the backbone."""
