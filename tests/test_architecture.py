@@ -17,7 +17,7 @@ ALLOWED = {
     "optim": set(),
     "state": set(),
     "models": {"errors"},
-    "modality": set(),
+    "modality": {"errors"},
     "files": set(),
     "memory": set(),
     "settings": {"errors", "models", "datasets"},  # the names of backbones and data sets, when settings are checked
@@ -42,6 +42,7 @@ ALLOWED = {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),
         *("parallel", "processes", "embeddings", "protocol", "modality", "files"),
     },
+    "model": {"evaluation", "methods", "weights", "modality", "settings", "errors"},
 }
 
 

@@ -1,81 +1,25 @@
 """Evaluation of a trained run: restore the model, embed the test images, apply the data set's protocols."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpanet_jax import datasets
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.data.pipeline import split_batches
 from mpanet_jax.datasets import EvaluationSet, Split
 from mpanet_jax.embeddings import Embeddings
-from mpanet_jax.errors import ArgumentError, UserError
+from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
-from mpanet_jax.evaluation.extract import Embed, extract_embeddings
+from mpanet_jax.evaluation.extract import Embed, embed_of, extract_embeddings
 from mpanet_jax.methods import make_method
-from mpanet_jax.methods.method import Method
-from mpanet_jax.modality import UNKNOWN
-from mpanet_jax.parallel import local_devices
 from mpanet_jax.processes import gather_shares, share_of_process
 from mpanet_jax.run_files import load_settings
 from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, replace
-from mpanet_jax.weights.convert import initial_variables, template_of
-from mpanet_jax.weights.names import Variables, number_of_ids
-
-
-def make_embed(method: Method, num_ids: int) -> Callable[[Any], Embed]:
-    """variables {params, batch_stats} → `Embed`, compiled, on all devices of this process, which divide the rows."""
-    devices, network = local_devices(), method.build(num_ids)
-    function = devices.map_rows(lambda v, rows: method.embed(network, v, rows["images"], rows.get("modality")))
-
-    def with_variables(variables: Any) -> Embed:
-        variables = devices.replicate({name: variables[name] for name in ("params", "batch_stats")})
-
-        def embed(images: Any, modality: Any = None) -> jax.Array:
-            rows = {"images": images}
-            if method.needs_modality:
-                if modality is None or np.any(modality == UNKNOWN):
-                    raise ArgumentError(
-                        "modality",
-                        f"of some images is not known, and method {method.settings.method!r} needs it: "
-                        "say what they are, or list them in an images.csv",
-                    )
-                rows["modality"] = modality
-            return function(variables, rows)
-
-        return embed
-
-    return with_variables
-
-
-def embed_of(method: Method, variables: Variables, source: str | Path) -> Embed:
-    """`Embed` of a trained network, whose classifiers may have been left out.
-
-    `source` is what an error calls the variables.
-
-    Raises:
-      UserError: the variables are of a backbone alone, which has no embedding.
-    """
-    names, num_ids = method.names(), number_of_ids(variables, method.names())
-    given = flatten_dict(variables)
-    if all(map(names.is_backbone, given)):
-        raise UserError(
-            f"{source}: these weights are a bare backbone's, and an embedding needs those of a trained network; "
-            "to train one from these, set config.init_from"
-        )
-    # Embeddings need no classifiers: those that were left out become zeros.
-    expected: dict[tuple[str, ...], Any] = flatten_dict(template_of(method, num_ids))
-    zeros = {
-        path: np.zeros(leaf.shape, leaf.dtype)
-        for path, leaf in expected.items()
-        if names.is_classifier(names.name(path))
-    }
-    return make_embed(method, num_ids)(unflatten_dict({**zeros, **given}))
+from mpanet_jax.weights.convert import initial_variables
 
 
 def embed_rows(split: Split, rows: np.ndarray, embed: Embed, data: DataSettings, batch_size: int) -> Embeddings:
