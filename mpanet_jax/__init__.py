@@ -4,12 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mpanet_jax.evaluation.search import Index
     from mpanet_jax.model import Model, load
 
-__all__ = ["Model", "load"]
+__all__ = ["Index", "Model", "load"]
 
 # Where the public names are; importing this package imports none of them, nor JAX.
 _HOMES = {
+    "Index": "evaluation.search",
     "Model": "model",
     "load": "model",
 }

@@ -42,6 +42,7 @@ ALLOWED = {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),
         *("parallel", "processes", "embeddings", "protocol", "modality", "files"),
     },
+    "export": {"model", "methods", "datasets", "settings", "modality", "errors", "files"},
     "model": {"evaluation", "methods", "weights", "modality", "settings", "errors"},
 }
 

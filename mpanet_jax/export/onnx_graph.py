@@ -142,9 +142,8 @@ class Graph:
 
     # ---- the file ----
 
-    def finish(self) -> tuple[list[Any], list[Any]]:
-        """The nodes and the initial values, in ONNX's classes."""
-        import onnx
+    def finish(self, output: str) -> tuple[list[Any], list[Any]]:
+        """The nodes and the initial values that `output` depends on, in ONNX's classes."""
 
         layers, self._nodes, nodes = self._nodes, [], []
         for entry in layers:
@@ -155,24 +154,15 @@ class Graph:
                 self._nodes.append(entry)
             nodes += self._nodes
             self._nodes = []
-        self._nodes = nodes
-        read = {name for node in nodes for name in node.input}
-        assert all(isinstance(node, onnx.NodeProto) for node in nodes)
-        return nodes, [array for name, array in self._initializers.items() if name in read]
+        read, kept = {output}, []
+        for node in reversed(nodes):
+            if node.output[0] in read:
+                kept.append(node)
+                read.update(node.input)
+        return kept[::-1], [array for name, array in self._initializers.items() if name in read]
 
     def _write(self, layer: Layer) -> None:
-        per_channel = [np.broadcast_to(np.ravel(part), layer.weight.shape[0 if layer.kind == "Conv" else -1])
-                       for part in (layer.factor, layer.summand)] if layer.weight is not None else []
-        if layer.kind == "Conv":
-            factor, summand = per_channel
-            inputs = [layer.source, self.constant(layer.weight * factor[:, None, None, None])]
-            self.node("Conv", inputs + ([self.constant(summand)] if summand.any() else []), **layer.attributes)
-        elif layer.kind == "MatMul":
-            factor, summand = per_channel
-            product = self.node("MatMul", [layer.source, self.constant(layer.weight * factor)])
-            if summand.any():
-                self.node("Add", [product, self.constant(summand)])
-        else:
+        if layer.weight is None:
             name, order = layer.source, FIRST if layer.channels_first else range(layer.rank)
             for kind, part, neutral in (("Mul", layer.factor, 1), ("Add", layer.summand, 0)):
                 array = np.asarray(part, np.float64)
@@ -181,3 +171,13 @@ class Graph:
                     name = self.node(kind, [name, self.constant(array)])
             if name == layer.source:
                 self.node("Identity", [name])
+            return
+        channels = layer.weight.shape[0 if layer.kind == "Conv" else -1]
+        factor, summand = (np.broadcast_to(np.ravel(part), channels) for part in (layer.factor, layer.summand))
+        if layer.kind == "Conv":
+            inputs = [layer.source, self.constant(layer.weight * factor[:, None, None, None])]
+            self.node("Conv", inputs + ([self.constant(summand)] if summand.any() else []), **layer.attributes)
+        else:
+            product = self.node("MatMul", [layer.source, self.constant(layer.weight * factor)])
+            if summand.any():
+                self.node("Add", [product, self.constant(summand)])

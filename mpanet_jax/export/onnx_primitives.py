@@ -21,7 +21,7 @@ _ELEMENTWISE: dict[str, tuple[str, Callable[..., Any]]] = {
     **{"le": ("LessOrEqual", np.less_equal), "ge": ("GreaterOrEqual", np.greater_equal)},
     **{"and": ("And", np.logical_and), "or": ("Or", np.logical_or), "not": ("Not", np.logical_not)},
 }
-_ALIASES = ("stop_gradient", "copy", "copy_p", "optimization_barrier")
+_ALIASES = ("stop_gradient", "copy", "copy_p")
 
 
 def write_equations(graph: Graph, equations: Equations, values: dict[int, Value]) -> Value:
@@ -73,7 +73,12 @@ class _Writer:
             folded = self._fold(equation, inputs, constants[0])
             if folded is not None:
                 return folded
-        if equation.primitive == "max" and constants and not np.any(constants[0]) and equation.avals[0].dtype.kind == "f":
+        if (
+            equation.primitive == "max"
+            and constants
+            and not np.any(constants[0])
+            and equation.avals[0].dtype.kind == "f"
+        ):
             kind, inputs = "Relu", [value for value in inputs if isinstance(value, Computed)]
         return self._joined(kind, inputs, [aval.dtype for aval in equation.input_avals])
 
@@ -138,8 +143,9 @@ class _Writer:
             raise _unsupported(equation)
         if isinstance(which, Constant) and (which.array.all() or not which.array.any()):
             return cases[int(which.array.all())]
-        if isinstance(which, Constant) and all(isinstance(case, Constant) for case in cases):
-            return Constant(np.where(which.array, cases[1].array, cases[0].array))
+        arrays = [value.array for value in (which, *cases[::-1]) if isinstance(value, Constant)]
+        if len(arrays) == 3:
+            return Constant(np.where(*arrays))
         types = [equation.input_avals[i].dtype for i in (0, 2, 1)]
         return self._joined("Where", [which, cases[1], cases[0]], types)
 
@@ -188,7 +194,8 @@ class _Writer:
             raise _unsupported(equation)
         shapes = [aval.shape for aval in equation.input_avals]
         free = [
-            [a for a in range(len(shape)) if a not in (*numbers[0][i], *numbers[1][i])] for i, shape in enumerate(shapes)
+            [a for a in range(len(shape)) if a not in (*numbers[0][i], *numbers[1][i])]
+            for i, shape in enumerate(shapes)
         ]
         shape = tuple(equation.avals[0].shape)
         if isinstance(y, Constant) and isinstance(x, Computed) and not batch and len(free[1]) == 1:
@@ -267,9 +274,7 @@ class _Writer:
             raise _unsupported(equation)
         pads = [before for before, _ in padding[1:3]] + [after for _, after in padding[1:3]]
         source = self.graph.as_first(self._full(x, equation.input_avals[0].shape))
-        name = self.graph.node(
-            kind, [source], kernel_shape=window[1:3], strides=strides[1:3], pads=pads, **attributes
-        )
+        name = self.graph.node(kind, [source], kernel_shape=window[1:3], strides=strides[1:3], pads=pads, **attributes)
         return Computed(name, tuple(equation.avals[0].shape), True)
 
     def _reduce_window_max(self, equation: Equation, x: Value) -> Value:
@@ -281,9 +286,12 @@ class _Writer:
         return self._joined("Mul", [mean, Constant(size)], [np.float32] * 2)
 
     def _gather(self, equation: Equation, x: Value, indices: Value) -> Value:
-        """`jnp.take_along_axis`, and no other."""
+        """`jnp.take_along_axis`, and slices from a place that is known."""
         numbers, axes = equation.params["dimension_numbers"], range(len(equation.input_avals[0].shape))
         along = numbers.start_index_map
+        if isinstance(indices, Constant) and indices.array.ndim == 1 and not numbers.operand_batching_dims:
+            sizes = [equation.params["slice_sizes"][axis] for axis in along]
+            return self._part(equation, x, along, indices.array, indices.array + sizes, numbers.collapsed_slice_dims)
         others = tuple(axis for axis in axes if axis not in along)
         if (
             len(along) != 1
@@ -371,7 +379,7 @@ class _Writer:
         return Computed(name, tuple(x.shape[axis] for axis in order))
 
     def _rev(self, equation: Equation, x: Value) -> Value:
-        axes = list(equation.params["dimensions"])
+        axes = tuple(equation.params["dimensions"])
         if isinstance(x, Constant):
             return Constant(np.flip(x.array, axes))
         last = np.iinfo(np.int64).min
@@ -381,19 +389,36 @@ class _Writer:
         return Computed(self.graph.node("Slice", [self.graph.as_last(x), *inputs]), x.shape)
 
     def _slice(self, equation: Equation, x: Value) -> Value:
-        params, shape = equation.params, tuple(equation.avals[0].shape)
-        x = self._full(x, equation.input_avals[0].shape)
-        starts, limits = params["start_indices"], params["limit_indices"]
-        strides = params["strides"] or (1,) * len(shape)
-        axes = [a for a, n in enumerate(equation.input_avals[0].shape) if (starts[a], limits[a], strides[a]) != (0, n, 1)]
-        if isinstance(x, Constant):
-            return Constant(x.array[tuple(slice(*part) for part in zip(starts, limits, strides, strict=True))])
-        if not all(isinstance(part[a], int) for part in (starts, limits, strides) for a in axes):
+        params, before = equation.params, equation.input_avals[0].shape
+        steps = params["strides"] or (1,) * len(before)
+        parts = list(zip(params["start_indices"], params["limit_indices"], steps, strict=True))
+        axes = [axis for axis, length in enumerate(before) if parts[axis] != (0, length, 1)]
+        if not all(isinstance(number, int) for axis in axes for number in parts[axis]):
             raise _unsupported(equation)
-        parts = [np.array([part[a] for a in axes], np.int64) for part in (starts, limits)]
-        inputs = [self.graph.constant(array) for array in (*parts, np.array(axes, np.int64))]
-        inputs.append(self.graph.constant(np.array([strides[a] for a in axes], np.int64)))
-        return Computed(self.graph.node("Slice", [self.graph.as_last(x), *inputs]), shape)
+        starts, ends, steps = ([parts[axis][i] for axis in axes] for i in range(3))
+        return self._part(equation, x, axes, starts, ends, steps=steps)
+
+    def _part(
+        self,
+        equation: Equation,
+        x: Value,
+        axes: Sequence[int],
+        starts: Any,
+        ends: Any,
+        removed: Sequence[int] = (),
+        steps: Sequence[int] | None = None,
+    ) -> Value:
+        """The part of x between starts and ends along some axes, of which `removed` have length 1 then and go."""
+        x, steps = self._full(x, equation.input_avals[0].shape), steps or [1] * len(axes)
+        if isinstance(x, Constant):
+            ranges = {axis: slice(*part) for axis, *part in zip(axes, starts, ends, steps, strict=True)}
+            part = x.array[tuple(ranges.get(axis, slice(None)) for axis in range(x.array.ndim))]
+            return Constant(part.squeeze(tuple(removed)))
+        inputs = [self.graph.constant(np.array(numbers, np.int64)) for numbers in (starts, ends, axes, steps)]
+        name = self.graph.node("Slice", [self.graph.as_last(x), *inputs])
+        if removed:
+            name = self.graph.node("Squeeze", [name, self.graph.constant(np.array(removed, np.int64))])
+        return Computed(name, tuple(equation.avals[0].shape))
 
     def _concatenate(self, equation: Equation, *parts: Value) -> Value:
         return self._concatenated(equation, parts, equation.params["dimension"])
@@ -433,7 +458,9 @@ def _shape(value: Value) -> tuple[Any, ...]:
 def _broadcast(shapes: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     rank = max(map(len, shapes))
     padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
-    return tuple(next((n for n in lengths if not (isinstance(n, int) and n == 1)), 1) for lengths in zip(*padded, strict=True))
+    return tuple(
+        next((n for n in lengths if not (isinstance(n, int) and n == 1)), 1) for lengths in zip(*padded, strict=True)
+    )
 
 
 def _unsupported(equation: Equation) -> UserError:
