@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-# Primitives that only call another jaxpr, and the parameters under which it may stand.
-_CALLS = ("pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint")
+# Primitives that only call another jaxpr, besides those of custom gradients; and the parameters under which it stands.
+_CALLS = ("pjit", "jit", "closed_call", "core_call", "remat", "checkpoint")
 _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 Key = int  # names a value
@@ -96,7 +96,8 @@ class _Flattener:
         for equation in jaxpr.eqns:
             inputs = [_read(scope, atom) for atom in equation.invars]
             name, params = equation.primitive.name, equation.params
-            body = next((params[b] for b in _BODIES if b in params), None) if name in _CALLS else None
+            calls = name in _CALLS or name.startswith("custom_")
+            body = next((params[b] for b in _BODIES if b in params), None) if calls else None
             if body is None:
                 outputs = [self.new(scope, variable) for variable in equation.outvars]
                 avals = [variable.aval for variable in equation.outvars]
