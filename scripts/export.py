@@ -3,10 +3,11 @@
 python scripts/export.py --model=runs/sysu --out=model.onnx
 python scripts/export.py --model=runs/sysu --out=model.stablehlo --batch=32
 python scripts/export.py --model=runs/agw --out=infrared.onnx --modality=infrared
-python scripts/export.py --model=runs/sysu --out=model.pth       (.safetensors, .pth: as scripts/convert_weights.py)
+python scripts/export.py --model=runs/sysu --out=model.pth       (or .safetensors)
 
-The file takes uint8 images [B, height, width, 3], RGB, already resized, and gives embeddings; it is checked against the
-model before it is put in place. docs/export.md shows how to run it.
+Weights have the published program's names and no classifiers, which scripts/convert_weights.py keeps. The other files
+take uint8 images [B, height, width, 3], RGB, already resized, and give embeddings; each is checked against the model before it
+is put in place. docs/export.md shows how to run them.
 """
 
 from pathlib import Path
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--batch, --modality and --normalize go with .onnx and .stablehlo, not with {suffix}")
         from mpanet_jax.weights.convert import convert
 
-        convert(MODEL.value, OUT.value)
+        convert(MODEL.value, OUT.value, drop_classifiers=True)
     else:
         from mpanet_jax.export.onnx_file import export_onnx, require_onnx  # imports JAX
         from mpanet_jax.export.stablehlo import export_stablehlo

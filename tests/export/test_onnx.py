@@ -22,6 +22,8 @@ from mpanet_jax.settings import replace
 from mpanet_jax.weights.convert import template_of
 from tests.trained import HEIGHT, WIDTH, person, trained_model
 
+pytestmark = pytest.mark.xdist_group("trained")
+
 # Runs a file in a process in which importing JAX, or this package, fails.
 WITHOUT_JAX = """
 import sys
