@@ -266,6 +266,11 @@ def _whole_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
 
 
+def latest_step(workdir: str | Path) -> int | None:
+    """The step of a run's newest whole checkpoint; None where there is none."""
+    return max(_whole_steps(Path(workdir) / FOLDERS["last"]), default=None)
+
+
 def has_checkpoint(workdir: Path) -> bool:
     """Whether there is a whole checkpoint from which the run in `workdir` goes on."""
     return bool(_whole_steps(workdir / FOLDERS["last"]))

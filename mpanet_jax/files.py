@@ -1,11 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from mpanet_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -31,3 +34,22 @@ def write_whole(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
             with contextlib.suppress(OSError):
                 os.unlink(file.name)
             raise
+
+
+@contextlib.contextmanager
+def write_whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder to fill, which takes the name `path` when the block ends without an error; else nothing is left.
+
+    Raises:
+      UserError: there is something at `path` already, which an empty folder is not.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists already{' and is not empty' if path.is_dir() else ''}; name a new folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

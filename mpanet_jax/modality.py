@@ -40,4 +40,4 @@ def _number(value: object, place: str) -> int:
     for number, name in (*MODALITY_NAMES.items(), (UNKNOWN, None)):
         if value == number or (name is not None and value == name):
             return number
-    raise ArgumentError("modality", f"{place}{' ' * bool(place)}= {value!r}: expected 'visible' or 'infrared'")
+    raise ArgumentError(f"modality{place}", f"= {value!r}: expected 'visible' or 'infrared'")

@@ -1,9 +1,12 @@
 """A trained network that turns images into vectors: what `mpanet_jax.load` returns."""
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -15,15 +18,21 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float32
 
-from mpanet_jax.errors import ArgumentError, UserError
-from mpanet_jax.evaluation.calibration import Calibration, PairScore, score_pair
+from mpanet_jax.checkpoint import latest_step
+from mpanet_jax.errors import ArgumentError, UserError, first_line
+from mpanet_jax.evaluation.calibration import CALIBRATION_FILE, Calibration, PairScore, calibration_path, score_pair
 from mpanet_jax.evaluation.extract import Embed, make_embed, whole_variables
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images, rows_of_images
+from mpanet_jax.files import write_whole, write_whole_folder
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import UNKNOWN, Modality, modality_numbers
+from mpanet_jax.model_card import model_card
+from mpanet_jax.run_files import METRICS_FILES
 from mpanet_jax.settings import Settings, replace, to_dict
 from mpanet_jax.weights.convert import read_weights
+from mpanet_jax.weights.files import METRICS_KEY, read_metadata, write_state_dict
+from mpanet_jax.weights.hub import MODEL_FILE, resolve
 from mpanet_jax.weights.names import Variables, to_state_dict
 
 NUM_IDS = 1  # that the classifiers of a model tell apart: they are not used
@@ -41,15 +50,22 @@ class Model:
       source: where it comes from.
       method: the method that the settings are of.
       variables: {"params", "batch_stats"} of `network`; the classifiers, which only training needs, are zeros.
+      metrics: what was measured with these weights, as a run's metrics.json has it; None: nothing, or nobody stored it.
     """
 
-    def __init__(self, settings: Settings, variables: Variables, source: str | Path):
+    def __init__(
+        self,
+        settings: Settings,
+        variables: Variables,
+        source: str | Path,
+        metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
         """Of a network's variables, with or without classifiers; `load` reads them.
 
         Raises:
           UserError: they are of a backbone alone, which has no embedding.
         """
-        self.settings, self.source = settings, str(source)
+        self.settings, self.source, self.metrics = settings, str(source), metrics
         self.method: Method = make_method(settings)
         names = self.method.names()
         flat: dict[tuple[str, ...], Any] = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
@@ -214,6 +230,66 @@ class Model:
             prior=prior,
         )
 
+    def save(self, folder: str | Path) -> None:
+        """Writes the model into a new folder, which `load` reads: model.safetensors and a model card, README.md.
+
+        With them goes the model's calibration, calibration.json, if there is one. The settings are in the file's metadata, but for the paths of this machine. All of it is written, or nothing.
+
+        Raises:
+          UserError: the folder is there and is not empty.
+        """
+        with write_whole_folder(folder) as whole:
+            self._write(whole, Path(folder).resolve().name, str(folder))
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Puts what `save` writes into a repository on Hugging Face, which is made if need be, and returns its address.
+
+        Args:
+          repository: 'owner/name'; `load("hf:owner/name")` reads it from there.
+          private: whether a new repository is for its owner alone; None: as the owner's account has it.
+          token: of an account that may write there; None: that of `hf auth login`, or of HF_TOKEN.
+
+        Raises:
+          ArgumentError: no such name can be.
+          UserError: it cannot be reached, or the account may not write there.
+        """
+        repository = repository.removeprefix("hf:")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+            raise ArgumentError("repository", f"= {repository!r}: expected 'owner/name'")
+        import huggingface_hub  # slow to import, and needed here only
+
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(Path(folder), repository.rpartition("/")[2], f"hf:{repository}")
+            try:
+                api = huggingface_hub.HfApi(token=token)
+                address = api.create_repo(repository, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model")
+            except Exception as error:  # no network, no token, no permission: libraries under it raise many types
+                raise UserError(
+                    f"{repository}: cannot be pushed to ({type(error).__name__}: {first_line(error)}); give a token "
+                    "that may write there, or log in with: hf auth login"
+                ) from error
+        return str(address)
+
+    def _write(self, folder: Path, name: str, source: str) -> None:
+        settings = _without_paths(self.settings)
+        write_state_dict(folder / MODEL_FILE, self.state_dict(), to_dict(settings), self.metrics)
+        card = model_card(
+            name,
+            settings,
+            source=source,
+            size=self.size,
+            needs_modality=self.method.needs_modality,
+            fingerprint=self.fingerprint,
+            metrics=self.metrics,
+        )
+        with write_whole(folder / "README.md") as file:
+            file.write(card)
+        if (path := calibration_path(self.source)).is_file():
+            calibration = Calibration.read(path)
+            if calibration.fingerprint == self.fingerprint:  # not of weights that have been trained on since
+                dataclasses.replace(calibration, model=name).write(folder / CALIBRATION_FILE)
+
     @cached_property
     def _embed(self) -> Embed:
         return make_embed(self.method, NUM_IDS)(self.variables)
@@ -242,6 +318,26 @@ class Model:
         return rows_of_images(function, listed, numbers, self.settings.data, batch_size=size, errors=errors)
 
 
+def _without_paths(settings: Settings) -> Settings:
+    """The settings without the paths of the machine that they come from; of weights there the name stays."""
+    changes = {"dataset.source": "", "dataset.data_dir": type(settings)().dataset.data_dir}
+    if not settings.init_from.startswith("hf:"):
+        changes["init_from"] = Path(settings.init_from).name
+    return replace(settings, changes)
+
+
+def _stored_metrics(path: Path) -> dict[str, Any] | None:
+    """What was measured with the weights at `path`: with a run's last checkpoint, or as a file's metadata say."""
+    if path.is_file():
+        return read_metadata(path, METRICS_KEY)
+    try:
+        metrics = json.loads((path / METRICS_FILES["last"]).read_text())
+        is_current = all(values["step"] == latest_step(path) for values in metrics.values())
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return None  # there is none, or it was written by hand
+    return metrics if is_current else None
+
+
 def load(source: str | Path, *, dtype: str | None = None, settings: Settings | None = None) -> Model:
     """A trained model, from wherever it is.
 
@@ -262,5 +358,6 @@ def load(source: str | Path, *, dtype: str | None = None, settings: Settings | N
             f"{source}: no such file or folder; expected a run's workdir, a .safetensors or .pth file, the folder of a "
             "saved model, or hf:owner/name"
         )
-    settings, variables, _ = read_weights(source, settings=settings, drop_classifiers=True)
-    return Model(settings if dtype is None else replace(settings, {"dtype": dtype}), variables, source)
+    found, variables, _ = read_weights(source, settings=settings, drop_classifiers=True)
+    found = found if dtype is None else replace(found, {"dtype": dtype})
+    return Model(found, variables, source, _stored_metrics(resolve(str(source))))

@@ -5,9 +5,9 @@ python scripts/export.py --model=runs/sysu --out=model.stablehlo --batch=32
 python scripts/export.py --model=runs/agw --out=infrared.onnx --modality=infrared
 python scripts/export.py --model=runs/sysu --out=model.pth       (or .safetensors)
 
-Weights have the published program's names and no classifiers, which scripts/convert_weights.py keeps. The other files
-take uint8 images [B, height, width, 3], RGB, already resized, and give embeddings; each is checked against the model before it
-is put in place. docs/export.md shows how to run them.
+Weights have the published program's names and no classifiers, which scripts/convert_weights.py keeps. Of the others,
+each takes uint8 images [B, height, width, 3], RGB, already resized, and gives embeddings; it is checked against the model
+before it is put in place. docs/export.md shows how to run it.
 """
 
 from pathlib import Path

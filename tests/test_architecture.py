@@ -18,9 +18,10 @@ ALLOWED = {
     "state": set(),
     "models": {"errors"},
     "modality": {"errors"},
-    "files": set(),
+    "files": {"errors"},
     "memory": set(),
-    "settings": {"errors", "models", "datasets"},  # the names of backbones and data sets, when settings are checked
+    # The names of backbones and data sets, when settings are checked; and the settings of another method.
+    "settings": {"errors", "models", "datasets", "methods"},
     "embeddings": {"errors", "files", "memory", "modality"},
     "protocol": {"embeddings", "errors", "modality"},
     "nonfinite": {"errors", "files"},
@@ -43,7 +44,11 @@ ALLOWED = {
         *("parallel", "processes", "embeddings", "protocol", "modality", "files"),
     },
     "export": {"model", "methods", "datasets", "settings", "modality", "errors", "files"},
-    "model": {"evaluation", "methods", "weights", "modality", "settings", "errors"},
+    "model_card": {"datasets", "evaluation", "settings"},
+    "model": {
+        *("evaluation", "methods", "weights", "checkpoint", "run_files", "modality", "settings", "errors", "files"),
+        "model_card",
+    },
 }
 
 

@@ -26,7 +26,7 @@ from mpanet_jax.run_files import load_settings, save_settings  # noqa: E402
 from mpanet_jax.settings import replace, to_dict  # noqa: E402
 from mpanet_jax.state import init_variables  # noqa: E402
 from mpanet_jax.weights.convert import convert, read_weights, start_from, template_of  # noqa: E402
-from mpanet_jax.weights.files import read_metadata_settings, read_state_dict, write_state_dict  # noqa: E402
+from mpanet_jax.weights.files import read_metadata, read_state_dict, write_state_dict  # noqa: E402
 from mpanet_jax.weights.hub import resolve  # noqa: E402
 from mpanet_jax.weights.names import from_state_dict, to_state_dict  # noqa: E402
 from tests.reference.model import MPANet, randomise  # noqa: E402
@@ -582,11 +582,11 @@ def test_settings_go_with_the_weights(ablation):
     """Converted once by its settings, an ablation needs none any more, and its embeddings are PyTorch's."""
     source, settings, folder = ablation
     convert(folder / "ablation.safetensors", folder / "a.safetensors", settings=settings)
-    assert read_metadata_settings(folder / "a.safetensors") == json.loads(json.dumps(to_dict(settings)))
+    assert read_metadata(folder / "a.safetensors") == json.loads(json.dumps(to_dict(settings)))
     convert(folder / "a.safetensors", folder / "b")
     convert(folder / "b", folder / "c.safetensors")
     assert same(load_file(folder / "c.safetensors"), load_file(folder / "a.safetensors"))
-    assert read_metadata_settings(folder / "c.safetensors") == read_metadata_settings(folder / "a.safetensors")
+    assert read_metadata(folder / "c.safetensors") == read_metadata(folder / "a.safetensors")
     for stored in ("a.safetensors", "b"):
         embedding = embedding_of(folder / stored)
         np.testing.assert_allclose(embedding, pytorch_embedding(source), rtol=1e-3, atol=1e-4)
@@ -635,7 +635,7 @@ def test_script_takes_the_network_from_a_config(published, tmp_path):
     assert "missing: backbone.MAM3.channel_attention.0.weight" in failed.stderr
     done = run_script(tmp_path / "none.safetensors", tmp_path / "a.safetensors", *config, *size)
     assert done.returncode == 0, done.stderr
-    stored = read_metadata_settings(tmp_path / "a.safetensors")["model"]
+    stored = read_metadata(tmp_path / "a.safetensors")["model"]
     assert (stored["channel_module"], stored["stage_sizes"], stored["width"]) == ("none", [1, 1, 1, 1], 8)
     for options, named in (
         ([*config, *size, "--config.model.backbone=resnet18"], "model.backbone = 'resnet18' ('resnet50' there)"),

@@ -36,6 +36,7 @@ class Dataset:
       published: {split: (identities, visible images, infrared images)}; empty where nobody published any.
       companions: files of the raw folder that are kept with the prepared data.
       protocols: its protocols' classes.
+      licence: what its authors ask of those who use it, in a sentence that names its page; model cards say it.
       has_validation: whether a part 'val' of the training split is there to choose by.
     """
 
@@ -44,6 +45,7 @@ class Dataset:
     published: ClassVar[Mapping[str, tuple[int, int, int]]] = MappingProxyType({})
     companions: ClassVar[tuple[str, ...]] = ()
     protocols: ClassVar[tuple[type[Protocol], ...]] = ()
+    licence: ClassVar[str] = "Nothing is known here of what the owner of the images allows; ask them."
     has_validation: ClassVar[bool] = False
 
     def __init__(self, settings: DatasetSettings):

@@ -54,6 +54,7 @@ class Llcm(Dataset):
     """LLCM: visible and near-infrared images of 1,064 people from nine cameras in low light."""
 
     name = "llcm"
+    licence = "LLCM is for research; its authors give it out on a signed agreement: https://github.com/ZYK100/LLCM"
     published = MappingProxyType({"train": (713, 16946, 13975), "test": (351, 8680, 7166)})
     protocols = (LlcmProtocol,)
 

@@ -74,6 +74,7 @@ class Own(Dataset):
     """Images of your own cameras, listed in images.csv."""
 
     name = "own"
+    licence = "The images are the own ones of whoever trained the model; ask them what may be done with it."
     settings_class = OwnSettings
     companions = (CSV_FILE,)
     protocols = (OwnProtocol, QueryGalleryProtocol)

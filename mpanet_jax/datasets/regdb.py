@@ -60,6 +60,7 @@ class Regdb(Dataset):
     """RegDB: visible and thermal images of 412 people; one variant for each of the ten random splits."""
 
     name = "regdb"
+    licence = "RegDB is for research; its authors give it out on a signed agreement: http://dm.dgu.edu/link.html"
     settings_class = RegdbSettings
     published = MappingProxyType({"train": (206, 2060, 2060), "test": (206, 2060, 2060)})
     protocols = (RegdbProtocol,)

@@ -190,6 +190,7 @@ class SysuMm01(Dataset):
     """SYSU-MM01: visible-infrared person re-identification, cameras 1 2 4 5 visible, 3 and 6 infrared."""
 
     name = "sysu_mm01"
+    licence = "SYSU-MM01 is for research; its authors give it out on a signed agreement: https://github.com/wuancong/SYSU-MM01"
     published = MappingProxyType({"train": (395, 22258, 11909), "test": (96, 6775, 3803)})
     companions = (PERMUTATION,)
     protocols = (SysuMm01Protocol, SysuMm01RandomProtocol)

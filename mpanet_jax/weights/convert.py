@@ -1,8 +1,6 @@
 """Whole jobs with weights: read them from anywhere, convert them, start a network from them."""
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from mpanet_jax import run_files
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.errors import UserError
+from mpanet_jax.files import write_whole_folder
 from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.method import Method
 from mpanet_jax.settings import ModelSettings, Settings, differences, to_dict
@@ -41,7 +40,7 @@ def settings_of_weights(source: str | Path) -> Settings | None:
     path = resolve(str(source))
     if path.is_dir():
         return run_files.load_settings(path) if (path / run_files.CONFIG_FILE).exists() else None
-    tree = files.read_metadata_settings(path)
+    tree = files.read_metadata(path)
     try:
         return None if tree is None else settings_of(tree)
     except (UserError, TypeError, AttributeError) as error:
@@ -136,14 +135,10 @@ def convert(source: str | Path, target: str | Path, **options: Any) -> list[str]
         suffixes = ", ".join(files.FILE_SUFFIXES)
         raise UserError(f"{target}: exists already; give a new folder, or a name ending in {suffixes}")
     settings, variables, left_out = read_weights(source, **options)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with ocp.training.Checkpointer(str((temporary / "checkpoints").resolve())) as checkpointer:
+    with write_whole_folder(target) as folder:
+        with ocp.training.Checkpointer(str((folder / "checkpoints").resolve())) as checkpointer:
             checkpointer.save_checkpointables(0, {"model": variables})
-        run_files.save_settings(settings, temporary)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        run_files.save_settings(settings, folder)
     return left_out
 
 

@@ -5,7 +5,7 @@ A *state dict* here is a dict of NumPy arrays by PyTorch's names.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ StateDict = dict[str, np.ndarray]
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-# Where the settings stand in the metadata of a .safetensors file.
+# Where the settings, and what was measured, stand in the metadata of a .safetensors file.
 METADATA_KEY = "mpanet_jax.settings"
+METRICS_KEY = "mpanet_jax.metrics"
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:
@@ -108,8 +109,8 @@ def _read_torch(path: Path) -> StateDict:
     }
 
 
-def read_metadata_settings(path: str | Path) -> dict[str, Any] | None:
-    """The settings in the metadata of a `.safetensors` file, as plain values; None where there are none.
+def read_metadata(path: str | Path, key: str = METADATA_KEY) -> dict[str, Any] | None:
+    """The settings, or another `key`, in the metadata of a `.safetensors` file, as plain values; None without.
 
     Raises:
       UserError: no such file, not a safetensors file, or the settings are not JSON.
@@ -119,7 +120,7 @@ def read_metadata_settings(path: str | Path) -> dict[str, Any] | None:
         return None
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
+            text = (file.metadata() or {}).get(key)
     except (safetensors.SafetensorError, OSError) as error:
         raise _damaged(path, "safetensors", error) from error
     try:
@@ -128,10 +129,16 @@ def read_metadata_settings(path: str | Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: its metadata are not a run's settings ({_one_line(error)})") from error
 
 
-def write_state_dict(path: str | Path, state_dict: StateDict, settings: dict[str, Any] | None = None) -> None:
+def write_state_dict(
+    path: str | Path,
+    state_dict: StateDict,
+    settings: dict[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a `.safetensors` file, or a PyTorch file (`.pth`, `.pt`, `.bin`; needs torch). Never half a file.
 
     `settings`, plain values, go into the metadata of a `.safetensors` file: they say which network the weights are of.
+    So do `metrics`, what was measured with them.
 
     Raises:
       UserError: unknown ending, or no torch for a PyTorch file.
@@ -142,8 +149,9 @@ def write_state_dict(path: str | Path, state_dict: StateDict, settings: dict[str
     arrays = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
     with write_whole(path, "wb") as file:
         if path.suffix == ".safetensors":
-            metadata = {"format": "pt"} | ({} if settings is None else {METADATA_KEY: json.dumps(settings)})
-            file.write(safetensors.numpy.save(arrays, metadata=metadata))
+            known = {METADATA_KEY: settings, METRICS_KEY: metrics}
+            metadata = {key: json.dumps(value) for key, value in known.items() if value is not None}
+            file.write(safetensors.numpy.save(arrays, metadata={"format": "pt", **metadata}))
         else:
             torch = import_torch(path)
             torch.save({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, file)
