@@ -52,8 +52,9 @@ def start(folder, workdir, num_epochs, *more, num_processes=1, of_each=((), ()),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "JAX_ENABLE_X64": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={1 if num_processes == 1 else 2} "
-        f"--xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds={HANGS_AFTER}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+        f"--xla_force_host_platform_device_count={1 if num_processes == 1 else 2} "
+        f"--xla_cpu_collective_call_terminate_timeout_seconds={HANGS_AFTER}",
     }
     flags = [
         f"--config={ROOT}/configs/synthetic.py",
