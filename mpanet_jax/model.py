@@ -233,10 +233,11 @@ class Model:
     def save(self, folder: str | Path) -> None:
         """Writes the model into a new folder, which `load` reads: model.safetensors and a model card, README.md.
 
-        With them goes the model's calibration, calibration.json, if there is one. The settings are in the file's metadata, but for the paths of this machine. All of it is written, or nothing.
+        With them goes calibration.json, if the model has one. The settings are in the file's metadata, but for the
+        paths of this machine. All of it is written, or nothing.
 
         Raises:
-          UserError: the folder is there and is not empty.
+          UserError: the folder is there and is not empty, or the calibration cannot be read.
         """
         with write_whole_folder(folder) as whole:
             self._write(whole, Path(folder).resolve().name, str(folder))

@@ -6,8 +6,8 @@ python scripts/export.py --model=runs/agw --out=infrared.onnx --modality=infrare
 python scripts/export.py --model=runs/sysu --out=model.pth       (or .safetensors)
 
 Weights have the published program's names and no classifiers, which scripts/convert_weights.py keeps. Of the others,
-each takes uint8 images [B, height, width, 3], RGB, already resized, and gives embeddings; it is checked against the model
-before it is put in place. docs/export.md shows how to run it.
+each takes uint8 images [B, height, width, 3], RGB, already resized, and gives embeddings; it is checked against the
+model before it is put in place. docs/export.md shows how to run it.
 """
 
 from pathlib import Path

@@ -241,14 +241,14 @@ def calibrate(
             f"{data}: in neither kind of pairs, {' or '.join(KINDS)}, do both halves of the {sum(counts)} identities "
             "have pairs of the same person and of different people, from different cameras"
         )
-    identities = dict(zip(("calibration", "test"), counts, strict=True))
+    identities = {"calibration": counts[0], "test": counts[1]}
     return Calibration(model, fingerprint, data, float(prior), seed, identities, kinds)
 
 
 def format_calibration(calibration: Calibration) -> str:
     """A table of the figures, one line a kind of pairs."""
     head = ("pairs", "same", "different", "AUC", "EER", *(f"TPR at FPR {rate:g}" for rate in FALSE_POSITIVE_RATES))
-    lines = [(*head, "calibration error")]
+    lines: list[tuple[str, ...]] = [(*head, "calibration error")]
     for kind, values in calibration.kinds.items():
         test = values["test"]
         rates = ["cannot be told" if r is None else f"{100 * r:.2f}" for r in test["tpr_at_fpr"].values()]
