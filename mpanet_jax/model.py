@@ -20,9 +20,10 @@ from jaxtyping import Float32
 
 from mpanet_jax.checkpoint import latest_step
 from mpanet_jax.errors import ArgumentError, UserError, first_line
-from mpanet_jax.evaluation.calibration import CALIBRATION_FILE, Calibration, PairScore, calibration_path, score_pair
+from mpanet_jax.evaluation.calibration import CALIBRATION_FILE, Calibration
 from mpanet_jax.evaluation.extract import Embed, make_embed, whole_variables
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images, rows_of_images
+from mpanet_jax.evaluation.pair_score import PairScore, calibration_path, score_pair
 from mpanet_jax.files import write_whole, write_whole_folder
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method

@@ -36,7 +36,8 @@ def main(files: list[str]) -> None:
         raise UserError("--model, --protocol and file names go with --features; a run says its own")
     if OUT.value and Path(OUT.value).suffix != ".json":
         raise UserError(f"--out={OUT.value}: expected the name of a file that ends in .json")
-    from mpanet_jax.evaluation.calibration import calibrate, calibration_path, check_prior, format_calibration
+    from mpanet_jax.evaluation.calibration import calibrate, check_prior, format_calibration
+    from mpanet_jax.evaluation.pair_score import calibration_path
     from mpanet_jax.evaluation.verification import join_embeddings
     from mpanet_jax.evaluation.workdir import embed_test_set
     from mpanet_jax.model import load

@@ -1,5 +1,7 @@
 """search.py, verify.py and calibrate.py as they are called, with a trained model and drawn people."""
 
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -10,8 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mpanet_jax
+from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.embeddings import Embeddings, save_embeddings
 from mpanet_jax.evaluation.calibration import Calibration
+from mpanet_jax.evaluation.pair_score import calibration_path
+from mpanet_jax.model import load
+from mpanet_jax.run_files import save_settings
+from mpanet_jax.settings import replace
+from mpanet_jax.weights.convert import convert
+from tests.pages import run_code
 from tests.trained import person, save_trained, trained_model
 
 pytestmark = pytest.mark.xdist_group("trained")
@@ -114,3 +124,50 @@ def test_compare_is_what_embed_says(place):
     rows = trained_model().embed([a, b])
     assert abs(found.similarity - rows[0] @ rows[1]) < 1e-6
     assert found.probability is None and found.kind == "cross_modality"
+
+
+def test_page_s_code_searches_and_compares(place, monkeypatch, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        Image.fromarray(person(number, 0, 0)).save(tmp_path / f"photos/{number}.png")
+    Image.fromarray(person(2, 1, 1)).save(tmp_path / "query.jpg")
+    for name in ("a", "b"):
+        Image.fromarray(person(3, 1, 0)).save(tmp_path / f"{name}.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mpanet_jax, "load", lambda source: trained_model(), raising=False)
+    names = run_code("docs/search.md", 0, 1)
+    assert len(names["results"].queries[0].matches) == 4 and (tmp_path / "results.json").exists()
+    assert names["found"].similarity > 0.999 and names["found"].probability is None
+
+
+def test_saved_model_takes_its_calibration_along(place, tmp_path):
+    model = load(save_trained(tmp_path / "model.safetensors"))
+    calibration = Calibration(model.source, model.fingerprint, "people", 0.5, 0, {}, {})
+    calibration.write(calibration_path(model.source))
+    model.save(tmp_path / "saved")
+    assert Calibration.read(tmp_path / "saved/calibration.json").fingerprint == load(tmp_path / "saved").fingerprint
+    dataclasses.replace(calibration, fingerprint="of earlier weights").write(calibration_path(model.source))
+    model.save(tmp_path / "without")
+    assert not (tmp_path / "without/calibration.json").exists()
+
+
+def test_calibrate_a_run(place, tmp_path):
+    convert(place / "model.safetensors", tmp_path / "run", drop_classifiers=True)
+    raw, counts = tmp_path / "raw", {"num_train_ids": 2, "num_test_ids": 8, "images_per_camera": (2, 2)}
+    write_dataset("sysu_mm01", raw, height=(48, 56), **counts)
+    (tmp_path / "prepared").mkdir()
+    data = {"dataset.source": str(raw), "dataset.data_dir": str(tmp_path / "prepared")}
+    save_settings(replace(trained_model().settings, data), tmp_path / "run")
+    done = run("calibrate", f"--workdir={tmp_path / 'run'}", "--seed=1")
+    assert done.returncode == 0, done.stderr
+    calibration = Calibration.read(tmp_path / "run/calibration.json")
+    assert calibration.identities == {"calibration": 4, "test": 4} and calibration.data == "sysu_mm01"
+    # All pairs of one identity in two rooms (cameras 2 and 3 are one), of the identities of both halves.
+    found = {name: sum(v["same"] for v in (k["pairs"], k["test"]["pairs"])) for name, k in calibration.kinds.items()}
+    expected = dict.fromkeys(("cross_modality", "same_modality"), 0)
+    for pid in (raw / "exp/test_id.txt").read_text().split(","):
+        shown = [(int(p.parts[-3][3]), p) for p in sorted(raw.glob(f"cam*/{int(pid):04}/*.jpg"))]
+        for (one, _), (other, _) in itertools.combinations(shown, 2):
+            if one != other and {one, other} != {2, 3}:
+                expected["cross_modality" if (one in (3, 6)) != (other in (3, 6)) else "same_modality"] += 1
+    assert found == expected

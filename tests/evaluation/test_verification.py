@@ -17,11 +17,10 @@ from mpanet_jax.evaluation.calibration import (
     Calibration,
     Logistic,
     calibrate,
-    calibration_path,
     figures,
     fit_logistic,
-    score_pair,
 )
+from mpanet_jax.evaluation.pair_score import calibration_path, score_pair
 from mpanet_jax.evaluation.verification import (
     CROSS,
     SAME,

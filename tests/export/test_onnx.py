@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from PIL import Image
 
 from mpanet_jax.data import augment
 from mpanet_jax.errors import ArgumentError, UserError
@@ -20,6 +21,7 @@ from mpanet_jax.methods.method import unit
 from mpanet_jax.model import Model
 from mpanet_jax.settings import replace
 from mpanet_jax.weights.convert import template_of
+from tests.pages import run_code
 from tests.trained import HEIGHT, WIDTH, person, trained_model
 
 pytestmark = pytest.mark.xdist_group("trained")
@@ -69,6 +71,14 @@ def test_trained_network_in_a_process_without_jax(exported, people, tmp_path):
     # The pictures are told apart: rows that were all alike would pass with any picture.
     others = expected @ expected.T
     assert others[~np.eye(len(people), dtype=bool)].max() < 0.9
+
+
+def test_page_s_code_embeds_a_picture(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(exported.read_bytes())
+    Image.fromarray(person(30, 0, 0, (50, 120))).save("person.jpg")
+    found = run_code("docs/export.md", 0)["embeddings"]
+    assert relative_error(found, trained_model().embed(["person.jpg"])) <= 1e-4
 
 
 def test_file_says_what_it_needs(exported):

@@ -7,39 +7,34 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.export import stablehlo
 from mpanet_jax.export.stablehlo import export_stablehlo
+from tests.pages import ROOT
 from tests.trained import HEIGHT, WIDTH, person, trained_model
 
 pytestmark = pytest.mark.xdist_group("trained")
 
-# As docs/export.md reads a file, in a process in which importing this package fails.
+# The code of docs/export.md, in a process in which importing this package fails.
 WITHOUT_PACKAGE = """
-import json, sys
+import sys
 sys.modules["mpanet_jax"] = sys.modules["flax"] = None
-import jax
 import numpy as np
-header, _, encoded = open(sys.argv[1], "rb").read().partition(b"\\n")
-about, network = json.loads(header), jax.export.deserialize(bytearray(encoded))
-pixels = np.load(sys.argv[2])
-assert pixels.shape[1:3] == (int(about["height"]), int(about["width"]))
-np.save(sys.argv[3], np.asarray(network.call(pixels)))
+from tests.pages import run_code
+np.save("found.npy", run_code("docs/export.md", 1)["embeddings"])
 """
 
 
 def test_trained_network_in_a_fresh_process(tmp_path):
-    people = np.stack([person(10 + i, i, i % 2) for i in range(5)])
     path = tmp_path / "model.stablehlo"
     export_stablehlo(trained_model(), path)
-    np.save(tmp_path / "people.npy", people)
-    arguments = [path, tmp_path / "people.npy", tmp_path / "found.npy"]
-    environment = {**os.environ, "PYTHONPATH": ""}
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, *map(str, arguments)]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
-    found, expected = np.load(tmp_path / "found.npy"), trained_model().embed(list(people))
-    assert np.max(np.linalg.norm(found - expected, axis=1)) <= 1e-4
+    Image.fromarray(person(30, 0, 1, (50, 120))).save(tmp_path / "person.jpg")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE], check=True, cwd=tmp_path, env=environment)
+    found, expected = np.load(tmp_path / "found.npy"), trained_model().embed([tmp_path / "person.jpg"])
+    assert np.linalg.norm(found - expected) <= 1e-4
     about = json.loads(path.read_bytes().partition(b"\n")[0])
     assert (about["height"], about["width"], about["resize"]) == (str(HEIGHT), str(WIDTH), "bilinear")
     assert about["fingerprint"] == trained_model().fingerprint and about["platforms"] == ["cpu", "cuda", "tpu"]
