@@ -1,6 +1,7 @@
 """JAX's primitives as ONNX nodes: those of networks that are evaluated. `write_equations` applies them one by one."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,10 @@ class _Writer(ShapeWriter):
             result = method(equation, *inputs)
         else:
             raise unsupported(equation)
+        if isinstance(result, Computed) and result.layer is not None:
+            for key, value in zip(equation.inputs, inputs, strict=True):
+                if value is result and self.uses[key] > 1:  # by another name, which others do not read
+                    result = replace(result, layer=None)
         self.values[equation.outputs[0]] = result
 
     # ---- element by element ----

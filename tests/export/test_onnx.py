@@ -193,6 +193,17 @@ def test_layers_of_other_methods(tmp_path):
     assert relative_error(run(tmp_path / "layers.onnx", images), np.asarray(of_layers(images))) < 1e-5
 
 
+def test_a_factor_is_folded_where_nobody_else_reads_the_value(tmp_path):
+    def function(images):
+        doubled = images.astype(jnp.float32)[:, 0, 0] * 2
+        return jax.lax.stop_gradient(doubled) * 3 + doubled
+
+    shape = jax.ShapeDtypeStruct((2, 8, 6, 3), jnp.uint8)
+    (tmp_path / "factors.onnx").write_bytes(onnx_bytes(function, [shape], 3, {}))
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 6, 3), np.uint8)
+    np.testing.assert_allclose(run(tmp_path / "factors.onnx", images), 8.0 * images[:, 0, 0])
+
+
 def test_what_has_no_onnx_form_is_named():
     shape = jax.ShapeDtypeStruct((2, 8, 6, 3), jnp.uint8)
     with pytest.raises(UserError, match="sort"):
