@@ -74,7 +74,7 @@ def read_index(folder: Path) -> IndexFiles | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: not an index ({first_line(error)}); build it anew with --rebuild") from error
+        raise UserError(f"{path}: not an index ({first_line(error)}); rebuild it") from error
 
 
 def map_rows(folder: Path, files: IndexFiles, dimension: int) -> Float32[np.ndarray, "n d"]:
@@ -90,7 +90,7 @@ def map_rows(folder: Path, files: IndexFiles, dimension: int) -> Float32[np.ndar
             raise ValueError(f"{rows.dtype}{list(rows.shape)}, expected float32{list(shape)}")
         return rows
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not the rows of its index ({first_line(error)}); build it anew, --rebuild") from error
+        raise UserError(f"{path}: not the rows of its index ({first_line(error)}); rebuild it") from error
 
 
 @contextlib.contextmanager

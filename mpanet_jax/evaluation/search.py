@@ -129,7 +129,7 @@ class Index:
         folder = Path(folder)
         files = read_index(folder)
         if files is None:
-            raise UserError(f"{folder}: no index; build one from its gallery, or name another --index")
+            raise UserError(f"{folder}: no index; build one from its gallery, or name another index")
         _check_model(files, model, folder)
         return cls(model, folder, files)
 
@@ -168,7 +168,7 @@ class Index:
             if files is not None:
                 _check_model(files, model, folder)
                 if (before := os.path.normpath(folder.absolute() / files.gallery)) != os.path.abspath(gallery):
-                    raise UserError(f"{folder}: is the index of {before}; name another --index, or --rebuild this one")
+                    raise UserError(f"{folder}: is the index of {before}; name another folder for the index, or rebuild this one")
             return cls(model, folder, *_updated(model, folder, gallery, images, files))
 
     def search(
@@ -240,7 +240,7 @@ def _check_model(files: IndexFiles, model: Embedder, folder: Path) -> None:
     if files.fingerprint != model.fingerprint:
         raise UserError(
             f"{folder}: is an index of another model, {files.model}, not of {model.source}; "
-            "name another --index, or --rebuild this one"
+            "name another folder for the index, or rebuild this one"
         )
 
 

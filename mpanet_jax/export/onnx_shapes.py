@@ -140,7 +140,7 @@ class ShapeWriter:
         if sum(not isinstance(n, int) for n in shape) > 0 and value.shape[0] == 1:
             raise UserError(
                 "the network computes something that is the same for all images and then reshapes it to the batch, "
-                "which a dynamic batch cannot say in ONNX; give --batch a number, or write a .stablehlo file"
+                "which a dynamic batch cannot say in ONNX; give a number of images as the batch, or write .stablehlo"
             )
         name = self.graph.as_last(value)
         sizes = np.array([n if isinstance(n, int) else 1 for n in shape], np.int64)  # 1 keeps what is there
