@@ -175,13 +175,13 @@ class Checkpoints:
             if missing:
                 raise UserError(
                     f"{directory}: lacks the {' and '.join(sorted(missing))} that training goes on with; give another "
-                    "--workdir (and, to start from weights alone, name them in config.init_from)"
+                    "workdir (and, to start from weights alone, name them in init_from)"
                 )
             stored = _stored_model(directory)
             if difference := _difference(_renamed(stored, OLD_NAMES), items["model"]):
                 raise UserError(
-                    f"{directory}: the checkpoint does not fit this config ({difference}); "
-                    "continue with the config it was trained with, or give another --workdir"
+                    f"{directory}: the checkpoint does not fit these settings ({difference}); "
+                    "continue with the settings it was trained with, or give another workdir"
                 )
             written = {OLD_NAMES[name]: name for name in stored if name in OLD_NAMES}
             items["model"] = _renamed(items["model"], written)
@@ -300,10 +300,8 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
                 f"{directory}: its first checkpoint is still being written, or was cut off; "
                 "wait until it is there, or have that run go on"
             )
-        option = " --config.eval.best=rank1" if which == "best" else ""
-        raise UserError(
-            f"{directory}: no checkpoint here; train first: python scripts/train.py --workdir={workdir}{option} …"
-        )
+        option = ", with eval.best = 'rank1'" if which == "best" else ""
+        raise UserError(f"{directory}: no checkpoint here; train first{option}")
     newest = directory / str(steps[-1])
     device = SingleDeviceSharding(jax.local_devices()[0])
     _quiet_orbax()

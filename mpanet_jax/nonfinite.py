@@ -64,6 +64,6 @@ class FiniteCheck:
             with write_whole(report) as file:
                 file.write(json.dumps(content, indent=2) + "\n")
         return UserError(
-            f"step {step}: {what}; lower config.optim.learning_rate, or check the weights of config.init_from and the "
+            f"step {step}: {what}; lower optim.learning_rate, or check the weights of init_from and the "
             f"images that {report} names; the run stops, its last checkpoint is from before"
         )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import SettingsError
 from mpanet_jax.state import TrainState
 
 Steps = Callable[[TrainState, dict[str, Any], Any], tuple[TrainState, Any]]
@@ -159,7 +159,7 @@ def global_num_ids(num_ids_per_batch: int, num_devices: int, batch_scale: str) -
     """P of the batch of all devices.
 
     Args:
-      num_ids_per_batch: config.data.num_ids_per_batch.
+      num_ids_per_batch: data.num_ids_per_batch of the settings.
       num_devices: each takes the same number of whole identities.
       batch_scale: 'global': P is that of the whole batch; 'per_device': of every device's share.
 
@@ -171,9 +171,9 @@ def global_num_ids(num_ids_per_batch: int, num_devices: int, batch_scale: str) -
     if num_ids_per_batch % num_devices:
         above = -(-num_ids_per_batch // num_devices) * num_devices
         nearest = f"{above - num_devices} or {above}" if above > num_devices else f"{above}"
-        raise UserError(
-            f"config.data.num_ids_per_batch = {num_ids_per_batch} identities do not divide over {num_devices} devices, "
+        raise SettingsError(
+            f"data.num_ids_per_batch = {num_ids_per_batch} identities do not divide over {num_devices} devices, "
             f"each of which takes whole identities: use {nearest}, or fewer devices, or "
-            f"--config.batch_scale=per_device for {num_ids_per_batch} on each"
+            f"batch_scale = 'per_device' for {num_ids_per_batch} on each"
         )
     return num_ids_per_batch

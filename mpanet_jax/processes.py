@@ -13,12 +13,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from mpanet_jax.errors import AbsentProcessError, UserError, first_line
+from mpanet_jax.errors import AbsentProcessError, ArgumentError, UserError, first_line
 from mpanet_jax.lost_process import GO_ON, filter_standard_error, means_lost_process
 
 # A process that is lost is noticed after this long; the others are then stopped.
 HEARTBEAT_SECONDS = 20
-# How long processes wait for one that is slower, at the start and later; --process_timeout.
+# How long processes wait for one that is slower, at the start and later.
 WAIT_SECONDS = 1800
 
 _wait_seconds = WAIT_SECONDS  # as `start_processes` was told
@@ -62,14 +62,14 @@ def start_processes(
         _in_thread(join, wait_seconds)
     except TimeoutError as error:
         raise AbsentProcessError(
-            f"--distributed: waited {wait_seconds} s for all processes to join; start each of them, with the "
-            "--coordinator_address and --num_processes of the others, and see whether they reach process 0 there; "
-            "where they only take longer, raise --process_timeout"
+            f"waited {wait_seconds} s for all processes to join; start each of them, with the "
+            "coordinator_address and num_processes of the others, and see whether they reach process 0 there; "
+            "where they only take longer, raise process_timeout"
         ) from error
     except (ValueError, RuntimeError, IndexError) as error:  # IndexError: an address without a port
         raise UserError(
-            f"--distributed: the processes cannot be joined ({first_line(error)}); give --coordinator_address="
-            "HOST:PORT of process 0, --num_processes and --process_id to every process, or start them by a scheduler "
+            f"the processes cannot be joined ({first_line(error)}); give coordinator_address="
+            "HOST:PORT of process 0, num_processes and process_id to every process, or start them by a scheduler "
             "that JAX knows (Slurm, Open MPI)"
         ) from error
     wait_for_all_processes("the start")
@@ -99,7 +99,7 @@ def wait_for_all_processes(place: str) -> None:
             raise
         raise AbsentProcessError(
             f"process {jax.process_index()} waited {_wait_seconds} s at {place} for a process that has not come; see "
-            "what the others print, and where they only take longer, raise --process_timeout"
+            "what the others print, and where they only take longer, raise process_timeout"
         ) from error
 
 
@@ -179,19 +179,20 @@ def check_same_workdir(workdir: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    file = workdir / f".process-0-{gather(secrets.randbelow(2**31), 'the check of --workdir')[0]}"
+    file = workdir / f".process-0-{gather(secrets.randbelow(2**31), 'the check of the workdir')[0]}"
     if is_first_process():
         workdir.mkdir(parents=True, exist_ok=True)
         file.touch()
-    wait_for_all_processes("the check of --workdir")
-    seen_by = gather(int(_appears(file)), "the check of --workdir")
+    wait_for_all_processes("the check of the workdir")
+    seen_by = gather(int(_appears(file)), "the check of the workdir")
     blind = [process for process, seen in enumerate(seen_by) if not seen]
     if is_first_process():
         file.unlink()
     if blind:
-        raise UserError(
-            f"--workdir: {workdir} of process 0 is another folder for process {', '.join(map(str, blind))}; "
-            "name a folder on a disk that all hosts share"
+        raise ArgumentError(
+            "workdir",
+            f"= {workdir} of process 0: another folder for process {', '.join(map(str, blind))}; "
+            "name a folder on a disk that all hosts share",
         )
 
 

@@ -53,7 +53,7 @@ class Protocol:
     """A rule by which two sets of embeddings are compared; a subclass says which comparisons it consists of.
 
     Attributes:
-      name: what --protocol, tables and metrics.json call it.
+      name: what calls, tables and metrics.json call it.
       metric: 'cosine' or 'euclidean', unless the caller says another.
       cmc: 'identity' or 'image', unless the caller says another; see docs/protocols.md.
     """

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.files import write_whole
 from mpanet_jax.methods import settings_of
 from mpanet_jax.settings import Settings, differences, to_dict
@@ -53,8 +53,8 @@ def check_init_from(init_from: str, workdir: Path) -> None:
       UserError: it is.
     """
     if init_from and Path(init_from).resolve() == workdir.resolve():
-        raise UserError(
-            f"config.init_from: {init_from} is the --workdir of this very run; give the new run another --workdir, "
+        raise SettingsError(
+            f"init_from: {init_from} is the workdir of this very run; give the new run another workdir, "
             "or leave init_from out to go on with the old one"
         )
 
@@ -75,11 +75,11 @@ def check_same_run(settings: Settings, workdir: Path) -> None:
     if not (workdir / CONFIG_FILE).exists():
         return
     differing = [
-        f"config.{name} = {now!r} ({before!r} before)"
+        f"{name} = {now!r} ({before!r} before)"
         for name, (now, before) in recipe_differences(settings, load_settings(workdir)).items()
     ]
     if differing:
         raise UserError(
-            f"{workdir}: holds a run with another config, {', '.join(differing)}; "
-            "give another --workdir, or set the fields back to go on with it"
+            f"{workdir}: holds a run with other settings, {', '.join(differing)}; "
+            "give another workdir, or set the fields back to go on with it"
         )

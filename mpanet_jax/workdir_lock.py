@@ -29,7 +29,7 @@ def locked_workdir(workdir: Path) -> Iterator[None]:
                 stack.enter_context(_lock(workdir))
             except UserError as error:
                 refused = error
-        if gather(int(refused is not None), "the lock of --workdir")[0]:
+        if gather(int(refused is not None), "the lock of the workdir")[0]:
             raise refused or UserError(f"{workdir}: another run trains there; see what process 0 prints")
         yield
 
@@ -46,7 +46,7 @@ def _lock(workdir: Path) -> Iterator[None]:
             holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise UserError(
-                f"{workdir}: {holder} trains there; wait until it ends, stop it, or give another --workdir"
+                f"{workdir}: {holder} trains there; wait until it ends, stop it, or give another workdir"
             ) from None
         except OSError:  # a disk without locks, as some network drives are
             os.close(descriptor)
@@ -80,7 +80,7 @@ def _recorded(workdir: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
                 continue
             raise UserError(
-                f"{workdir}: {holder or 'another process'} trains there; wait until it ends or give another --workdir; "
+                f"{workdir}: {holder or 'another process'} trains there; wait until it ends or give another workdir; "
                 f"if it was killed, delete {path} (this disk has no locks that the system would release)"
             ) from None
     try:

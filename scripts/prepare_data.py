@@ -16,7 +16,7 @@ from absl import flags
 from mpanet_jax import datasets
 from mpanet_jax.datasets import DATASETS, is_prepared, make_dataset, prepare, prepared_dir, progress_bar
 from mpanet_jax.datasets.verify import format_counts, verify
-from mpanet_jax.errors import ArgumentError, UserError, run_script
+from mpanet_jax.errors import ArgumentError, SettingsError, UserError, run_script
 from mpanet_jax.settings import DatasetSettings
 
 _DATASET = flags.DEFINE_enum("dataset", None, list(DATASETS), "Which data set.", required=True)
@@ -32,6 +32,13 @@ _CHECK = flags.DEFINE_bool("check", False, "Check only, build nothing.")
 def main(arguments):
     if arguments:
         raise UserError(f"{arguments[0]}: not a flag; see --help")
+    try:
+        return _prepare_all()
+    except SettingsError as error:  # this script's flags are the fields of the settings' group `dataset`
+        raise UserError(f"--{str(error).removeprefix('dataset.')}") from error
+
+
+def _prepare_all() -> int:
     asked_for = _variants()
     variants = [v for v in asked_for if _CHECK.value or not is_prepared(v)]
     for variant in asked_for:

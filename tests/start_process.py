@@ -1,4 +1,4 @@
-"""One of two processes of a run that read the weights of config.init_from, one after the other.
+"""One of two processes of a run that read the weights of init_from, one after the other.
 
     python -m tests.start_process ADDRESS PROCESS_ID INIT_FROM FOLDER
 

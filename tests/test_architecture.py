@@ -107,6 +107,15 @@ def test_plain_layers_do_not_know_the_fused_ones():
         assert "models.fused" not in path.read_text(), path
 
 
+def test_errors_speak_of_arguments_and_settings_not_of_flags():
+    """But for whole commands, and options of other programs; scripts translate (errors.py)."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())) if path.name != "errors.py" else ():
+            text = ast.unparse(node.exc) if isinstance(node, ast.Raise) and node.exc else ""
+            flags = re.findall(r"(?<![\w-])(?:--[a-z]\w+|config\.(?!json)[a-z]\w+)", text)
+            assert not flags or "scripts/" in text or "docker run" in text, f"{path}: {text}"
+
+
 def test_only_methods_name_the_losses_and_modules_of_mpanet():
     names = set(re.findall(r"^def (\w+_loss)\(", (PACKAGE / "losses.py").read_text(), re.M))
     assert len(names) == 5

@@ -225,7 +225,7 @@ def test_a_process_that_does_not_come_is_waited_for_so_long(folder):
     message = log_file(folder, "absent", 0).read_text()
     assert code == 2 and message.splitlines()[-1] == (
         "error: process 0 waited 2 s at the choice of data.cache for a process that has not come; see what the "
-        "others print, and where they only take longer, raise --process_timeout"
+        "others print, and where they only take longer, raise process_timeout"
     ), message
 
 
@@ -238,7 +238,7 @@ def test_a_process_that_does_not_join_is_waited_for_so_long(folder):
         process.kill()
     message = log_file(folder, "lonely", 0).read_text()
     assert code == 2 and message.count("\n") == 1 and "waited 2 s for all processes to join" in message, message
-    assert "raise --process_timeout" in message
+    assert "raise process_timeout" in message
     assert not (folder / "lonely").exists()
 
 
@@ -252,7 +252,7 @@ def test_workdirs_that_are_not_one_folder_are_refused_before_the_first_step(fold
             process.kill()
     message = log_file(folder, "split", 0).read_text()
     assert codes == [2, 2], message
-    assert f"error: --workdir: {folder / 'split'} of process 0 is another folder for process 1" in message
+    assert f"error: --workdir = {folder / 'split'} of process 0: another folder for process 1" in message
     assert not other.exists() and not list((folder / "split").iterdir())
 
 

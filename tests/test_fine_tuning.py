@@ -161,7 +161,7 @@ def test_another_network_is_refused_by_the_names_of_both(tmp_path, monkeypatch, 
     with pytest.raises(UserError) as error:
         start_from(str(tmp_path / f"run{suffix}"), SMALL, random_variables())
     assert str(error.value) == (
-        f"config.init_from: {tmp_path}/run{suffix}: its weights are stored as those of another network, "
+        f"init_from: {tmp_path}/run{suffix}: its weights are stored as those of another network, "
         f"{field} = {other!r} ({value!r} there); set these fields of config as they are there, or name other weights"
     )
 
@@ -182,7 +182,7 @@ def test_of_a_backbone_only_the_backbone_has_to_be_the_same(run, tmp_path):
         after["params"]["stem"]["conv1"]["kernel"], backbone["conv1.weight"].transpose(2, 3, 1, 0)
     )
     wider = small_mpanet(model__width=32)
-    with pytest.raises(UserError, match=r"^config\.init_from: .*folder: .*, model\.width = 32 \(16 there\); set these"):
+    with pytest.raises(UserError, match=r"^init_from: .*folder: .*, model\.width = 32 \(16 there\); set these"):
         start_from(str(tmp_path / "folder"), wider, random_variables(wider))
 
 
@@ -199,23 +199,23 @@ def test_missing_and_extra_tensors_are_named(run, tmp_path, without, extra, mess
     state_dict = read_state_dict(run[0].with_suffix(".pth"))
     state_dict = {name: array for name, array in state_dict.items() if not (without and name.startswith(without))}
     save_file(state_dict | ({extra: np.ones(1, np.float32)} if extra else {}), tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=rf"^config\.init_from: \S+x\.safetensors: does not fit the model; {message}"):
+    with pytest.raises(UserError, match=rf"^init_from: \S+x\.safetensors: does not fit the model; {message}"):
         start_from(str(tmp_path / "x.safetensors"), SMALL, random_variables())
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     save_settings(SMALL.settings, tmp_path / "run")
-    with pytest.raises(UserError, match=r"^config\.init_from: \S+/run/checkpoints: no checkpoint here; train first: "):
+    with pytest.raises(UserError, match=r"^init_from: \S+/run/checkpoints: no checkpoint here; train first"):
         start_from(str(tmp_path / "run"), SMALL, random_variables())
     # What orbax leaves until a checkpoint is whole.
     (tmp_path / "run/checkpoints/3.orbax-checkpoint-tmp").mkdir(parents=True)
     with pytest.raises(UserError) as error:
         start_from(str(tmp_path / "run"), SMALL, random_variables())
     assert str(error.value) == (
-        f"config.init_from: {tmp_path}/run/checkpoints: its first checkpoint is still being written, or was cut off; "
+        f"init_from: {tmp_path}/run/checkpoints: its first checkpoint is still being written, or was cut off; "
         "wait until it is there, or have that run go on"
     )
-    with pytest.raises(UserError, match=r"^config\.init_from: \S+/none: no such weights file"):
+    with pytest.raises(UserError, match=r"^init_from: \S+/none: no such weights file"):
         start_from(str(tmp_path / "none"), SMALL, random_variables())
 
 
@@ -223,7 +223,7 @@ def test_a_run_cannot_start_from_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("run")
     for init_from in ("run", "./run/", str(tmp_path / "run"), "link"):
-        with pytest.raises(UserError, match=r"^config\.init_from: \S+ is the --workdir of this very run; give the new"):
+        with pytest.raises(UserError, match=r"^init_from: \S+ is the workdir of this very run; give the new"):
             check_init_from(init_from, tmp_path / "run")
     for init_from in ("", "run2", "run/best.safetensors", "hf:timm/resnet50.tv_in1k"):
         check_init_from(init_from, tmp_path / "run")
@@ -251,7 +251,7 @@ def test_a_run_starts_from_another_run_and_goes_on_without_it(tmp_path, capfd):
     first, second = tmp_path / "first", tmp_path / "second"
     settings = settings_of_run(first, 6)
     train(settings, first / "run")
-    with pytest.raises(UserError, match=r"^config\.init_from: .* is the --workdir of this very run"):
+    with pytest.raises(UserError, match=r"^init_from: .* is the workdir of this very run"):
         train(replace(settings, {"init_from": str(first / "run")}), first / "run")
     capfd.readouterr()
     settings = settings_of_run(second, 4, **{"optim.learning_rate": 1e-30, "init_from": str(first / "run")})

@@ -68,7 +68,7 @@ def test_classifiers_gradients_are_global(deviations, way, dtype):
     ("p", "devices", "nearest"), [(16, 3, "15 or 18"), (6, 4, "4 or 8"), (3, 4, "use 4,"), (10, 8, "8 or 16")]
 )
 def test_identities_that_do_not_divide_are_named_with_the_nearest_that_do(p, devices, nearest):
-    with pytest.raises(UserError, match=f"config.data.num_ids_per_batch = {p} .* {devices} devices.*{nearest}"):
+    with pytest.raises(UserError, match=f"data.num_ids_per_batch = {p} .* {devices} devices.*{nearest}"):
         global_num_ids(p, devices, "global")
     assert global_num_ids(p, devices, "per_device") == p * devices
 

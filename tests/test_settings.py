@@ -674,9 +674,7 @@ def test_an_old_runs_config_is_todays_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert load_settings(tmp_path) == MPANetSettings()
     check_same_run(MPANetSettings(), tmp_path)  # a run from before can be gone on with
-    with pytest.raises(
-        UserError, match=r"another config, config\.model\.backbone = 'resnet101' \('resnet50' before\);"
-    ):
+    with pytest.raises(UserError, match=r"other settings, model\.backbone = 'resnet101' \('resnet50' before\);"):
         check_same_run(replace(MPANetSettings(), {"model.backbone": "resnet101"}), tmp_path)
 
 

@@ -436,7 +436,7 @@ def test_checkpoint_of_another_model_is_refused_and_config_kept(settings, tmp_pa
     before = (tmp_path / "run/config.json").read_text()
     capfd.readouterr()
     settings = replace(settings, {"model.num_patterns": 3})
-    with pytest.raises(UserError, match=r"run: holds a run with another config, config.model.num_patterns = 3 \(6"):
+    with pytest.raises(UserError, match=r"run: holds a run with other settings, model.num_patterns = 3 \(6"):
         train(settings, tmp_path / "run")
     assert (tmp_path / "run/config.json").read_text() == before
     (tmp_path / "run/config.json").unlink()  # lost: then the shapes tell
@@ -452,10 +452,10 @@ def test_run_goes_on_under_its_own_recipe_only(settings, tmp_path):
     settings = replace(settings, may_change)
     train(settings, tmp_path / "run")
     settings = replace(settings, {"loss.student_first": True, "optim.milestones": (1,)})
-    with pytest.raises(UserError, match=r"holds a run with another config") as error:
+    with pytest.raises(UserError, match=r"holds a run with other settings") as error:
         train(settings, tmp_path / "run")
     assert "config.loss.student_first = True (False before)" in str(error.value)
-    assert "config.optim.milestones = (1,) ((29, 38) before)" in str(error.value)
+    assert "optim.milestones = (1,) ((29, 38) before)" in str(error.value)
     assert str(error.value).count(" before)") == 2
 
 
@@ -492,7 +492,7 @@ def test_diverged_run_stops_and_keeps_its_last_good_checkpoint(settings, tmp_pat
 
     monkeypatch.setattr(MPANet, "learning_rate", diverging)
     # Step 3 makes the weights NaN, step 4 is the first to see it, and the last before a checkpoint.
-    with pytest.raises(UserError, match=r"step 4: the loss is nan; lower config.optim.learning_rate"):
+    with pytest.raises(UserError, match=r"step 4: the loss is nan; lower optim.learning_rate"):
         train(settings, tmp_path / "run")
     assert final_state(tmp_path / "run")[0] == 2
     check_report(tmp_path / "run", step=4, num_images=12)
@@ -509,7 +509,7 @@ def test_state_that_is_not_finite_is_not_saved(settings, tmp_path, monkeypatch):
     # The only step's loss is finite, the weights after it are not.
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
     monkeypatch.setattr(MPANet, "learning_rate", lambda self, steps_per_epoch: lambda step: jnp.nan)
-    with pytest.raises(UserError, match=r"step 1: the weights are not finite any more; lower config\.optim"):
+    with pytest.raises(UserError, match=r"step 1: the weights are not finite any more; lower optim"):
         train(settings, tmp_path / "run")
     assert not has_checkpoint(tmp_path / "run")
 

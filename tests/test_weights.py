@@ -171,7 +171,7 @@ def test_a_trained_neck_bias_is_refused(published):
 
 
 def test_classifiers_of_other_identities_are_left_out_on_request_only(published):
-    with pytest.raises(UserError, match="--drop-classifiers") as error:
+    with pytest.raises(UserError, match="drop_classifiers") as error:
         to_flax(published, template(num_ids=7))
     assert "infrared_classifier_.weight is float32[5, 1792], expected [7, 1792]" in str(error.value)
     variables, left_out = to_flax(published, template(num_ids=7), drop_classifiers=True)
@@ -340,12 +340,12 @@ def test_a_backbone_is_taken_and_nothing_else(torchvision, tmp_path):
 
 
 def test_misfits_name_the_config_field(torchvision, tmp_path):
-    with pytest.raises(UserError, match=r"config\.init_from: .*none\.pth: no such"):
+    with pytest.raises(UserError, match=r"init_from: .*none\.pth: no such"):
         start(tmp_path / "none.pth")
     save_file({name: a for name, a in torchvision.items() if name != "bn1.bias"}, tmp_path / "short.safetensors")
     with pytest.raises(
         UserError,
-        match=r"config\.init_from: .*short\.safetensors: .*missing: bn1\.bias; config\.method and config\.mod",
+        match=r"init_from: .*short\.safetensors: .*missing: bn1\.bias; method and mod",
     ):
         start(tmp_path / "short.safetensors")
 
@@ -472,7 +472,7 @@ def test_hugging_face_repositories_come_from_the_cache(torchvision, tmp_path, mo
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"config\.init_from.*hf download timm/resnet50\.tv_in1k model\.safetensors$"):
+    with pytest.raises(UserError, match=r"init_from.*hf download timm/resnet50\.tv_in1k model\.safetensors$"):
         start("hf:timm/resnet50.tv_in1k")
     with pytest.raises(UserError, match=r"hf download no-owner model\.safetensors"):
         resolve("hf:no-owner")
@@ -495,7 +495,7 @@ def test_published_checkpoint_to_orbax_and_back(published, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["back.safetensors", "folder", "published.pth"]
     with pytest.raises(UserError, match="exists already"):
         convert(source, tmp_path / "folder", settings=SMALL)
-    with pytest.raises(UserError, match=r"--drop-classifiers.*expected \[7, 1792\]"):
+    with pytest.raises(UserError, match=r"drop_classifiers.*expected \[7, 1792\]"):
         convert(tmp_path / "folder", tmp_path / "seven.pth", num_ids=7)
     left_out = convert(tmp_path / "folder", tmp_path / "none.pth", num_ids=7, drop_classifiers=True)
     assert left_out == CLASSIFIER_NAMES

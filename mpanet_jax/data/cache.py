@@ -20,7 +20,7 @@ from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.cache_check import write_sums
 from mpanet_jax.data.decode import MAX_THREADS, pixels_of
 from mpanet_jax.datasets.schema import Split
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import SettingsError
 from mpanet_jax.memory import free_ram
 from mpanet_jax.processes import gather, is_first_process
 from mpanet_jax.settings import DataSettings
@@ -42,7 +42,7 @@ def open_images(split: Split, data: DataSettings, cache_dir: str | os.PathLike |
 
     Raises:
       UserError: an image can't be decoded, or nothing can be written to `cache_dir`; the latter names
-        config.dataset.data_dir, in which it lies.
+        dataset.data_dir of the settings, in which it lies.
     """
     shape = (len(split), data.height, data.width, 3)
     path = None if cache_dir is None else cache_path(split, data, cache_dir)
@@ -73,7 +73,7 @@ def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None
     if cache in CACHE_MODES:
         return cache
     if cache != "auto":
-        raise UserError(f"config.data.cache='{cache}' is unknown; expected one of {('auto', *CACHE_MODES)}")
+        raise SettingsError(f"data.cache = {cache!r} is unknown; expected one of {('auto', *CACHE_MODES)}")
     sizes = {"accelerator": _free_device_memory(), "RAM": free_ram()}
     if cache_dir is not None and not built:
         # A folder that is only read, as a data set shared by many may be, has no room.
@@ -132,9 +132,9 @@ def _build(path: Path, shape: tuple[int, ...], split: Split, data: DataSettings)
                 write_sums(path, temporary)
                 os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"config.dataset.data_dir: can't write the image cache ({_size(math.prod(shape))}) to {path.parent} "
-            f"({error}); name a folder with room for it, or set config.data.cache=none"
+        raise SettingsError(
+            f"dataset.data_dir: can't write the image cache ({_size(math.prod(shape))}) to {path.parent} "
+            f"({error}); name a folder with room for it, or set data.cache = 'none'"
         ) from error
     return np.load(path, mmap_mode="r")
 

@@ -22,7 +22,7 @@ from absl import flags
 from grain._src.python.ipc import shared_memory_array
 
 from mpanet_jax.cpus import available_cpus
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import SettingsError, UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -49,8 +49,8 @@ def choose_num_workers(num_workers: int, batch_bytes: int) -> int:
     if num_workers < 0:
         print(f"images: decoded in threads, for {short} in /dev/shm (docker run --shm-size)", file=sys.stderr)
         return 0
-    raise UserError(
-        f"config.data.num_workers = {num_workers}: {short} in /dev/shm; enlarge it (docker run --shm-size), or use 0"
+    raise SettingsError(
+        f"data.num_workers = {num_workers}: {short} in /dev/shm; enlarge it (docker run --shm-size), or use 0"
     )
 
 
@@ -107,13 +107,13 @@ class ResumableBatches(grain.DatasetIterator):
         if state["plan"] != self._plan:
             raise UserError(
                 f"the checkpoint's batches are those of ({state['plan']}), this run's of ({self._plan}); resume with "
-                "the same config.data, config.seed and data set (and as many devices, with config.batch_scale="
-                "per_device), or start in a new workdir"
+                "the same data.*, seed and data set (and as many devices, with batch_scale = "
+                "'per_device'), or start in a new workdir"
             )
         if not 0 <= state["next_index"] <= len(self._dataset):
             raise UserError(
                 f"the checkpoint stands before batch {state['next_index']}, this run has {len(self._dataset)}; "
-                "raise config.train.num_epochs, or start in a new workdir"
+                "raise train.num_epochs, or start in a new workdir"
             )
         self._stop(self._running, self._num_workers)
         self._next_index = state["next_index"]

@@ -23,7 +23,7 @@ from mpanet_jax.data.decode import pixels_of
 from mpanet_jax.data.grain_batches import Batch, ResumableBatches, choose_num_workers
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import Split
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.settings import DataSettings
 
 EVAL_BATCHES_IN_FLIGHT = 3
@@ -98,8 +98,8 @@ def train_feed(
     that can't be decoded, and, with 'host', a `cache_dir` that can't be written.
     """
     if plan.num_ids_per_batch % process_count:
-        raise UserError(
-            f"config.data.num_ids_per_batch={plan.num_ids_per_batch} must be a multiple of the {process_count} "
+        raise SettingsError(
+            f"data.num_ids_per_batch = {plan.num_ids_per_batch} must be a multiple of the {process_count} "
             f"processes; the next is {-(-plan.num_ids_per_batch // process_count) * process_count}"
         )
     size = plan.num_ids_per_batch * plan.images_per_id // process_count

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.modality import INFRARED, VISIBLE
 
 
@@ -47,8 +47,8 @@ class BatchPlan:
         p = self.num_ids_per_batch
         num_ids = len(np.unique(self.labels))
         if not 1 <= p <= num_ids:
-            raise UserError(
-                f"config.data.num_ids_per_batch={p} must be between 1 and the {num_ids} training identities; "
+            raise SettingsError(
+                f"data.num_ids_per_batch = {p} must be between 1 and the {num_ids} training identities; "
                 f"the largest that fits is {num_ids}"
             )
         self.images_by_identity  # noqa: B018 - raises for an identity without a partner

@@ -228,7 +228,7 @@ def _unpaired_faults(images: Iterable[ImageRecord]) -> Iterator[str]:
     for name, image in _unpaired(images).items():
         yield (
             f":{image.line}: training identity '{name}' has {MODALITY_NAMES[image.modality]} images only, and training "
-            "needs both modalities; complete it, remove it, or leave all such identities out with --drop_unpaired"
+            "needs both modalities; complete it, remove it, or leave all such identities out with drop_unpaired"
         )
 
 

@@ -22,7 +22,7 @@ from mpanet_jax.datasets.schema import Split
 from mpanet_jax.datasets.tfds_workarounds import EncodedImages, quiet
 from mpanet_jax.datasets.verify import require_sound
 from mpanet_jax.embeddings import Embeddings
-from mpanet_jax.errors import UserError, first_line
+from mpanet_jax.errors import SettingsError, UserError, first_line
 from mpanet_jax.files import write_whole
 from mpanet_jax.settings import DatasetSettings
 
@@ -75,17 +75,17 @@ def prepare(settings: DatasetSettings, *, verify: bool = True, track: Track = no
             _warn_of_another_source(target, source.absolute(), dataset.companions)
         return target
     if not source:
-        raise UserError(_not_prepared(dataset))
+        raise SettingsError(_not_prepared(dataset))
     if not source.is_dir():
-        raise UserError(
-            f"config.dataset.source: there is no folder {source}; give the raw data set's folder: {_command(dataset)}"
+        raise SettingsError(
+            f"dataset.source: there is no folder {source}; give the raw data set's folder: {_command(dataset)}"
         )
     if verify:
         require_sound(dataset, source, track=track)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"config.dataset.data_dir: cannot make {target.parent} ({error.strerror})") from error
+        raise SettingsError(f"dataset.data_dir: cannot make {target.parent} ({error.strerror})") from error
     with _exclusive(target.parent) as locked:
         if is_prepared(settings):  # another run was quicker
             return target
@@ -108,10 +108,10 @@ def prepare(settings: DatasetSettings, *, verify: bool = True, track: Track = no
 @functools.cache  # once in a program that opens both splits
 def _warn_of_another_source(target: Path, source: Path, companions: tuple[str, ...]) -> None:
     record = target / SOURCE_FILE
-    again = "delete the prepared folder, or name another config.dataset.data_dir, to prepare from there"
+    again = "delete the prepared folder, or name another dataset.data_dir, to prepare from there"
     if record.is_file() and (before := record.read_text()) != str(source):
         print(
-            f"data: {target} was prepared from {before}; config.dataset.source = {source} is not read ({again})",
+            f"data: {target} was prepared from {before}; dataset.source = {source} is not read ({again})",
             file=sys.stderr,
         )
         return
@@ -179,8 +179,8 @@ def _readable(tested: EvaluationSet) -> EvaluationSet:
 def _part(settings: DatasetSettings, split: Split, part: str) -> Split:
     found = split.only(part)
     if not len(found):
-        raise UserError(
-            f"config.dataset.validation: no image of the training split in {prepared_dir(settings)} is in the list "
+        raise SettingsError(
+            f"dataset.validation: no image of the training split in {prepared_dir(settings)} is in the list "
             f"{part!r}; leave validation out, or add such images, delete the folder and prepare it again"
         )
     return found
@@ -194,7 +194,7 @@ def load_split(settings: DatasetSettings, split: str) -> Split:
     if split not in SPLITS:
         raise UserError(f"split '{split}': expected train or test")
     if not is_prepared(settings):
-        raise UserError(_not_prepared(make_dataset(settings)))
+        raise SettingsError(_not_prepared(make_dataset(settings)))
     again = "delete the directory and prepare it again"
     try:
         builder = make_builder(settings)
@@ -233,8 +233,8 @@ def _command(dataset: Dataset) -> str:
 def _not_prepared(dataset: Dataset) -> str:
     data_dir = dataset.settings.data_dir
     return (
-        f"config.dataset.data_dir: {dataset.title} is not prepared in {data_dir} and config.dataset.source names no "
-        f"raw folder; run: {_command(dataset)} --data_dir {data_dir}{dataset.options}"
+        f"dataset.data_dir: {dataset.title} is not prepared in {data_dir} and dataset.source names no raw folder; "
+        f"name it, or run: {_command(dataset)} --data_dir {data_dir}{dataset.options}"
     )
 
 

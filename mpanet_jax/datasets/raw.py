@@ -28,7 +28,7 @@ def read_text(path: Path, report: Report) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
-        report(f"{path}: file missing; unpack the whole data set, or point --source at the folder that holds it")
+        report(f"{path}: file missing; unpack the whole data set, or name the folder that holds it as the source")
     except UnicodeDecodeError:
         report(f"{path}: not a UTF-8 text file; unpack it again from the original archive")
     return ""

@@ -168,7 +168,7 @@ class Index:
             if files is not None:
                 _check_model(files, model, folder)
                 if (before := os.path.normpath(folder.absolute() / files.gallery)) != os.path.abspath(gallery):
-                    raise UserError(f"{folder}: is the index of {before}; name another folder for the index, or rebuild this one")
+                    raise UserError(f"{folder}: is the index of {before}; name another for this gallery, or rebuild it")
             return cls(model, folder, *_updated(model, folder, gallery, images, files))
 
     def search(

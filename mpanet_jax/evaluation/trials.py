@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.metrics import FIGURES
 from mpanet_jax.run_files import CONFIG_FILE, load_settings, recipe_differences
 from mpanet_jax.settings import Settings
@@ -110,25 +110,25 @@ def _average(results: Sequence[Mapping[str, Mapping]], names: Sequence[str], how
     return averaged
 
 
-def evaluate_workdirs(pattern: str, evaluate: Callable[[Path], Mapping[str, Mapping]]) -> dict[str, dict]:
-    """Evaluate the model of every working directory that `pattern` matches ('runs/regdb_*') and average them.
+def evaluate_workdirs(workdirs: str, evaluate: Callable[[Path], Mapping[str, Mapping]]) -> dict[str, dict]:
+    """Evaluate the model of every working directory that `workdirs` matches ('runs/regdb_*') and average them.
 
     Of a data set with several splits (`dataset.trial`: RegDB) there is one model for each trial, of any other one for
     each seed.
 
     Args:
-      pattern: of working directories; others that match, without a config.json, are left out.
+      workdirs: a pattern; others that match, without a config.json, are left out.
       evaluate: gives the metrics of one working directory's model.
 
     Raises:
       UserError: as `average_trials` or `average_seeds`; for runs of different recipes; and for a model that was tested
         on another split than the one it was trained on. Nothing is evaluated before the runs fit together.
     """
-    workdirs = sorted(path for path in map(Path, glob.glob(pattern)) if (path / CONFIG_FILE).is_file())
-    if not workdirs:
-        raise UserError(f"--workdirs: no working directory with a {CONFIG_FILE} matches {pattern!r}")
-    names = [str(workdir) for workdir in workdirs]
-    runs = [load_settings(workdir) for workdir in workdirs]
+    found = sorted(path for path in map(Path, glob.glob(workdirs)) if (path / CONFIG_FILE).is_file())
+    if not found:
+        raise ArgumentError("workdirs", f"= {workdirs}: no working directory with a {CONFIG_FILE} matches")
+    names = [str(workdir) for workdir in found]
+    runs = [load_settings(workdir) for workdir in found]
     _refuse_other_recipes(runs, names)
     trials = [run.dataset.trial for run in runs if run.dataset.trial is not None]
     if trials:
@@ -136,7 +136,7 @@ def evaluate_workdirs(pattern: str, evaluate: Callable[[Path], Mapping[str, Mapp
     else:
         _refuse_repeated([run.seed for run in runs], names, "was trained with seed", "was", "expected different seeds")
     results = []
-    for workdir, run in zip(workdirs, runs, strict=True):
+    for workdir, run in zip(found, runs, strict=True):
         metrics = evaluate(workdir)
         refuse_other_trial(workdir, run.dataset.trial, metrics)
         results.append(metrics)

@@ -144,7 +144,7 @@ def _with_data(settings: Settings, workdir: str | Path, data_dir: str | None, *,
     if not datasets.is_prepared(settings.dataset) and not (source and Path(source).expanduser().is_dir()):
         title, folder = datasets.make_dataset(settings.dataset).title, Path(settings.dataset.data_dir).absolute()
         raise UserError(
-            f"{workdir}: data set {title} is not prepared in {folder}; name the folder in which it is with --data_dir, "
+            f"{workdir}: data set {title} is not prepared in {folder}; name the folder in which it is with data_dir, "
             "or prepare it with scripts/prepare_data.py"
         )
     if data_dir is None and not may_prepare:
@@ -159,7 +159,7 @@ def _check_place_of_data(settings: Settings, workdir: Path) -> None:
         return
     raise UserError(
         f"{workdir}: its config.json would prepare data in {folder.absolute()}, which is not there; name the folder "
-        "for them with --data_dir, or make that one"
+        "for them with data_dir, or make that one"
     )
 
 

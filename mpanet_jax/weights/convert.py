@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mpanet_jax import run_files
 from mpanet_jax.checkpoint import load_model
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.files import write_whole_folder
 from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.method import Method
@@ -77,8 +77,8 @@ def read_weights(
         _check_same_network(stored, settings, source, fix)
     elif not stored and not settings:
         advice = (
-            "weights that carry no settings are taken for the paper's MPANet; name another network with "
-            "--config=configs/NAME.py --config.model.…"
+            "weights that carry no settings are taken for the paper's MPANet; name another network by "
+            "its settings (of a script: --config=configs/NAME.py --config.model.…)"
         )
     settings = stored or settings or settings_of({})
     method = make_method(settings)
@@ -170,15 +170,15 @@ def start_from(init_from: str, method: Method, variables: Mapping[str, Any]) -> 
             init_from,
             settings=None if stored else method.settings,
             drop_classifiers=True,
-            advice="config.method and config.model say which network is expected",
+            advice="method and model of the settings say which network is expected",
         )
         taken = {path: array for path, array in flatten_dict(loaded).items() if path[0] in variables}
         is_bare = all(map(names.is_backbone, taken))
         if stored:
-            fix = "set these fields of config as they are there, or name other weights"
+            fix = "set these fields as they are there, or name other weights"
             _check_same_network(stored, method.settings, init_from, fix, backbone_only=is_bare)
     except UserError as error:
-        raise UserError(f"config.init_from: {error}") from error
+        raise SettingsError(f"init_from: {error}") from error
     after = {path: jnp.asarray(taken[path], leaf.dtype) if path in taken else leaf for path, leaf in before.items()}
     return unflatten_dict(after), f"init_from: {init_from}: " + _taken_in_words(method, variables, is_bare, left_out)
 

@@ -215,5 +215,5 @@ def _reason(state_dict: StateDict, expected: Iterable[str], problems: Sequence[s
     if found != wanted:
         return f": another backbone, {found}; expected {wanted}" if found else f": no backbone like {wanted} in it"
     if all(names.is_classifier(problem.split(" ")[0]) for problem in problems):
-        return " in its classifiers, another number of identities or missing (--drop-classifiers leaves them out)"
+        return " in its classifiers, another number of identities or missing (drop_classifiers leaves them out)"
     return ""

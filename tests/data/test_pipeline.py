@@ -85,7 +85,7 @@ def test_hosts_share_the_identity_slots():
         for name, values in all_of_it.items():
             np.testing.assert_array_equal(values, np.concatenate([part[name] for part in parts]))
             assert len(parts[0][name]) == 8
-    with pytest.raises(UserError, match=r"config\.data\.num_ids_per_batch=4 must be a multiple of the 3 .* next is 6"):
+    with pytest.raises(UserError, match=r"data\.num_ids_per_batch = 4 must be a multiple of the 3 .* next is 6"):
         toy_feed(split, cache="none", process_count=3)
 
 
@@ -160,7 +160,7 @@ def test_short_shared_memory_is_found_before_a_worker_dies_of_it(monkeypatch, ca
     monkeypatch.setattr(grain_batches_module, "_free_shared_memory", lambda: 64 * 2**20)
     assert choose_num_workers(-1, 18 * 2**20) == 0
     assert "decoded in threads, for 8 processes that decode need 576 MiB" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"config\.data\.num_workers = 2: .* need 144 MiB of .*, 64 are free"):
+    with pytest.raises(UserError, match=r"data\.num_workers = 2: .* need 144 MiB of .*, 64 are free"):
         choose_num_workers(2, 18 * 2**20)
     assert choose_num_workers(0, 2**40) == 0 and choose_num_workers(1, 16 * 2**20) == 1
 
@@ -297,7 +297,7 @@ def test_a_cache_cut_off_during_the_run_does_not_kill_it(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"config\.dataset\.data_dir: can't write .*file/cache"):
+    with pytest.raises(UserError, match=r"dataset\.data_dir: can't write .*file/cache"):
         open_images(toy_split(), HOST, tmp_path / "file/cache")
 
 
@@ -307,7 +307,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     split = counted(toy_split())
-    with pytest.raises(UserError, match=r"config\.dataset\.data_dir.*No space left .*set config\.data\.cache=none"):
+    with pytest.raises(UserError, match=r"dataset\.data_dir.*No space left .*set data\.cache = 'none'"):
         open_images(split, HOST, tmp_path)
     assert split.encoded.reads == 0
     assert not list(tmp_path.glob("*.npy*"))
@@ -338,7 +338,7 @@ def test_auto_takes_the_fastest_mode_that_fits_and_says_so(tmp_path, monkeypatch
 
 
 def test_an_unknown_cache_mode_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"config\.data\.cache='disk' is unknown; .*'auto', 'device', 'host', 'none'"):
+    with pytest.raises(UserError, match=r"data\.cache = 'disk' is unknown; .*'auto', 'device', 'host', 'none'"):
         choose_cache("disk", 1, tmp_path)
 
 

@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_plan_is_refused(change):
     change = dict(change)
     split = toy_split(change.pop("counts")) if "counts" in change else toy_split()
     fix = (
-        "the same config.data, config.seed and data set (and as many devices, with config.batch_scale=per_device), or "
+        "the same data.*, seed and data set (and as many devices, with batch_scale = 'per_device'), or "
         "start in a new workdir"
     )
     with pytest.raises(UserError, match=re.escape(fix)):
@@ -163,5 +163,5 @@ def test_a_checkpoint_beyond_the_last_epoch_is_refused():
     for _ in range(20):
         next(feed.batches)
     shorter = toy_feed(toy_split(), num_epochs=2, cache="none")
-    with pytest.raises(UserError, match=r"before batch 20, this run has 14; raise config\.train\.num_epochs"):
+    with pytest.raises(UserError, match=r"before batch 20, this run has 14; raise train\.num_epochs"):
         shorter.batches.set_state(feed.batches.get_state())

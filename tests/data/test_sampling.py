@@ -132,8 +132,8 @@ def test_identities_are_drawn_evenly():
 @pytest.mark.parametrize(
     ("counts", "p", "k", "message"),
     [
-        ([(4, 4)] * 3, 4, 4, r"config\.data\.num_ids_per_batch=4 .* largest that fits is 3"),
-        ([(4, 4)] * 3, 0, 4, r"config\.data\.num_ids_per_batch=0 "),
+        ([(4, 4)] * 3, 4, 4, r"data\.num_ids_per_batch = 4 .* largest that fits is 3"),
+        ([(4, 4)] * 3, 0, 4, r"data\.num_ids_per_batch = 0 "),
         ([(4, 4), (4, 0), (4, 4)], 2, 4, "identity 1 has no infrared image"),
         ([(4, 4), (4, 4), (0, 4)], 2, 4, "identity 2 has no visible image"),
     ],

@@ -201,7 +201,7 @@ def test_files_that_are_no_csv(tmp_path):
 def test_unpaired_training_identities_are_left_out_by_name(tmp_path, part):
     root = write(tmp_path / "raw", [*ROWS, ["f/1.png", "fred", "3", "infrared", part]])
     (fault,) = faults_of(root)
-    assert "images.csv:14: training identity 'fred' has infrared images only" in fault and "--drop_unpaired" in fault
+    assert "images.csv:14: training identity 'fred' has infrared images only" in fault and "drop_unpaired" in fault
     found = verify("own", root, drop_unpaired=True)
     assert found.faults == [] and "'fred' has infrared images only and is left out" in found.warnings[0]
     prepare("own", root, tmp_path / "data", drop_unpaired=True)

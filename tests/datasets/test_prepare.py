@@ -95,7 +95,7 @@ def test_a_directory_of_something_else_is_not_overwritten(tiny_sources, tmp_path
 
 def test_prepared_data_need_no_source(tiny_sources, tmp_path):
     assert prepare("llcm", tiny_sources / "llcm", tmp_path) == prepare("llcm", None, tmp_path)
-    for source, field in ((None, r"config\.dataset\.data_dir"), (tmp_path / "none", r"config\.dataset\.source")):
+    for source, field in ((None, r"dataset\.data_dir"), (tmp_path / "none", r"dataset\.source")):
         with pytest.raises(UserError, match=f"{field}.*python scripts/prepare_data.py --dataset sysu_mm01 --source"):
             prepare("sysu_mm01", source, tmp_path)
     with pytest.raises(UserError, match=r"dataset\.name = 'market': expected one of 'sysu_mm01', 'regdb'"):
@@ -157,6 +157,9 @@ def test_script_lists_all_faults_and_exits_with_2(copy_of, tmp_path):
     assert all(f"error: {path}: empty file" in err for path in broken) and "2 fault(s); nothing was built" in err
     code, _, err = script("--dataset", "regdb", "--source", source, "--trial", "12")
     assert code == 2 and "--trial 12: expected 1 to 10 or 'all'" in err
+    (tmp_path / "file").write_text("")
+    code, _, err = script("--dataset", "llcm", "--source", copy_of("llcm"), "--data_dir", tmp_path / "file")
+    assert code == 2 and "error: --data_dir: cannot make" in err
 
 
 def test_many_shards_keep_the_order(tiny_sources, tmp_path, monkeypatch):
@@ -200,10 +203,10 @@ def test_prepared_data_say_that_they_are_of_another_source(tiny_sources, tmp_pat
     prepare("llcm", None, tmp_path)
     assert not capsys.readouterr().err
     prepare("llcm", tmp_path / "elsewhere", tmp_path)
-    assert f"{directory} was prepared from {source.absolute()}; config.dataset.source = " in capsys.readouterr().err
+    assert f"{directory} was prepared from {source.absolute()}; dataset.source = " in capsys.readouterr().err
 
 
 def test_data_dir_that_cannot_be_made(tiny_sources, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"config\.dataset\.data_dir: cannot make"):
+    with pytest.raises(UserError, match=r"dataset\.data_dir: cannot make"):
         prepare("llcm", tiny_sources / "llcm", tmp_path / "file")
