@@ -1,7 +1,9 @@
 """A trained network that turns images into vectors: what `mpanet_jax.load` returns."""
 
+import dataclasses
 import hashlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -18,8 +20,10 @@ from jaxtyping import Float32
 
 from mpanet_jax.checkpoint import latest_step
 from mpanet_jax.errors import ArgumentError, UserError, first_line
+from mpanet_jax.evaluation.calibration import CALIBRATION_FILE, Calibration
 from mpanet_jax.evaluation.extract import Embed, make_embed, whole_variables
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images, rows_of_images
+from mpanet_jax.evaluation.pair_score import PairScore, calibration_path, score_pair
 from mpanet_jax.files import write_whole, write_whole_folder
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
@@ -195,13 +199,46 @@ class Model:
         blocks, _ = self._rows(self._maps, images, modality, None, "raise")
         return np.concatenate([np.zeros((0, *shape), np.float32), *blocks])
 
+    def compare(
+        self,
+        a: GivenImage,
+        b: GivenImage,
+        *,
+        modality: Modality | None = None,
+        prior: float | None = None,
+        calibration: Calibration | str | os.PathLike | None = None,
+    ) -> PairScore:
+        """Whether two images show the same person: the similarity, and with a calibration a probability.
+
+        Args:
+          a, b: each as one of `embed`.
+          modality: of both images, or a pair. A calibration differs between pairs of one modality and of two, so there
+            is no probability without it.
+          prior: the share of pairs of the same person that is assumed; None: the calibration's.
+          calibration: of this model, or its file; None: calibration.json in the model's folder, or beside its file, if
+            it is there (scripts/calibrate.py writes it).
+
+        Raises:
+          UserError: an image or the calibration cannot be read, or the calibration is of another model.
+          ArgumentError: as `embed`, or `prior` is no probability.
+        """
+        return score_pair(
+            self.embed([a, b], modality=modality),
+            modality_numbers(modality, 2),
+            fingerprint=self.fingerprint,
+            source=self.source,
+            calibration=calibration,
+            prior=prior,
+        )
+
     def save(self, folder: str | Path) -> None:
         """Writes the model into a new folder, which `load` reads: model.safetensors and a model card, README.md.
 
-        The settings are in the file's metadata, but for the paths of this machine. All of it is written, or nothing.
+        With them goes calibration.json, if the model has one. The settings are in the file's metadata, but for the
+        paths of this machine. All of it is written, or nothing.
 
         Raises:
-          UserError: the folder is there and is not empty.
+          UserError: the folder is there and is not empty, or the calibration cannot be read.
         """
         with write_whole_folder(folder) as whole:
             self._write(whole, Path(folder).resolve().name, str(folder))
@@ -250,6 +287,10 @@ class Model:
         )
         with write_whole(folder / "README.md") as file:
             file.write(card)
+        if (path := calibration_path(self.source)).is_file():
+            calibration = Calibration.read(path)
+            if calibration.fingerprint == self.fingerprint:  # not of weights that have been trained on since
+                dataclasses.replace(calibration, model=name).write(folder / CALIBRATION_FILE)
 
     @cached_property
     def _embed(self) -> Embed:

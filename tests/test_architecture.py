@@ -43,6 +43,7 @@ ALLOWED = {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),
         *("parallel", "processes", "embeddings", "protocol", "modality", "files"),
     },
+    "export": {"model", "methods", "datasets", "settings", "modality", "errors", "files"},
     "model_card": {"datasets", "evaluation", "settings"},
     "model": {
         *("evaluation", "methods", "weights", "checkpoint", "run_files", "modality", "settings", "errors", "files"),

@@ -17,9 +17,11 @@ from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.extract import Embed, embed_of, extract_embeddings
 from mpanet_jax.methods import make_method
 from mpanet_jax.processes import gather_shares, share_of_process
+from mpanet_jax.protocol import Protocol
 from mpanet_jax.run_files import load_settings
 from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, replace
 from mpanet_jax.weights.convert import initial_variables
+from mpanet_jax.weights.names import Variables
 
 
 def embed_rows(split: Split, rows: np.ndarray, embed: Embed, data: DataSettings, batch_size: int) -> Embeddings:
@@ -45,9 +47,7 @@ def evaluate_set(
     cmc: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The metrics of all tests of a set; None leaves an option at the protocol's (or the settings') choice."""
-    # One pass: an image may be in several tests.
-    rows = np.unique(np.concatenate([part for test in tested.evaluations for part in (test.query, test.gallery)]))
-    embeddings = embed_rows(tested.split, rows, embed, settings.data, settings.eval.batch_size)
+    rows, embeddings = _embed_set(settings, tested, embed)
     results = {}
     for test in tested.evaluations:
         query, gallery = (embeddings.take(np.searchsorted(rows, part)) for part in (test.query, test.gallery))
@@ -62,6 +62,26 @@ def evaluate_set(
             on_device=jax.default_backend() != "cpu",
         )
     return {name: {**values, "flip": True} for name, values in results.items()} if settings.eval.flip else results
+
+
+def _embed_set(settings: Settings, tested: EvaluationSet, embed: Embed) -> tuple[np.ndarray, Embeddings]:
+    """The rows of all images that are in some test, each once, and their embeddings."""
+    rows = np.unique(np.concatenate([part for test in tested.evaluations for part in (test.query, test.gallery)]))
+    return rows, embed_rows(tested.split, rows, embed, settings.data, settings.eval.batch_size)
+
+
+def embed_test_set(
+    settings: Settings, variables: Variables, workdir: str | Path, *, data_dir: str | None = None
+) -> tuple[Embeddings, Protocol, str]:
+    """The embeddings of all images of a run's test, the protocol, and what the data set is called.
+
+    Raises:
+      UserError: the data set is not there; the message names the fix.
+    """
+    settings = _with_data(settings, workdir, data_dir)
+    tested = datasets.open_evaluation(settings.dataset)
+    _, embeddings = _embed_set(settings, tested, embed_of(make_method(settings), variables, workdir))
+    return embeddings, tested.evaluations[0].protocol, tested.title
 
 
 def evaluate_workdir(
@@ -97,17 +117,7 @@ def evaluate_workdir(
                 "own split, or on another data set"
             )
         settings = dataclasses.replace(settings, dataset=dataset)
-    if data_dir is not None:
-        settings = replace(settings, {"dataset.data_dir": data_dir, "dataset.source": ""})
-    source = settings.dataset.source
-    if not datasets.is_prepared(settings.dataset) and not (source and Path(source).expanduser().is_dir()):
-        title, folder = datasets.make_dataset(settings.dataset).title, Path(settings.dataset.data_dir).absolute()
-        raise UserError(
-            f"{workdir}: data set {title} is not prepared in {folder}; name the folder in which it is with data_dir, "
-            "or prepare it with scripts/prepare_data.py"
-        )
-    if data_dir is None and dataset is None:
-        _check_place_of_data(settings, workdir)
+    settings = _with_data(settings, workdir, data_dir, may_prepare=dataset is not None)
     method = make_method(settings)
     if checkpoint == "untrained":
         step, variables = 0, initial_variables(method, num_ids=1)
@@ -120,6 +130,26 @@ def evaluate_workdir(
     if dataset is not None:
         metrics = {name: {**v, "dataset": tested.title, "trained_on": trained_on} for name, v in metrics.items()}
     return of_checkpoint(metrics, checkpoint, step)
+
+
+def _with_data(settings: Settings, workdir: str | Path, data_dir: str | None, *, may_prepare: bool = False) -> Settings:
+    """The settings with the data set in `data_dir`, if that is given.
+
+    Raises:
+      UserError: it is not there, nor can be prepared; or it would be prepared in a new folder, without `may_prepare`.
+    """
+    if data_dir is not None:
+        settings = replace(settings, {"dataset.data_dir": data_dir, "dataset.source": ""})
+    source = settings.dataset.source
+    if not datasets.is_prepared(settings.dataset) and not (source and Path(source).expanduser().is_dir()):
+        title, folder = datasets.make_dataset(settings.dataset).title, Path(settings.dataset.data_dir).absolute()
+        raise UserError(
+            f"{workdir}: data set {title} is not prepared in {folder}; name the folder in which it is with data_dir, "
+            "or prepare it with scripts/prepare_data.py"
+        )
+    if data_dir is None and not may_prepare:
+        _check_place_of_data(settings, Path(workdir))
+    return settings
 
 
 def _check_place_of_data(settings: Settings, workdir: Path) -> None:
