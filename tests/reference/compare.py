@@ -477,21 +477,26 @@ times what PyTorch loses. `tests/methods/` holds AGW and CAJ in the same way ([m
 
 {made}
 
-    python -m tests.reference.compare --markdown > docs/parity.md
+<!-- needs: minutes -->
+```bash
+python -m tests.reference.compare --markdown > docs/parity.md
+```
 """
 
 
 def page() -> str:
     """docs/parity.md: the table, what it was measured with, and how."""
     made = made_with()  # of the files as they are now
-    return PAGE.format(table=table(), variants=", ".join(VARIANTS), made=made).rstrip("\n")
+    *variants, baseline = VARIANTS
+    listed = f"{', '.join(variants[:6])},\n{', '.join([*variants[6:], baseline])}"
+    return PAGE.format(table=table(), variants=listed, made=made).rstrip("\n")
 
 
 def made_with() -> str:
     """Date, versions, commit and machine, as a sentence."""
     return (
         f"On {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit()}, Python {platform.python_version()}, "
-        f"JAX {jax.__version__},\nPyTorch {torch.__version__}, NumPy {np.__version__}, "
+        f"JAX {jax.__version__}, PyTorch {torch.__version__},\nNumPy {np.__version__}, "
         f"{os.cpu_count()} CPU cores ({processor()}), by"
     )
 
