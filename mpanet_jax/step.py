@@ -26,7 +26,8 @@ Metrics = dict[str, Float[Array, ""]]
 
 def _accuracy_share(logits: Float[Array, "b n"], labels: Array, axis_name: str | None) -> Float[Array, ""]:
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    return (logits.argmax(-1) == labels).mean(dtype=logits.dtype) / devices
+    of_label = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
+    return (of_label == logits.max(1)).mean(dtype=logits.dtype) / devices
 
 
 def total_gradients(gradients: Any, summed: Any, dtype: DTypeLike, axis_name: str) -> Any:
@@ -90,8 +91,11 @@ def train_step(
 
     def loss_share(params: Any) -> tuple[Float[Array, ""], tuple[Metrics, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        outputs, noted = network.apply(variables, images, rows["modality"], train=True, mutable=["batch_stats", SUMMED])
-        terms = method.loss_terms(outputs, rows, averages, axis_name)
+        with method.matmul_precision():
+            outputs, noted = network.apply(
+                variables, images, rows["modality"], train=True, mutable=["batch_stats", SUMMED]
+            )
+            terms = method.loss_terms(outputs, rows, averages, axis_name)
         loss = sum((weights[name] * terms[name] for name in terms if name in weights), jnp.zeros(()))
         accuracy = _accuracy_share(outputs.logits, rows["labels"], axis_name)
         return loss, ({**terms, "loss": loss, "accuracy": accuracy}, noted)

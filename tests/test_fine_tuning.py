@@ -277,7 +277,10 @@ def test_of_several_processes_each_reads_for_itself(run, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.start_process", address, str(number), str(run[0]), str(tmp_path)],

@@ -26,9 +26,8 @@ def deviations(tmp_path_factory):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_ENABLE_X64": "1",
-        # Without the second flag, most of the time goes into optimising what runs for a second; without the third, XLA
-        # aborts where a busy machine has some devices wait a minute for others.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
+        # Without the last flag, XLA aborts where a busy machine has some devices wait a minute for others.
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8 "
         f"--xla_cpu_collective_call_terminate_timeout_seconds={HANGS_AFTER}",
     }
     command = [sys.executable, "-m", "tests.parallel_process", str(result)]

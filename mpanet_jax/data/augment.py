@@ -140,7 +140,7 @@ def erase_box(
         aspect=settings.erase_aspect,
         log_aspect=settings.erase_log_aspect,
     )
-    first = jnp.argmax(fits)
+    first = jnp.where(fits, jnp.arange(len(fits)), len(fits)).min()
     erase = fits.any() & (jax.random.uniform(apply_key) < settings.erase_probability)
     box_height = jnp.where(erase, box_height[first], 0)
     box_width = jnp.where(erase, box_width[first], 0)

@@ -6,6 +6,7 @@ it does in its own way, and gets a line in `methods/__init__.py`; docs/architect
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -45,9 +46,15 @@ class Outputs(Protocol):
 
 
 def compute_dtype(name: str) -> np.dtype:
-    """settings.dtype as a type; 'auto' is bfloat16 on accelerators and float32 on CPU."""
+    """settings.dtype as a type; 'auto' is bfloat16 on accelerators and float32 on CPU.
+
+    Raises:
+      SettingsError: float64 on a TPU.
+    """
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name == "float64" and jax.default_backend() == "tpu":
+        raise SettingsError("dtype = 'float64': a TPU has no such arithmetic; use 'float32', or JAX_PLATFORMS=cpu")
     return jnp.dtype(name)
 
 
@@ -73,6 +80,14 @@ class Method:
         """{dtype, param_dtype}: what the layers compute in, and what their parameters are, float32 at least."""
         dtype = compute_dtype(self.settings.dtype)
         return {"dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
+
+    def matmul_precision(self) -> AbstractContextManager[None]:
+        """The context in which the network is traced, so that float32 is float32 on every platform.
+
+        A TPU multiplies float32 in one pass of bfloat16 unless it is told otherwise.
+        """
+        is_float32 = compute_dtype(self.settings.dtype) == jnp.float32
+        return jax.default_matmul_precision("float32" if is_float32 and jax.default_backend() == "tpu" else None)
 
     # What every method says for itself.
 
@@ -156,7 +171,8 @@ class Method:
 
         def embedding(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b d"]:
             normalised = normalize(images, compute_dtype(self.settings.dtype))
-            return network.apply(variables, normalised, modality, train=False).embedding  # type: ignore[union-attr]
+            with self.matmul_precision():
+                return network.apply(variables, normalised, modality, train=False).embedding  # type: ignore[union-attr]
 
         if not self.settings.eval.flip:
             return embedding(images)

@@ -104,7 +104,7 @@ def test_five_training_steps_in_float64(name, form):
         optimizer = method.optimizer(method.learning_rate(1))
         state = create_train_state(jax.tree.map(jnp.asarray, variables), {}, optimizer, jax.random.key(0))
         options = {"method": method, "network": method.build(NUM_IDS), "steps_per_epoch": 1}
-        step = jax.jit(partial(train_step, **options), compiler_options={"xla_backend_optimization_level": "0"})
+        step = jax.jit(partial(train_step, **options))
         theirs = reference.make_optimizer(network, RATES[0])
 
         def ours(params):

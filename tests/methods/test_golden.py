@@ -94,7 +94,7 @@ def published(method, params, state):
 
 
 def compiled(function):
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": "0"})  # run a few times
+    return jax.jit(function)
 
 
 def error(found, expected):
