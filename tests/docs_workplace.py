@@ -5,8 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
-
 from mpanet_jax.datasets.synthetic import write_dataset
 from tests.datasets.by_name import list_images
 from tests.pages import ROOT, Block, blocks, commands
@@ -34,15 +32,6 @@ class Workplace:
         self.root = root
         self.done: dict[str, str] = {}
         self.ready = False
-
-    def __enter__(self):
-        # Networks that train for a few steps: most of the time would go into optimising their programs.
-        self.optimized = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", True)
-        return self
-
-    def __exit__(self, *_):
-        jax.config.update("jax_disable_most_optimizations", self.optimized)
 
     def make_ready(self) -> None:
         """Draws the data, and makes the runs that all pages speak of by the commands of data.md and training.md."""

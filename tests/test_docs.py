@@ -26,8 +26,7 @@ ARCHITECTURE = "docs/architecture.md"
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    with Workplace(tmp_path_factory.mktemp("docs")) as workplace:
-        yield workplace
+    return Workplace(tmp_path_factory.mktemp("docs"))
 
 
 @cache
