@@ -1,15 +1,16 @@
 """Settings that must stand before jax starts."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of the suite's time would go into optimising programs that run for a second: XLA takes a fifth of it so.
 # XLA_FLAGS in the environment takes precedence: XLA_FLAGS=' ' tests the programs as users run them.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
-)
+_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones do not know it
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _FLAGS)
 # Many tests compile the same small programs; compile each of them once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
