@@ -1,4 +1,8 @@
-"""A folder in which the commands of the pages find what they name, small: drawn people, weights, runs."""
+"""A folder in which the commands and snippets of the pages find what they name, small: drawn people, weights, runs.
+
+Names that a new page brings are added here: data to `draw_data`, weights to `save_weights`, runs to `make_ready`, and
+to `smaller` the flags that make a script quick.
+"""
 
 import json
 import os
@@ -31,6 +35,7 @@ class Workplace:
     def __init__(self, root: Path):
         self.root = root
         self.done: dict[str, str] = {}
+        self.names: dict[Path, dict] = {}  # what the snippets of a page have defined, for its later ones
         self.ready = False
 
     def make_ready(self) -> None:
@@ -63,10 +68,11 @@ class Workplace:
         (target / "config.json").write_text(json.dumps(settings))
 
     def run_block(self, block: Block) -> None:
-        """Runs a block of Python in the folder of own images, or commands one after the other in this one."""
+        """Runs a block of Python, or of commands."""
         if block.is_python:
-            with folder(self.root / "DIR"):
-                exec(compile(block.text, str(block), "exec"), {"__name__": "snippet"})
+            with folder(self.root):
+                names = self.names.setdefault(block.page, {"__name__": "snippet"})
+                exec(compile(block.text, str(block), "exec"), names)
             return
         for command in commands(block.text):
             assert command.words[0] == "python" and command.words[1].startswith("scripts/"), (
@@ -103,7 +109,7 @@ def smaller(words: list[str]) -> list[str]:
 
 def draw_data(root: Path) -> None:
     """SYSU-MM01, RegDB and own images in DIR, of drawn people; lists of the test images, and their permutation."""
-    # Of eight people data.md's snippet trains on six too: with as many classes, one compiled program does for both.
+    # Of eight people, data.md's snippet trains on six too: with as many classes, one compiled program does for both.
     size = {"num_train_ids": 6, "num_test_ids": 2, "images_per_camera": (3, 4), "height": (32, 40)}
     write_dataset("sysu_mm01", root / "SYSU-MM01", **size)
     write_dataset("regdb", root / "RegDB", num_train_ids=3, num_test_ids=3, images_per_camera=(2, 2))
@@ -119,6 +125,12 @@ def draw_data(root: Path) -> None:
                 lists["list.txt" if record.modality else "gallery.txt"].append(f"SYSU-MM01/{record.path}")
     for name, paths in lists.items():
         (root / name).write_text("\n".join(paths) + "\n")
+    (root / "photos").mkdir()
+    for number, path in enumerate(lists["gallery.txt"][:6]):
+        (root / f"photos/{number}.jpg").symlink_to(root / path)
+    for name, path in zip(("a", "person", "another", "b", "query", "night"), lists["list.txt"], strict=False):
+        (root / f"{name}.jpg").symlink_to(root / path)
+    (root / "my_cameras").symlink_to(root / "DIR")
 
 
 def save_weights(root: Path) -> None:

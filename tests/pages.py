@@ -37,7 +37,9 @@ class Block:
 
     @property
     def is_python(self) -> bool:
-        return self.language == "python"
+        return self.language == "python" or (
+            not self.language and re.match(r"(import|from) \w|\w+ = mpanet_jax\.", self.text) is not None
+        )
 
     @property
     def is_commands(self) -> bool:
