@@ -9,10 +9,8 @@ import dataclasses
 import datetime
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +19,7 @@ import numpy as np
 import optax
 import torch
 
+from benchmarks.provenance import commit, processor
 from mpanet_jax.methods.mpanet import MPANet as Method
 from mpanet_jax.methods.mpanet import MPANetSettings, mean_rate_schedule
 from mpanet_jax.models.mpanet import Outputs
@@ -494,35 +493,12 @@ def page() -> str:
 
 def made_with() -> str:
     """Date, versions, commit and machine, as a sentence."""
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
     return (
-        f"On {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit()}, Python {platform.python_version()}, "
+        f"On {today}, commit {commit('mpanet_jax', 'tests/reference')}, Python {platform.python_version()}, "
         f"JAX {jax.__version__}, PyTorch {torch.__version__},\nNumPy {np.__version__}, "
         f"{os.cpu_count()} CPU cores ({processor()}), by"
     )
-
-
-def commit() -> str:
-    """The commit of the files here, with a word on changes since."""
-    root = Path(__file__).parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "mpanet_jax", "tests/reference")
-        return git("rev-parse", "--short=9", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def processor() -> str:
-    """The name that the kernel gives the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main() -> None:
