@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -146,6 +147,15 @@ def test_names_in_the_text_exist(name):
 def test_marks_are_of_the_known_kinds():
     marks = {block.needs for name in PAGES for block in blocks(ROOT / name)} - {None}
     assert marks <= NEEDS
+
+
+def test_settings_page_has_every_field_with_its_default():
+    tables = runpy.run_path(str(ROOT / "docs/hooks.py"))["tables"]()
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", tables.split("\n## Of the method `agw`")[0], re.M))
+    assert {path: repr(value) for path, value in flat(to_dict(METHODS["mpanet"].settings())).items()} == rows
+    assert set(re.findall(r"^\| `([\w.]+)`", tables, re.M)) == config_paths() - {
+        p.rpartition(".")[0] for p in config_paths()
+    }
 
 
 def to_run(name):
