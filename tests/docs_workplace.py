@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mpanet_jax.datasets.synthetic import write_dataset
 from tests.datasets.by_name import list_images
-from tests.pages import ROOT, Block, blocks, commands
+from tests.docs_pages import ROOT, Block, blocks, commands
 from tests.scripts_in_process import Refused, folder, run
 
 NETWORK = ("--config.model.stage_sizes=(1,1,1,1)", "--config.model.width=8")

@@ -7,7 +7,7 @@ import tomllib
 import pytest
 import yaml
 
-from tests.pages import ROOT
+from tests.docs_pages import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([\w-]+):", MAKEFILE, re.M))
