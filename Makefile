@@ -1,22 +1,35 @@
 # make demo  - install, draw the synthetic data set, train, evaluate
 # make test  - install, lint, all tests
+# make test-fast - the quick tests, for the inner loop
+# make docs  - the site, into build/site
+# make wheel - build a wheel, install it into an empty environment, use it there
 # make test-kill - kill a run KILLS times, and hold it against one that was not
 # make test-fuzz - feed the readers damaged files for FUZZ_SECONDS
-# Variables: PYTHON (interpreter), VENV (environment), EXTRA (cuda12 or cuda13: JAX with CUDA), WORKDIR (demo's folder)
+# Variables: PYTHON (interpreter), VENV (environment), EXTRA (cuda12 or cuda13: JAX with CUDA), WORKDIR (demo's folder),
+#   JAX (another one than requirements.lock has, for a new VENV: 'jax==0.11.*', or 'jax', the newest)
 
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?=
+JAX ?=
 WORKDIR ?= runs/demo
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 KILLS ?= 50
 FUZZ_SECONDS ?= 600
 
 BIN := $(VENV)/bin
+# What finds most slips in little time: no process is started, and one network trained.
+FAST := $(addprefix tests/,test_architecture.py test_repository.py test_settings.py test_losses.py test_optim.py \
+	test_nonfinite.py test_lost_process.py test_step.py::test_four_steps_train test_docs.py::test_links_lead_somewhere \
+	test_docs.py::test_commands_can_be_right test_docs.py::test_names_in_the_text_exist data/test_sampling.py \
+	data/test_decode.py datasets/test_own.py datasets/test_mat_file.py datasets/test_regdb.py datasets/test_llcm.py \
+	datasets/test_sysu_mm01.py evaluation/test_metrics.py evaluation/test_protocols.py evaluation/test_bootstrap.py \
+	evaluation/test_rerank.py evaluation/test_top_k.py models/test_layers.py methods/test_mpanet.py)
+
 INSTALLED := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
 TEST_INSTALLED := $(VENV)/.installed-test
 
-.PHONY: demo test test-kill test-fuzz lint format lock clean
+.PHONY: demo test test-fast docs wheel test-kill test-fuzz lint format lock clean
 
 demo: $(INSTALLED) $(WORKDIR)/raw
 	$(BIN)/python scripts/train.py --config=configs/synthetic.py --workdir=$(WORKDIR) \
@@ -32,6 +45,24 @@ $(WORKDIR)/raw: | $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(TEST_INSTALLED)
+	$(BIN)/python -m pytest -q -n 2 $(FAST)
+
+# The variable: a notice of mkdocs-material about another program.
+docs: $(TEST_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Every module is imported there: none of the files, and none of the dependencies, is missing from the wheel.
+wheel:
+	rm -rf build/lib build/wheel
+	$(PYTHON) -m venv build/wheel/env
+	build/wheel/env/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	build/wheel/env/bin/python -m pip install --quiet -c requirements.lock build/wheel/*.whl
+	build/wheel/env/bin/python -m pip check
+	cd build/wheel && env/bin/python -c "import importlib, pkgutil, mpanet_jax; \
+		print(len([importlib.import_module(m.name) for m in pkgutil.walk_packages(mpanet_jax.__path__, 'mpanet_jax.')]), \
+		'modules imported from', mpanet_jax.__path__[0])"
 
 test-kill: $(TEST_INSTALLED)
 	folder=$$(mktemp -d) && $(BIN)/python -m tests.kill_matrix $$folder $(KILLS) && rm -rf $$folder
@@ -55,6 +86,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(if $(EXTRA),$(BIN)/python -m pip install --quiet -c requirements.lock "jax[$(EXTRA)]")
+	$(if $(JAX),$(BIN)/python -m pip install --quiet --upgrade "$(JAX)")
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

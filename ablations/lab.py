@@ -116,7 +116,7 @@ class Results:
         self.runs.sort(key=lambda r: (r.row, r.settings.seed))
         entries = [{"row": r.row, **r.outcome, "settings": to_dict(r.settings)} for r in self.runs]
         with write_whole(self.path) as file:
-            json.dump({"runs": entries}, file, indent=2)
+            file.write(json.dumps({"runs": entries}, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the measurements share: timing, the machine's ceilings, the work of a network, and the report."""
 
+import datetime
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.evaluation import peak_memory_gib
+from benchmarks.provenance import commit, processor
 from mpanet_jax.files import write_whole
 from mpanet_jax.metric_log import time_when_ready
 
@@ -143,7 +145,7 @@ def has_accelerator() -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """The device and the versions that a figure holds for."""
+    """The device, the versions and the commit that a figure holds for."""
     device = jax.devices()[0]
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -152,12 +154,15 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "commit": commit("mpanet_jax", "benchmarks"),
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,
             "count": jax.device_count(),
             "runtime": " ".join(device.client.platform_version.split()),
             "cpus": os.cpu_count(),
+            "processor": processor(),
         },
         "versions": versions,
         "compilation_cache": jax.config.jax_compilation_cache_dir,
@@ -179,13 +184,14 @@ def format_report(report: dict[str, Any]) -> str:
     name, device, results = report["name"], report["device"], report["results"]
     width = max(map(len, results))
     lines = [f"{name} on {device['count']} x {device['kind']}, jax {report['versions']['jax']}"]
-    return "\n".join(lines + [f"  {key:{width}}  {_format(value)}" for key, value in results.items()])
+    return "\n".join(lines + [f"  {key:{width}}  {format_value(value)}" for key, value in results.items()])
 
 
-def _format(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A result as the tables print it."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return ", ".join(map(_format, value)) if isinstance(value, list | tuple) else str(value)
+    return ", ".join(map(format_value, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import measure
+from benchmarks import measure, tables
+from benchmarks.provenance import commit
 from benchmarks.step import forward_work
 from benchmarks.train import _timed_calls
 from configs import sysu
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import settings_of
+from mpanet_jax.settings import to_dict
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/synthetic.py", "--config.data.height=32", "--config.data.width=16"]
@@ -52,7 +54,7 @@ def run(folder, name, *arguments):
 
 def check(process, report, name, *figures):
     assert process.returncode == 0, process.stderr
-    assert {"device", "versions", "config", "results"} <= set(report)
+    assert {"date", "commit", "device", "versions", "config", "results"} <= set(report)
     assert report["device"]["kind"] and report["versions"]["jax"] == jax.__version__
     for figure in figures:
         assert report["results"][figure] > 0, figure
@@ -195,3 +197,23 @@ def test_seconds_per_call_and_rates():
     assert len(seconds) == 4 and (seconds >= 0.019).all()
     rates = measure.rates(np.arange(1.0, 12.0), 12)
     assert rates == {"images_per_second": 2.0, "median_ms": 6000.0, "p10_ms": 2000.0, "p90_ms": 10000.0}
+
+
+def test_reports_as_tables(tmp_path):
+    settings = settings_of({"dtype": "float32", "data": {"height": 288}})
+    environment = {**measure.environment(), "date": "2026-01-02", "commit": "abcdef012"}
+    results = {"images_per_second": 5818.2, "median_ms": 22.0}
+    report = {"name": "step", **environment, "config": to_dict(settings), "results": results}
+    measure.write_report(tmp_path / "step.json", report)
+    text = tables.page([tmp_path / "step.json"])
+    assert "## step: mpanet, `data.height=288`, `dtype=float32`\n" in text
+    assert "2026-01-02, commit abcdef012; " in text and f"jax {jax.__version__}" in text
+    assert "| images_per_second | 5,818 |\n| median_ms | 22 |\n" in text
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other\.json"):
+        tables.page([tmp_path / "step.json", tmp_path / "other.json"])
+
+
+def test_commit_is_that_of_git():
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert head.startswith(commit().split()[0]) or (not head and commit() == "unknown")

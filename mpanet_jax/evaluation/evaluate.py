@@ -84,7 +84,8 @@ def evaluate_embeddings(
     """Evaluate `query` against `gallery` by a protocol (docs/protocols.md).
 
     Args:
-      query, gallery: the two sets, as the protocol wants them.
+      query: one of the two sets that the protocol wants.
+      gallery: the other one.
       protocol: who is compared with whom; `datasets.make_protocol` makes one by its name.
       metric: 'cosine' or 'euclidean'; by default the protocol's.
       cmc: 'identity' (first appearance of each identity) or 'image'; by default the protocol's.

@@ -102,7 +102,9 @@ def evaluate_workdir(
         training is to be held against.
       dataset: another data set, by whose protocol the model is tested; the results name both. None: the run's own.
       data_dir: where the prepared data set is now; None: where `dataset`, or the run, has it.
-      rerank, metric, cmc: as `evaluate_embeddings`; None leaves them to the protocol and the settings.
+      rerank: as `evaluate_embeddings`; None leaves it to the settings.
+      metric: as `evaluate_embeddings`; None leaves it to the protocol.
+      cmc: as `evaluate_embeddings`; None leaves it to the protocol.
 
     Raises:
       UserError: no config.json, no checkpoint, or no data set; the message names the file and the fix.

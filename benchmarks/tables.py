@@ -1,0 +1,64 @@
+"""Reports of scripts/benchmark.py as tables in Markdown, each under what it was measured on.
+
+python -m benchmarks.tables runs/benchmark/*.json > docs/results/benchmarks.md
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import format_value
+from mpanet_jax.errors import UserError
+from mpanet_jax.methods import METHODS, settings_of
+from mpanet_jax.settings import differences
+
+TITLE = "# Measured\n\nWritten by `python -m benchmarks.tables` from the reports of `scripts/benchmark.py`.\n"
+# Where data lie and how long the run is says nothing of what was measured.
+LEFT_OUT = ("dataset.source", "dataset.data_dir", "init_from", "preset", "method")
+
+
+def table(report: dict[str, Any]) -> str:
+    """One report: its name, what it was measured on, the settings that are not the method's own, and its results."""
+    device, versions = report["device"], report["versions"]
+    settings = settings_of(report["config"])
+    changed = differences(settings, METHODS[settings.method].settings())
+    fields = [f"`{path}={here}`" for path, (here, _) in sorted(changed.items()) if path not in LEFT_OUT]
+    made = [
+        f"{report.get('date', 'no date')}, commit {report.get('commit', 'unknown')}",
+        f"{device['count']} × {device['kind']}",
+        f"{device['cpus']} CPU cores ({device.get('processor', 'unknown')})",
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+    ]
+    lines = [
+        "## " + ", ".join([f"{report['name']}: {settings.method}", *fields]),
+        "",
+        f"{'; '.join(made)}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {format_value(value)} |" for name, value in report["results"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def page(files: list[Path]) -> str:
+    """The tables of some reports.
+
+    Raises:
+      UserError: a file that is no report.
+    """
+    tables = []
+    for file in files:
+        try:
+            tables.append(table(json.loads(file.read_text())))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: no report of scripts/benchmark.py ({type(error).__name__}: {error})") from None
+    return "\n".join([TITLE, *tables])
+
+
+if __name__ == "__main__":
+    try:
+        print(page([Path(name) for name in sys.argv[1:]]), end="")
+    except UserError as error:
+        sys.exit(f"error: {error}")

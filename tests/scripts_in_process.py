@@ -1,0 +1,90 @@
+"""The programs of scripts/ in this process: their flags are parsed, and their `main` called, as on a command line."""
+
+import contextlib
+import io
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from absl import flags
+
+from mpanet_jax import errors
+from mpanet_jax.methods import settings_of
+
+ROOT = Path(__file__).parent.parent
+
+
+class Refused(Exception):
+    """What a script says about its flags, or in the end."""
+
+
+@contextlib.contextmanager
+def _script(path: Path) -> Iterator[Callable[[list[str]], Any]]:
+    """Its `main`; inside, its flags are there beside those that were there before."""
+    state = flags.FLAGS.__dict__
+    before = {name: _copied(value) for name, value in state.items()}
+    mains: list[Callable[[list[str]], Any]] = []
+    try:
+        with mock.patch.object(errors, "run_script", mains.append):
+            runpy.run_path(str(path), run_name="__main__")
+        yield mains[0]
+    finally:
+        state.clear()
+        state.update(before)
+
+
+def _copied(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: list(item) if isinstance(item, list) else item for name, item in value.items()}
+
+
+def flags_of(name: str) -> set[str]:
+    """The names of a script's flags, without those of its config's fields."""
+    with _script(ROOT / "scripts" / name):
+        return set(flags.FLAGS)
+
+
+def run(words: list[str], *, only_parse: bool = False) -> str:
+    """Runs `scripts/NAME.py FLAG …` in the present folder, or only parses its flags and checks its config's fields.
+
+    Returns:
+      What it printed to stdout.
+
+    Raises:
+      Refused: exit code other than 0, with the message.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with (
+            mock.patch.object(sys, "argv", words),  # ml_collections reads it for the fields of configs
+            _script(ROOT / words[0]) as main,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            positional = errors._parse_flags(words)
+            if getattr(flags.FLAGS, "config", None) is not None:
+                settings_of(flags.FLAGS.config.to_dict())
+            code = 0 if only_parse else main(positional[1:])
+    except SystemExit as end:
+        code = end.code
+    except errors.UserError as error:
+        raise Refused(f"{error}") from error
+    if code:
+        raise Refused(f"exit code {code}: {err.getvalue().strip()[-2000:]}")
+    return out.getvalue()
+
+
+@contextlib.contextmanager
+def folder(path: Path) -> Iterator[None]:
+    """The present folder inside."""
+    before = Path.cwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
