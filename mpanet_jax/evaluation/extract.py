@@ -1,15 +1,23 @@
 """Embeddings of a list of images: the network over padded, masked batches of one shape."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Array
 
 from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.progress import track
 
 # (images uint8[b, h, w, 3], modality int32[b] or None) → embeddings float[b, d] on the device
 Embed = Callable[[Any, Any], Array]
+
+
+def track_batches(
+    batches: Iterable[dict[str, np.ndarray]], total: int, *, active: bool = True
+) -> Iterator[dict[str, np.ndarray]]:
+    """Eval batches of `total` images, with a bar that counts those; `active` as of `progress.Bar`."""
+    return track(batches, "embedding", total, size=lambda batch: int(batch["mask"].sum()), active=active)
 
 
 def extract_embeddings(

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mpanet_jax.data.decode import BadImageError, resized_pixels
 from mpanet_jax.data.pipeline import eval_batches
@@ -22,7 +20,7 @@ from mpanet_jax.datasets.own import CSV_FILE, read_csv
 from mpanet_jax.datasets.raw import raise_fault
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import ArgumentError, UserError
-from mpanet_jax.evaluation.extract import Embed, extract_embeddings
+from mpanet_jax.evaluation.extract import Embed, extract_embeddings, track_batches
 from mpanet_jax.modality import MODALITY_NAMES, UNKNOWN
 from mpanet_jax.settings import DataSettings
 
@@ -189,7 +187,7 @@ def embed_images(
     batch_size: int,
     report: Report,
 ) -> Embeddings:
-    """Embeddings of the images that can be read, in their order, with a progress bar on a terminal.
+    """Embeddings of the images that can be read, in their order, with a progress bar (`progress.Bar`).
 
     Args:
       embed: as `evaluation.workdir.make_embed` gives it.
@@ -204,14 +202,8 @@ def embed_images(
     num_devices = jax.local_device_count()
     rows = -(-min(batch_size, len(images)) // num_devices) * num_devices
     batches = image_batches(images, data, rows, report)
-    console = Console(stderr=True)
-    columns = (TextColumn("embed, batches of {task.fields[rows]}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("embed", total=-(-len(images) // rows), rows=rows)
-        paths = np.array([image.path for image in images], np.str_)
-        embeddings = extract_embeddings(embed, bar.track(batches, task_id=task), paths)
+    paths = np.array([image.path for image in images], np.str_)
+    embeddings = extract_embeddings(embed, track_batches(batches, len(images)), paths)
     if not len(embeddings):
         raise UserError(f"none of the {len(images)} images can be read; nothing is written")
     names = {image.path: image.pid_name for image in images}

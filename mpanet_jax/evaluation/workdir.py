@@ -16,12 +16,12 @@ from mpanet_jax.datasets import EvaluationSet, Split
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
-from mpanet_jax.evaluation.extract import Embed, extract_embeddings
+from mpanet_jax.evaluation.extract import Embed, extract_embeddings, track_batches
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.parallel import local_devices
-from mpanet_jax.processes import gather_shares, share_of_process
+from mpanet_jax.processes import gather_shares, is_first_process, share_of_process
 from mpanet_jax.run_files import load_settings
 from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, replace
 from mpanet_jax.weights.convert import initial_variables, template_of
@@ -83,7 +83,9 @@ def embed_rows(split: Split, rows: np.ndarray, embed: Embed, data: DataSettings,
     # Every device gets the same number of rows.
     num_devices = jax.local_device_count()
     batch_size = -(-batch_size // num_devices) * num_devices
-    share = extract_embeddings(embed, split_batches(split, share_of_process(rows), data, batch_size), split.paths)
+    own = share_of_process(rows)
+    batches = track_batches(split_batches(split, own, data, batch_size), len(own), active=is_first_process())
+    share = extract_embeddings(embed, batches, split.paths)
     features = gather_shares(share.features, len(rows), "the embeddings of the test set")
     pid_names = None if split.pid_names is None else split.pid_names[rows]
     return Embeddings(
