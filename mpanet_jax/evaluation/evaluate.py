@@ -124,10 +124,27 @@ def _score_plain(comparison: Comparison, metric: str, on_device: bool) -> list[l
 
 def _score_reranked(comparison: Comparison, metric: str, on_device: bool) -> list[list[QueryScores]]:
     """As `_score_plain`, with each trial's gallery re-ranked by itself: neighbours are its images and all queries."""
+    distances = reranked_distances(comparison, metric, on_device=on_device)
+
+    def score_trial(images: np.ndarray) -> QueryScores:
+        return _score(comparison, distances(images), [[images]])[0][0]
+
+    galleries = [images for setting in comparison.settings for images in setting.galleries]
+    scores = track(map(score_trial, galleries), "re-ranking", len(galleries), unit="galleries")
+    return [[next(scores) for _ in setting.galleries] for setting in comparison.settings]
+
+
+def reranked_distances(
+    comparison: Comparison, metric: str, *, on_device: bool = False
+) -> Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+    """Gallery rows int[g] of a trial → (query rows int[r] → re-ranked distances float32[r, gallery]).
+
+    They are infinite to images that are not in the trial's gallery.
+    """
     query, gallery = comparison.query, comparison.gallery
     everything = squared_distances(np.concatenate([query.features, gallery.features]), metric, on_device=on_device)
 
-    def score_trial(images: np.ndarray) -> QueryScores:
+    def of_trial(images: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         reranked = k_reciprocal(
             everything.take(np.concatenate([np.arange(len(query)), len(query) + images])), len(query)
         )
@@ -137,11 +154,9 @@ def _score_reranked(comparison: Comparison, metric: str, on_device: bool) -> lis
             distance[:, images] = reranked(rows)
             return distance
 
-        return _score(comparison, distances, [[images]])[0][0]
+        return distances
 
-    galleries = [images for setting in comparison.settings for images in setting.galleries]
-    scores = track(map(score_trial, galleries), "re-ranking", len(galleries), unit="galleries")
-    return [[next(scores) for _ in setting.galleries] for setting in comparison.settings]
+    return of_trial
 
 
 def _score(
