@@ -10,8 +10,8 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.step import NUM_IDS, forward_work, random_images
 from mpanet_jax import datasets
-from mpanet_jax.evaluation.extract import extract_embeddings
-from mpanet_jax.evaluation.workdir import embed_rows, make_embed
+from mpanet_jax.evaluation.extract import extract_embeddings, make_embed
+from mpanet_jax.evaluation.workdir import embed_rows
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import compute_dtype
 from mpanet_jax.settings import Settings

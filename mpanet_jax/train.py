@@ -18,8 +18,8 @@ from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import Stopped
 from mpanet_jax.evaluation.best import keep_best
 from mpanet_jax.evaluation.evaluate import write_metrics
-from mpanet_jax.evaluation.extract import Embed
-from mpanet_jax.evaluation.workdir import evaluate_set, make_embed, of_checkpoint
+from mpanet_jax.evaluation.extract import Embed, make_embed
+from mpanet_jax.evaluation.workdir import evaluate_set, of_checkpoint
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog, MetricReader

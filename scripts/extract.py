@@ -65,44 +65,45 @@ def main(arguments: list[str]) -> int:
     if Path(OUT.value).suffix != ".npz" or Path(OUT.value).is_dir():
         raise UserError(f"--out={OUT.value}: expected the name of a file that ends in .npz")
     from mpanet_jax.embeddings import check_embeddings, save_embeddings
-    from mpanet_jax.evaluation.images import embed_images, list_images, of_modality  # imports JAX
-    from mpanet_jax.evaluation.network import network_of_weights, network_of_workdir
+    from mpanet_jax.evaluation.given_images import UnreadableImage
+    from mpanet_jax.evaluation.images import embeddings_of, list_images, of_modality
     from mpanet_jax.methods import settings_of
     from mpanet_jax.modality import MODALITY_NAMES
+    from mpanet_jax.model import Model, load
     from mpanet_jax.settings import replace
-
-    def report(fault: str) -> None:
-        if STRICT.value:
-            raise UserError(f"{fault}; nothing is written (--strict)")
-        print(f"skipped {fault}", file=sys.stderr)
 
     images = list_images(IMAGES.value, split=SPLIT.value)
     if MODALITY.value:
         images = of_modality(images, {name: number for number, name in MODALITY_NAMES.items()}[MODALITY.value])
-    if WORKDIR.value:
-        network = network_of_workdir(WORKDIR.value, DTYPE.value)
-    else:
-        settings = settings_of(CONFIG.value.to_dict()) if CONFIG.value is not None else None
-        network = network_of_weights(WEIGHTS.value, DTYPE.value, settings)
-    size = {name: flag.value for name, flag in (("height", HEIGHT), ("width", WIDTH)) if flag.value}
-    begin = time.perf_counter()
-    embeddings = embed_images(
-        network.embed,
-        images,
-        data=replace(network.data, size),
-        batch_size=BATCH_SIZE.value or network.batch_size,
-        report=report,
-    )
-    seconds = time.perf_counter() - begin
+    settings = settings_of(CONFIG.value.to_dict()) if CONFIG.value is not None else None
+    model = load(WORKDIR.value or WEIGHTS.value, dtype=DTYPE.value, settings=settings)
+    size = {f"data.{name}": flag.value for name, flag in (("height", HEIGHT), ("width", WIDTH)) if flag.value}
+    model = Model(replace(model.settings, size), model.variables, model.source)
+    options = {
+        "modality": [image.modality for image in images],
+        "normalize": False,
+        "batch_size": BATCH_SIZE.value,
+    }
+    begin, skipped = time.perf_counter(), []
     try:
-        save_embeddings(OUT.value, check_embeddings(embeddings))
+        if STRICT.value:
+            features = model.embed([image.file for image in images], **options)
+        else:
+            features, skipped = model.embed([image.file for image in images], errors="skip", **options)
+    except UnreadableImage as error:
+        raise UserError(f"{error.image.name}: {error.image.reason}; nothing is written (--strict)") from error
+    seconds = time.perf_counter() - begin
+    for image in skipped:
+        print(f"skipped {image.name}: {image.reason}", file=sys.stderr)
+    try:
+        save_embeddings(OUT.value, check_embeddings(embeddings_of(images, features, skipped)))
     except OSError as error:
         raise UserError(f"--out={OUT.value}: cannot be written ({error.strerror})") from error
-    number, length = embeddings.features.shape
+    number, length = features.shape
     print(f"{OUT.value}: {number:,} images as vectors of {length:,}; {number / seconds:,.0f} images/s with compilation")
-    if number < len(images):
-        print(f"{len(images) - number} of {len(images)} images skipped", file=sys.stderr)
-    return int(number < len(images))
+    if skipped:
+        print(f"{len(skipped)} of {len(images)} images skipped", file=sys.stderr)
+    return int(bool(skipped))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ ALLOWED = {
     "optim": set(),
     "state": set(),
     "models": {"errors"},
-    "modality": set(),
+    "modality": {"errors"},
     "files": set(),
     "memory": set(),
     "settings": {"errors", "models", "datasets"},  # the names of backbones and data sets, when settings are checked
@@ -43,6 +43,22 @@ ALLOWED = {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),
         *("parallel", "processes", "embeddings", "protocol", "modality", "files", "progress"),
     },
+    "report": {
+        *(
+            "model",
+            "evaluation",
+            "datasets",
+            "data",
+            "methods",
+            "checkpoint",
+            "run_files",
+            "settings",
+            "errors",
+            "cpus",
+        ),
+        *("embeddings", "protocol", "modality", "files", "progress", "processes", "weights", "state", "models"),
+    },
+    "model": {"evaluation", "methods", "weights", "modality", "settings", "errors"},
 }
 
 

@@ -13,7 +13,8 @@ from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.embeddings import load_embeddings
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.images import image_batches, list_images
+from mpanet_jax.evaluation.given_images import rows_of_images
+from mpanet_jax.evaluation.images import list_images
 from mpanet_jax.evaluation.workdir import evaluate_workdir
 from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.run_files import save_settings
@@ -75,12 +76,12 @@ def test_named_pipes_and_links_to_themselves_cost_their_own_rows(raw, tmp_path):
     os.mkfifo(folder / "a.jpg")
     (folder / "loop").symlink_to(folder / "loop")
     (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
-    faults = []
     images = list_images(folder)
     assert [image.path for image in images] == ["a.jpg", "b.jpg", "loop.jpg"]
-    (batch,) = image_batches(images, DataSettings(32, 16), 3, faults.append)
-    assert batch["mask"].tolist() == [False, True, False]
-    assert faults[0] == f"{folder}/a.jpg: not a file" and faults[1].startswith(f"{folder}/loop.jpg: ")
+    files, options = [image.file for image in images], {"batch_size": 3, "errors": "skip"}
+    (rows,), (pipe, loop) = rows_of_images(lambda x, _: x, files, np.zeros(3), DataSettings(32, 16), **options)
+    assert len(rows) == 1
+    assert pipe == (0, f"{folder}/a.jpg", "not a file") and loop[:2] == (2, f"{folder}/loop.jpg")
 
 
 def write_npz(path, **changes):

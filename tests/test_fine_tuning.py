@@ -21,7 +21,7 @@ from configs import synthetic as synthetic_config  # noqa: E402
 from mpanet_jax.checkpoint import Checkpoints, load_model  # noqa: E402
 from mpanet_jax.datasets.synthetic import write_dataset  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
-from mpanet_jax.evaluation.workdir import embed_of  # noqa: E402
+from mpanet_jax.evaluation.extract import embed_of  # noqa: E402
 from mpanet_jax.methods import METHODS, Entry, make_method, settings_of  # noqa: E402
 from mpanet_jax.methods.method import Method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings  # noqa: E402

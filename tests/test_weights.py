@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
 
+
 from mpanet_jax.checkpoint import Checkpoints, load_model  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
-from mpanet_jax.evaluation.network import network_of_weights  # noqa: E402
-from mpanet_jax.evaluation.workdir import embed_of  # noqa: E402
+from mpanet_jax.evaluation.extract import embed_of  # noqa: E402
 from mpanet_jax.methods import make_method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
 from mpanet_jax.run_files import load_settings, save_settings  # noqa: E402
@@ -573,6 +573,11 @@ def ablation(request, tmp_path):
     return source, settings_of_size(**{f"{({'mam': 'channel', 'pam': 'pattern'})[kind]}_module": value}), tmp_path
 
 
+def embedding_of(source, **options):
+    settings, variables, _ = read_weights(source, drop_classifiers=True, **options)
+    return embed_of(make_method(settings), variables, source)(IMAGES)
+
+
 def test_settings_go_with_the_weights(ablation):
     """Converted once by its settings, an ablation needs none any more, and its embeddings are PyTorch's."""
     source, settings, folder = ablation
@@ -583,7 +588,7 @@ def test_settings_go_with_the_weights(ablation):
     assert same(load_file(folder / "c.safetensors"), load_file(folder / "a.safetensors"))
     assert read_metadata_settings(folder / "c.safetensors") == read_metadata_settings(folder / "a.safetensors")
     for stored in ("a.safetensors", "b"):
-        embedding = network_of_weights(folder / stored).embed(IMAGES)
+        embedding = embedding_of(folder / stored)
         np.testing.assert_allclose(embedding, pytorch_embedding(source), rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match=r"a\.safetensors: .*another network, model\.\w+_module = '(mam|pam)' \('\w+'"):
         convert(folder / "a.safetensors", folder / "d", settings=SMALL)
@@ -598,7 +603,7 @@ def test_weights_without_settings_are_the_papers_unless_told(ablation):
             read_weights(path)
         with pytest.raises(UserError, match=r"ablation\.safetensors: does not fit the model; missing: .*\.weight"):
             read_weights(path, settings=SMALL)
-    embedding = network_of_weights(path, settings=settings).embed(IMAGES)
+    embedding = embedding_of(path, settings=settings)
     np.testing.assert_allclose(embedding, pytorch_embedding(source), rtol=1e-3, atol=1e-4)
 
 

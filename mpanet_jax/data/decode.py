@@ -5,6 +5,9 @@ applied. simplejpeg decodes JPEG files to Pillow's pixels (both are libjpeg-turb
 """
 
 import io
+import os
+import stat
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -41,25 +44,60 @@ def decode_rgb(encoded: bytes) -> Image.Image:
         except ValueError:
             pass  # damaged: Pillow decodes it all the same, or says what is wrong
     try:
-        image = Image.open(io.BytesIO(encoded))
+        return to_rgb(Image.open(io.BytesIO(encoded)))
+    except UnidentifiedImageError as error:  # its text names a Python object
+        raise BadImageError("not an image") from error
+    except BadImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
+        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of Pillow's as `decode_rgb` gives it; it is decoded where that has not been done.
+
+    Raises:
+      BadImageError: it is cut off, or has pixels of 32 bits.
+    """
+    try:
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError("pixels of 32 bits have no agreed range: save it with 8 or 16")
         return image.convert("RGB")
-    except UnidentifiedImageError as error:  # its text names a Python object
-        raise BadImageError("not an image") from error
-    except Exception as error:  # Pillow's decoders raise many types for damaged files
+    except Exception as error:  # as above
         raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def resized(image: Image.Image, data: DataSettings) -> np.ndarray:
+    """uint8[data.height, data.width, 3]: an RGB image, resized by Pillow with the filter `data.resize`."""
+    return np.asarray(image.resize((data.width, data.height), _FILTERS[data.resize]))
+
+
 def resized_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
-    """uint8[data.height, data.width, 3]: `decode_rgb`, resized by Pillow with the filter `data.resize`.
+    """uint8[data.height, data.width, 3]: `decode_rgb`, resized.
 
     Raises:
       BadImageError: as `decode_rgb`.
     """
-    return np.asarray(decode_rgb(encoded).resize((data.width, data.height), _FILTERS[data.resize]))
+    return resized(decode_rgb(encoded), data)
+
+
+def read_image_file(path: str | os.PathLike) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+      BadImageError: there is no such file, it cannot be read, or it is empty.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would be waited for without end
+            raise BadImageError("not a file")
+        encoded = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise BadImageError(getattr(error, "strerror", None) or str(error)) from error
+    if not encoded:
+        raise BadImageError("empty file")
+    return encoded
 
 
 def encoded_image(split: Split, i: int) -> bytes:

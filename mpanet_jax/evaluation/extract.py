@@ -1,28 +1,111 @@
 """Embeddings of a list of images: the network over padded, masked batches of one shape."""
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.errors import ArgumentError, UserError
+from mpanet_jax.methods.method import Method
+from mpanet_jax.modality import UNKNOWN
+from mpanet_jax.parallel import local_devices
 from mpanet_jax.progress import track
+from mpanet_jax.weights.convert import template_of
+from mpanet_jax.weights.names import Variables, number_of_ids
 
 # (images uint8[b, h, w, 3], modality int32[b] or None) → embeddings float[b, d] on the device
 Embed = Callable[[Any, Any], Array]
+Batch = dict[str, np.ndarray]
 
 
-def track_batches(
-    batches: Iterable[dict[str, np.ndarray]], total: int, *, active: bool = True
-) -> Iterator[dict[str, np.ndarray]]:
+def make_embed(method: Method, num_ids: int, function: Callable[..., Array] | None = None) -> Callable[[Any], Embed]:
+    """variables {params, batch_stats} → `Embed`, compiled, on all devices of this process, which divide the rows.
+
+    Args:
+      method: of the network.
+      num_ids: which its classifiers tell apart.
+      function: `(network, variables, images, modality) → rows` to compute in place of `method.embed`.
+    """
+    devices, network, function = local_devices(), method.build(num_ids), function or method.embed
+    mapped = devices.map_rows(lambda v, rows: function(network, v, rows["images"], rows.get("modality")))
+
+    def with_variables(variables: Any) -> Embed:
+        variables = devices.replicate({name: variables[name] for name in ("params", "batch_stats")})
+
+        def embed(images: Any, modality: Any = None) -> jax.Array:
+            rows = {"images": images}
+            if method.needs_modality:
+                if modality is None or np.any(modality == UNKNOWN):
+                    raise ArgumentError(
+                        "modality",
+                        f"of some images is not known, and method {method.settings.method!r} needs it: "
+                        "say what they are, or list them in an images.csv",
+                    )
+                rows["modality"] = modality
+            return mapped(variables, rows)
+
+        return embed
+
+    return with_variables
+
+
+def whole_variables(method: Method, variables: Variables, source: str | Path) -> tuple[int, Variables]:
+    """The number of identities, and {params, batch_stats} of a trained network.
+
+    Classifiers that were left out, which embeddings do not need, become zeros. `source` is what an error calls the
+    variables.
+
+    Raises:
+      UserError: the variables are of a backbone alone, which has no embedding.
+    """
+    names, num_ids = method.names(), number_of_ids(variables, method.names())
+    given = flatten_dict({name: variables[name] for name in ("params", "batch_stats") if name in variables})
+    if all(map(names.is_backbone, given)):
+        raise UserError(
+            f"{source}: these weights are a bare backbone's, and an embedding needs those of a trained network; "
+            "to train one from these, set init_from in its settings"
+        )
+    expected: dict[tuple[str, ...], Any] = flatten_dict(template_of(method, num_ids))
+    zeros = {
+        path: np.zeros(leaf.shape, leaf.dtype)
+        for path, leaf in expected.items()
+        if path[0] == "params" and names.is_classifier(names.name(path))
+    }
+    return num_ids, unflatten_dict({**zeros, **given})
+
+
+def embed_of(method: Method, variables: Variables, source: str | Path) -> Embed:
+    """`Embed` of a trained network; arguments and errors as of `whole_variables`."""
+    num_ids, variables = whole_variables(method, variables, source)
+    return make_embed(method, num_ids)(variables)
+
+
+def results_of(function: Embed, batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Each eval batch with the rows that `function` makes of it, float32, without padding (where `mask` is False)."""
+    waiting = None
+    for batch in batches:
+        # The previous result is fetched only after the next batch has been sent off, so the device never waits.
+        result = function(batch["images"], batch["modality"])
+        if waiting is not None:
+            yield waiting[0], np.asarray(waiting[1], np.float32)[waiting[0]["mask"]]
+        waiting = (batch, result)
+    if waiting is not None:
+        yield waiting[0], np.asarray(waiting[1], np.float32)[waiting[0]["mask"]]
+
+
+def track_batches(batches: Iterable[Batch], total: int, *, active: bool = True) -> Iterator[Batch]:
     """Eval batches of `total` images, with a bar that counts those; `active` as of `progress.Bar`."""
     return track(batches, "embedding", total, size=lambda batch: int(batch["mask"].sum()), active=active)
 
 
 def extract_embeddings(
     embed: Embed,
-    batches: Iterable[dict[str, np.ndarray]],
+    batches: Iterable[Batch],
     paths: np.ndarray,
 ) -> Embeddings:
     """Runs `embed` over eval batches.
@@ -35,29 +118,10 @@ def extract_embeddings(
     Returns:
       One row an image, in the batches' order; features are float32 and not normalised.
     """
-    features, pids, camids, modality, index = [], [], [], [], []
-    waiting = None
-
-    def collect(batch: dict[str, np.ndarray], embeddings: Array) -> None:
-        rows = np.asarray(batch["mask"])
-        features.append(np.asarray(embeddings, np.float32)[rows])
-        pids.append(batch["pids"][rows])
-        camids.append(batch["camids"][rows])
-        modality.append(batch["modality"][rows])
-        index.append(batch["index"][rows])
-
-    for batch in batches:
-        # The previous result is fetched only after the next batch has been sent off, so the device never waits.
-        result = embed(batch["images"], batch["modality"])
-        if waiting is not None:
-            collect(*waiting)
-        waiting = (batch, result)
-    if waiting is not None:
-        collect(*waiting)
-    return Embeddings(
-        np.concatenate(features),
-        np.concatenate(pids),
-        np.concatenate(camids),
-        paths[np.concatenate(index)],
-        np.concatenate(modality),
-    )
+    features, columns = [], {name: [] for name in ("pids", "camids", "index", "modality")}
+    for batch, rows in results_of(embed, batches):
+        features.append(rows)
+        for name, column in columns.items():
+            column.append(batch[name][batch["mask"]])
+    pids, camids, index, modality = map(np.concatenate, columns.values())
+    return Embeddings(np.concatenate(features), pids, camids, paths[index], modality)

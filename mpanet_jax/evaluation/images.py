@@ -1,33 +1,23 @@
-"""Embeddings of plain image files: find them, decode them, embed them in batches of one shape.
-
-An image that cannot be read costs its own row, not the run: it is reported, masked out, and the rest goes on.
-"""
+"""Plain image files: find them, and say of each what its list or its folder says."""
 
 import dataclasses
 import os
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from mpanet_jax.data.decode import BadImageError, resized_pixels
-from mpanet_jax.data.pipeline import eval_batches
 from mpanet_jax.datasets import record_of_path
 from mpanet_jax.datasets.own import CSV_FILE, read_csv
 from mpanet_jax.datasets.raw import raise_fault
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import ArgumentError, UserError
-from mpanet_jax.evaluation.extract import Embed, extract_embeddings, track_batches
+from mpanet_jax.evaluation.given_images import SkippedImage
 from mpanet_jax.modality import MODALITY_NAMES, UNKNOWN
-from mpanet_jax.settings import DataSettings
 
 # What counts as an image in a folder; in a list every line does.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
-
-Report = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -145,68 +135,22 @@ def _image_file(folder: Path, name: str) -> ImageFile:
     return ImageFile(file, path, record.pid, record.camid, record.modality)
 
 
-def _pixels(image: ImageFile, data: DataSettings) -> np.ndarray:
-    try:
-        if not stat.S_ISREG(os.stat(image.file).st_mode):  # a named pipe would be waited for without end
-            raise BadImageError("not a file")
-        encoded = image.file.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise BadImageError(getattr(error, "strerror", None) or str(error)) from error
-    if not encoded:
-        raise BadImageError("empty file")
-    return resized_pixels(encoded, data)
-
-
-def image_batches(
-    images: list[ImageFile], data: DataSettings, batch_size: int, report: Report
-) -> Iterator[dict[str, np.ndarray]]:
-    """`eval_batches` of image files, in order.
-
-    `report` is told each image that cannot be read in one line, 'PATH: reason'; it may raise, to stop.
-    """
-    rows = {
-        "pids": np.array([image.pid for image in images]),
-        "camids": np.array([image.camid for image in images]),
-        "modality": np.array([image.modality for image in images]),
-        "index": np.arange(len(images)),
-    }
-    return eval_batches(
-        rows,
-        lambda row: _pixels(images[row], data),
-        data,
-        batch_size,
-        on_fault=lambda row, fault: report(f"{images[row].file}: {fault}"),
-    )
-
-
-def embed_images(
-    embed: Embed,
-    images: list[ImageFile],
-    *,
-    data: DataSettings,
-    batch_size: int,
-    report: Report,
-) -> Embeddings:
-    """Embeddings of the images that can be read, in their order, with a progress bar (`progress.Bar`).
-
-    Args:
-      embed: as `evaluation.workdir.make_embed` gives it.
-      images: of `list_images`.
-      data: the images' size and the filter of the resize.
-      batch_size: rows sent to the devices at once; rounded up to a multiple of their number, and no more than needed.
-      report: told 'PATH: reason' of an image that cannot be read; it may raise, to stop.
+def embeddings_of(images: list[ImageFile], features: np.ndarray, skipped: Sequence[SkippedImage] = ()) -> Embeddings:
+    """What is known of listed images beside their `features`, of which the skipped ones have none.
 
     Raises:
-      UserError: none of the images can be read.
+      UserError: all were skipped.
     """
-    num_devices = jax.local_device_count()
-    rows = -(-min(batch_size, len(images)) // num_devices) * num_devices
-    batches = image_batches(images, data, rows, report)
-    paths = np.array([image.path for image in images], np.str_)
-    embeddings = extract_embeddings(embed, track_batches(batches, len(images)), paths)
-    if not len(embeddings):
+    left_out = {image.position for image in skipped}
+    kept = [image for place, image in enumerate(images) if place not in left_out]
+    if not kept:
         raise UserError(f"none of the {len(images)} images can be read; nothing is written")
-    names = {image.path: image.pid_name for image in images}
-    if not any(names.values()):
-        return embeddings
-    return dataclasses.replace(embeddings, pid_names=np.array([names[path] for path in embeddings.paths], np.str_))
+    names = [image.pid_name for image in kept]
+    return Embeddings(
+        features,
+        np.array([image.pid for image in kept]),
+        np.array([image.camid for image in kept]),
+        np.array([image.path for image in kept], np.str_),
+        np.array([image.modality for image in kept]),
+        np.array(names, np.str_) if any(names) else None,
+    )

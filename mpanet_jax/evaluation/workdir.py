@@ -1,81 +1,26 @@
 """Evaluation of a trained run: restore the model, embed the test images, apply the data set's protocols."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpanet_jax import datasets
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.data.pipeline import split_batches
 from mpanet_jax.datasets import EvaluationSet, Split
 from mpanet_jax.embeddings import Embeddings
-from mpanet_jax.errors import ArgumentError, UserError
+from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
-from mpanet_jax.evaluation.extract import Embed, extract_embeddings, track_batches
+from mpanet_jax.evaluation.extract import Embed, embed_of, extract_embeddings, track_batches
 from mpanet_jax.methods import make_method
-from mpanet_jax.methods.method import Method
-from mpanet_jax.modality import UNKNOWN
-from mpanet_jax.parallel import local_devices
 from mpanet_jax.processes import gather_shares, is_first_process, share_of_process
 from mpanet_jax.run_files import load_settings
 from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, replace
-from mpanet_jax.weights.convert import initial_variables, template_of
-from mpanet_jax.weights.names import Variables, number_of_ids
-
-
-def make_embed(method: Method, num_ids: int) -> Callable[[Any], Embed]:
-    """variables {params, batch_stats} → `Embed`, compiled, on all devices of this process, which divide the rows."""
-    devices, network = local_devices(), method.build(num_ids)
-    function = devices.map_rows(lambda v, rows: method.embed(network, v, rows["images"], rows.get("modality")))
-
-    def with_variables(variables: Any) -> Embed:
-        variables = devices.replicate({name: variables[name] for name in ("params", "batch_stats")})
-
-        def embed(images: Any, modality: Any = None) -> jax.Array:
-            rows = {"images": images}
-            if method.needs_modality:
-                if modality is None or np.any(modality == UNKNOWN):
-                    raise ArgumentError(
-                        "modality",
-                        f"of some images is not known, and method {method.settings.method!r} needs it: "
-                        "say what they are, or list them in an images.csv",
-                    )
-                rows["modality"] = modality
-            return function(variables, rows)
-
-        return embed
-
-    return with_variables
-
-
-def embed_of(method: Method, variables: Variables, source: str | Path) -> Embed:
-    """`Embed` of a trained network, whose classifiers may have been left out.
-
-    `source` is what an error calls the variables.
-
-    Raises:
-      UserError: the variables are of a backbone alone, which has no embedding.
-    """
-    names, num_ids = method.names(), number_of_ids(variables, method.names())
-    given = flatten_dict(variables)
-    if all(map(names.is_backbone, given)):
-        raise UserError(
-            f"{source}: these weights are a bare backbone's, and an embedding needs those of a trained network; "
-            "to train one from these, set config.init_from"
-        )
-    # Embeddings need no classifiers: those that were left out become zeros.
-    expected: dict[tuple[str, ...], Any] = flatten_dict(template_of(method, num_ids))
-    zeros = {
-        path: np.zeros(leaf.shape, leaf.dtype)
-        for path, leaf in expected.items()
-        if names.is_classifier(names.name(path))
-    }
-    return make_embed(method, num_ids)(unflatten_dict({**zeros, **given}))
+from mpanet_jax.weights.convert import initial_variables
+from mpanet_jax.weights.names import Variables
 
 
 def embed_rows(split: Split, rows: np.ndarray, embed: Embed, data: DataSettings, batch_size: int) -> Embeddings:
@@ -145,6 +90,33 @@ def evaluate_workdir(
     Raises:
       UserError: no config.json, no checkpoint, or no data set; the message names the file and the fix.
     """
+    run = open_run(workdir, checkpoint=checkpoint, dataset=dataset, data_dir=data_dir)
+    embed = embed_of(make_method(run.settings), run.variables, workdir)
+    metrics = evaluate_set(run.settings, run.tested, embed, rerank=rerank, metric=metric, cmc=cmc)
+    return {name: {**values, **run.about} for name, values in metrics.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A run that is ready to be tested.
+
+    Attributes:
+      settings: its own, with those of the data set that it is tested on.
+      variables: {params, batch_stats} of the checkpoint.
+      tested: the test set.
+      about: what metrics say beside the figures: 'checkpoint', 'step', and of another data set 'dataset', 'trained_on'.
+    """
+
+    settings: Settings
+    variables: Variables
+    tested: EvaluationSet
+    about: dict[str, Any]
+
+
+def open_run(
+    workdir: Path, *, checkpoint: str = "last", dataset: DatasetSettings | None = None, data_dir: str | None = None
+) -> OpenRun:
+    """The network and the test set of a run; arguments and errors as of `evaluate_workdir`."""
     settings = load_settings(workdir)
     trained_on = datasets.make_dataset(settings.dataset).title
     if dataset is not None:
@@ -172,12 +144,8 @@ def evaluate_workdir(
     else:
         step, variables = load_model(workdir, checkpoint)
     tested = datasets.open_evaluation(settings.dataset)
-    metrics = evaluate_set(
-        settings, tested, embed_of(method, variables, workdir), rerank=rerank, metric=metric, cmc=cmc
-    )
-    if dataset is not None:
-        metrics = {name: {**v, "dataset": tested.title, "trained_on": trained_on} for name, v in metrics.items()}
-    return of_checkpoint(metrics, checkpoint, step)
+    other = {} if dataset is None else {"dataset": tested.title, "trained_on": trained_on}
+    return OpenRun(settings, variables, tested, {**other, "checkpoint": checkpoint, "step": step})
 
 
 def _check_place_of_data(settings: Settings, workdir: Path) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from mpanet_jax.data.augment import augment, normalize
 from mpanet_jax.data.sampling import BatchPlan
-from mpanet_jax.errors import SettingsError
+from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.models.fused import FASTER_ON, fuse, has_fused_blocks
 from mpanet_jax.models.resnet import BACKBONES, Bottleneck
 from mpanet_jax.optim import adam, step_decay
@@ -161,6 +161,20 @@ class Method:
         if not self.settings.eval.flip:
             return embedding(images)
         return unit(unit(embedding(images)) + unit(embedding(images[:, :, ::-1])))
+
+    def pattern_maps(
+        self,
+        network: nn.Module,
+        variables: Any,
+        images: UInt8[Array, "b h w 3"],
+        modality: Int[Array, "b"] | None = None,
+    ) -> Float[Array, "b l h2 w2"]:
+        """The maps by which the network weighs the places of an image, from 0 to 1, at its last stage's resolution.
+
+        Raises:
+          UserError: the method has none.
+        """
+        raise UserError(f"method = {self.settings.method!r}: its network makes no pattern maps; 'mpanet' does")
 
     def names(self) -> NameMap:
         """The names of the network's weights in PyTorch: by default those of the backbone."""

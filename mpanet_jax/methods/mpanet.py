@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt8
 
 from mpanet_jax import losses
+from mpanet_jax.data.augment import normalize
+from mpanet_jax.errors import UserError
 from mpanet_jax.methods.method import Method, Rows, compute_dtype
 from mpanet_jax.models.layers import linear
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, MODALITY_CLASSIFIERS, PATTERN_MODULES, Outputs
@@ -146,6 +149,32 @@ class MPANet(Method):
             zeros=("bn_neck.bias",),  # the neck's bias is no parameter here: it stays 0
             left_out=r"backbone\.fc\.\w+|fc\.\w+",
         )
+
+    def pattern_maps(
+        self,
+        network: nn.Module,
+        variables: Any,
+        images: UInt8[Array, "b h w 3"],
+        modality: Int[Array, "b"] | None = None,
+    ) -> Float[Array, "b l h2 w2"]:
+        """M of eq. 4: PAM's maps."""
+        if self.settings.model.pattern_module != "pam":
+            module = self.settings.model.pattern_module
+            raise UserError(f"model.pattern_module = {module!r}: makes no pattern maps; 'pam' does")
+        normalised = normalize(images, compute_dtype(self.settings.dtype))
+        # The maps come as rows of positions; the last stage's output says how these lie in the plane.
+        last = "stage4"
+        outputs, state = network.apply(
+            variables,
+            normalised,
+            modality,
+            train=False,
+            capture_intermediates=lambda module, _: module.name == last,
+            mutable=["intermediates"],
+        )
+        height, width = state["intermediates"][last]["__call__"][0].shape[1:3]  # type: ignore[union-attr]
+        maps = outputs.maps  # type: ignore[union-attr]
+        return maps.reshape(len(maps), height, width, -1).transpose(0, 3, 1, 2)
 
     def averaged(self, params: Any) -> dict[str, Array]:
         """θ_v and θ_r, whose averages are the mean classifiers."""

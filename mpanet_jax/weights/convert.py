@@ -38,10 +38,10 @@ def template_of(method: Method, num_ids: int) -> Variables:
 
 def settings_of_weights(source: str | Path) -> Settings | None:
     """The settings that were stored with weights: a run's config.json, or a .safetensors file's metadata."""
-    path = Path(source)
+    path = resolve(str(source))
     if path.is_dir():
         return run_files.load_settings(path) if (path / run_files.CONFIG_FILE).exists() else None
-    tree = files.read_metadata_settings(resolve(str(source)))
+    tree = files.read_metadata_settings(path)
     try:
         return None if tree is None else settings_of(tree)
     except (UserError, TypeError, AttributeError) as error:
@@ -84,11 +84,12 @@ def read_weights(
     settings = stored or settings or settings_of({})
     method = make_method(settings)
     names = method.names()
-    if Path(source).is_dir():
-        _, variables = load_model(Path(source))
+    path = resolve(str(source))
+    if path.is_dir():
+        _, variables = load_model(path)
         state_dict = to_state_dict(variables, names)
     else:
-        state_dict = files.read_state_dict(resolve(str(source)))
+        state_dict = files.read_state_dict(path)
     in_file = next((len(a) for name, a in state_dict.items() if names.is_classifier(name) and a.ndim), 1)
     template = template_of(method, num_ids or in_file)
     variables, left_out = from_state_dict(

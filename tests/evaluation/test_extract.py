@@ -14,15 +14,17 @@ from PIL import ExifTags, Image
 
 torch = pytest.importorskip("torch")
 
+
 from configs import synthetic as synthetic_config  # noqa: E402
 from mpanet_jax.datasets.synthetic import write_dataset  # noqa: E402
 from mpanet_jax.embeddings import load_embeddings, save_embeddings  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
-from mpanet_jax.evaluation.images import embed_images, image_batches, list_images  # noqa: E402
-from mpanet_jax.evaluation.network import network_of_weights, network_of_workdir  # noqa: E402
+from mpanet_jax.evaluation.given_images import rows_of_images  # noqa: E402
+from mpanet_jax.evaluation.images import embeddings_of, list_images  # noqa: E402
 from mpanet_jax.evaluation.workdir import evaluate_workdir  # noqa: E402
 from mpanet_jax.methods import make_method, settings_of  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
+from mpanet_jax.model import Model, load  # noqa: E402
 from mpanet_jax.run_files import load_settings, save_settings  # noqa: E402
 from mpanet_jax.settings import DataSettings, replace  # noqa: E402
 from mpanet_jax.weights.convert import convert, template_of  # noqa: E402
@@ -53,6 +55,18 @@ def write_weights(path, network):
 
 def picture(height=32, width=16, generator=GENERATOR):
     return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def at_size(model, height, width):
+    """The model for images of another size."""
+    settings = replace(model.settings, {"data.height": height, "data.width": width})
+    return Model(settings, model.variables, model.source)
+
+
+def embed_listed(model, images):
+    """Embeddings of `list_images`, as scripts/extract.py makes them."""
+    modality = [image.modality for image in images]
+    return embeddings_of(images, model.embed([image.file for image in images], modality=modality, normalize=False))
 
 
 def grey16(path, values):
@@ -135,9 +149,10 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path):
     for name in ("a.png", "b.tiff"):
         grey16(tmp_path / name, values)
     (tmp_path / "c.pgm").write_bytes(b"P5 16 32 65535\n" + values.astype(">u2").tobytes())
-    images = list_images(tmp_path)
-    (batch,) = image_batches(images, DataSettings(32, 16), 3, pytest.fail)
-    for pixels in batch["images"]:
+    files = [image.file for image in list_images(tmp_path)]
+    images = [*files, Image.open(files[0]), (values // 256).astype(np.uint8)]
+    blocks, _ = rows_of_images(lambda x, _: x, images, np.full(5, -1), DataSettings(32, 16), batch_size=5)
+    for pixels in np.concatenate(blocks):
         np.testing.assert_array_equal(pixels, np.repeat((values // 256)[..., None], 3, 2))
 
 
@@ -175,16 +190,10 @@ def test_images_that_cannot_be_read_are_named_and_left_out(folder_of_weights, tm
     embeddings = load_embeddings(out)
     assert embeddings.paths.tolist() == ["1.png", "5.png", "9.png"]
     # The neighbours of a bad image are what they are alone.
-    network = network_of_weights(folder_of_weights)
+    model = at_size(load(folder_of_weights), 64, 32)
     for row, name in enumerate(embeddings.paths):
         (tmp_path / "one.txt").write_text(f"images/{name}\n")
-        alone = embed_images(
-            network.embed,
-            list_images(tmp_path / "one.txt"),
-            data=DataSettings(64, 32),
-            batch_size=4,
-            report=pytest.fail,
-        )
+        alone = embed_listed(model, list_images(tmp_path / "one.txt"))
         np.testing.assert_allclose(embeddings.features[row], alone.features[0], rtol=1e-4, atol=1e-5)
 
     strict = tmp_path / "strict.npz"
@@ -198,35 +207,32 @@ def test_images_that_cannot_be_read_are_named_and_left_out(folder_of_weights, tm
 
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
-    faults = []
+    images = list_images(tmp_path)
+    options = {"batch_size": 4, "errors": "skip"}
+    blocks, skipped = rows_of_images(
+        lambda x, _: x[:, 0, 0], [images[0].file], np.array([-1]), DataSettings(32, 16), **options
+    )
+    assert [len(block) for block in blocks] == [0]
+    assert skipped == [(0, f"{tmp_path}/a.jpg", "empty file")]
     with pytest.raises(UserError, match="none of the 1 images"):
-        embed_images(
-            lambda images, modality: np.zeros((len(images), 2), np.float32),
-            list_images(tmp_path),
-            data=DataSettings(32, 16),
-            batch_size=4,
-            report=faults.append,
-        )
-    assert faults == [f"{tmp_path}/a.jpg: empty file"]
+        embeddings_of(images, blocks[0], skipped)
 
 
 def test_many_batches_have_one_shape_and_keep_the_order(tmp_path):
     for number in range(23):
         Image.new("RGB", (16, 32), (number, 0, 0)).save(tmp_path / f"{number:02d}.png")
-    images = list_images(tmp_path)
-    batches = list(image_batches(images, DataSettings(32, 16), 4, pytest.fail))
-    assert [batch["images"].shape for batch in batches] == [(4, 32, 16, 3)] * 6
-    assert batches[-1]["mask"].tolist() == [True, True, True, False]
-    seen = []
+    images, seen = [image.file for image in list_images(tmp_path)], []
 
     def embed(images, modality):
-        seen.append(images.shape)
+        seen.append((images.shape, modality.tolist()))
         return images[:, 0, 0, :2].astype(np.float32)
 
-    embeddings = embed_images(embed, images, data=DataSettings(32, 16), batch_size=4, report=pytest.fail)
-    num_devices = jax.local_device_count()
-    assert set(seen) == {(-(-4 // num_devices) * num_devices, 32, 16, 3)}
-    assert embeddings.features[:, 0].tolist() == list(range(23))
+    modality = np.arange(23, dtype=np.int32) % 2
+    blocks, _ = rows_of_images(embed, images, modality, DataSettings(32, 16), batch_size=4)
+    size = -(-4 // jax.local_device_count()) * jax.local_device_count()
+    assert {shape for shape, _ in seen} == {(size, 32, 16, 3)}
+    assert [number for _, numbers in seen for number in numbers][:23] == modality.tolist()
+    assert np.concatenate(blocks)[:, 0].tolist() == list(range(23))
 
 
 @pytest.mark.parametrize(
@@ -301,13 +307,13 @@ def test_sysu_by_the_documented_commands_evaluates_as_the_workdir_does(sysu, wor
     assert len(commands) == 2
     for command in commands:
         subprocess.run(["bash", "-c", command], cwd=sysu, stderr=subprocess.DEVNULL)
-    network = network_of_workdir(workdir)
-    assert (network.data, network.batch_size) == (load_settings(workdir).data, 16)
-    assert (network.data.height, network.data.width, network.data.resize) == (32, 16, "lanczos")
+    network = load(workdir)
+    assert network.settings == load_settings(workdir)
+    data = network.settings.data
+    assert (data.height, data.width, data.resize, network.settings.eval.batch_size) == (32, 16, "lanczos", 16)
     for name in ("query", "gallery"):
         images = list_images(sysu / f"{name}.txt")
-        embeddings = embed_images(network.embed, images, data=network.data, batch_size=16, report=pytest.fail)
-        save_embeddings(tmp_path / f"{name}.npz", embeddings)
+        save_embeddings(tmp_path / f"{name}.npz", embed_listed(network, images))
     query, gallery = (load_embeddings(tmp_path / f"{name}.npz") for name in ("query", "gallery"))
     assert set(query.camids) == {3, 6}
     assert set(gallery.camids) == {1, 2, 4, 5}
@@ -320,25 +326,16 @@ def test_sysu_by_the_documented_commands_evaluates_as_the_workdir_does(sysu, wor
 
 
 def test_unknown_identities_are_not_evaluated(kinds, folder_of_weights):
-    network = network_of_weights(folder_of_weights)
-    embeddings = embed_images(
-        network.embed, list_images(kinds), data=DataSettings(32, 16), batch_size=4, report=pytest.fail
-    )
+    embeddings = embed_listed(at_size(load(folder_of_weights), 32, 16), list_images(kinds))
     for protocol in ("sysu_mm01_random", "regdb", "llcm"):
         with pytest.raises(UserError, match="8 of 8 pids are negative"):
             evaluate_embeddings(embeddings, embeddings, protocol=protocol)
 
 
 def images_for(network):
-    shape = (4 * jax.local_device_count(), network.data.height, network.data.width, 3)
+    data = network.settings.data
+    shape = (4 * jax.local_device_count(), data.height, data.width, 3)
     return GENERATOR.integers(0, 256, shape, dtype=np.uint8)
-
-
-def test_a_folder_with_a_config_is_taken_as_weights_too(workdir):
-    as_weights, as_run = network_of_weights(workdir), network_of_workdir(workdir)
-    assert (as_weights.data, as_weights.batch_size) == (load_settings(workdir).data, 16)
-    images = images_for(as_run)
-    np.testing.assert_array_equal(as_weights.embed(images), as_run.embed(images))
 
 
 def test_settings_say_what_arrays_do_not(network, tmp_path):
@@ -347,15 +344,15 @@ def test_settings_say_what_arrays_do_not(network, tmp_path):
     write_weights(tmp_path / "bare.safetensors", network)
     for name, settings in (("mam", SETTINGS), ("se", squeeze_excite)):
         convert(tmp_path / "bare.safetensors", tmp_path / f"{name}.safetensors", settings=settings)
-    networks = {name: network_of_weights(tmp_path / f"{name}.safetensors") for name in ("mam", "se")}
-    networks["told"] = network_of_weights(tmp_path / "bare.safetensors", settings=squeeze_excite)
+    networks = {name: load(tmp_path / f"{name}.safetensors") for name in ("mam", "se")}
+    networks["told"] = load(tmp_path / "bare.safetensors", settings=squeeze_excite)
     images = images_for(networks["se"])
     assert images.shape[1:] == (64, 32, 3)
-    embeddings = {name: np.asarray(network.embed(images)) for name, network in networks.items()}
+    embeddings = {name: network.embed(images, normalize=False) for name, network in networks.items()}
     np.testing.assert_array_equal(embeddings["told"], embeddings["se"])
     assert np.abs(embeddings["mam"] - embeddings["se"]).max() > 0.1
     with pytest.raises(UserError, match=r"se\.safetensors: .*model\.channel_module = 'mam' \('se' there\)"):
-        network_of_weights(tmp_path / "se.safetensors", settings=SETTINGS)
+        load(tmp_path / "se.safetensors", settings=SETTINGS)
 
 
 def test_script_takes_the_network_of_bare_weights_from_a_config(kinds, tmp_path):
@@ -370,14 +367,8 @@ def test_script_takes_the_network_of_bare_weights_from_a_config(kinds, tmp_path)
     config = (f"--config={ROOT}/configs/synthetic.py", "--config.model.channel_module=none")
     result = run_extract(*arguments, *size, *config)
     assert (result.returncode, result.stderr) == (0, "")
-    settings = replace(SETTINGS, {"model.channel_module": "none"})
-    expected = embed_images(
-        network_of_weights(tmp_path / "bare.safetensors", settings=settings).embed,
-        list_images(kinds),
-        data=DataSettings(64, 32),
-        batch_size=256,
-        report=pytest.fail,
-    )
+    settings = replace(SETTINGS, {"model.channel_module": "none", "data.height": 64, "data.width": 32})
+    expected = embed_listed(load(tmp_path / "bare.safetensors", settings=settings), list_images(kinds))
     np.testing.assert_array_equal(load_embeddings(tmp_path / "f.npz").features, expected.features)
 
 
@@ -385,16 +376,17 @@ def test_script_takes_the_network_of_bare_weights_from_a_config(kinds, tmp_path)
 def test_classifiers_may_have_been_left_out(workdir, tmp_path, kind):
     target = tmp_path / ("small" if kind == "folder" else "small.safetensors")
     convert(workdir, target, drop_classifiers=True)
-    network = network_of_workdir(workdir)
+    network = load(workdir)
     images = images_for(network)
-    for network_of in [network_of_weights, network_of_workdir] if kind == "folder" else [network_of_weights]:
-        np.testing.assert_array_equal(network_of(target).embed(images), network.embed(images))
+    found = load(target)
+    np.testing.assert_array_equal(found.embed(images), network.embed(images))
+    assert found.fingerprint == network.fingerprint
 
 
 def test_bfloat16_is_near_float32(workdir):
     images = GENERATOR.integers(0, 256, (4 * jax.local_device_count(), 128, 64, 3), dtype=np.uint8)
-    precise, coarse = (np.asarray(network_of_workdir(workdir, dtype).embed(images)) for dtype in (None, "bfloat16"))
-    cosine = (precise * coarse).sum(1) / np.linalg.norm(precise, axis=1) / np.linalg.norm(coarse, axis=1)
+    precise, coarse = (at_size(load(workdir, dtype=dtype), 128, 64).embed(images) for dtype in (None, "bfloat16"))
+    cosine = (precise * coarse).sum(1)
     assert not np.array_equal(precise, coarse)
     assert cosine.min() > 0.99
 
@@ -408,11 +400,10 @@ def test_a_bare_resnet_is_refused(tmp_path):
     }
     write_state_dict(tmp_path / "resnet50.safetensors", to_state_dict(resnet, method.names()))
     with pytest.raises(UserError, match=r"resnet50.safetensors: these weights are a bare backbone's"):
-        network_of_weights(tmp_path / "resnet50.safetensors")
+        load(tmp_path / "resnet50.safetensors")
     convert(tmp_path / "resnet50.safetensors", tmp_path / "folder")
-    for network_of in (network_of_weights, network_of_workdir):
-        with pytest.raises(UserError, match=r"folder: these weights are a bare backbone's"):
-            network_of(tmp_path / "folder")
+    with pytest.raises(UserError, match=r"folder: these weights are a bare backbone's"):
+        load(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(
@@ -421,8 +412,8 @@ def test_a_bare_resnet_is_refused(tmp_path):
         (["--out", "f.npz"], "expected one of --workdir and --weights"),
         (["--out", "f.npz", "--workdir", "a", "--weights", "b"], "expected one of --workdir and --weights"),
         (["--out", "f.txt", "--weights", "b"], "ends in .npz"),
-        (["--out", "f.npz", "--weights", "none.safetensors"], "none.safetensors: no such weights file"),
-        (["--out", "f.npz", "--workdir", "nowhere"], "config.json: not found"),
+        (["--out", "f.npz", "--weights", "none.safetensors"], "none.safetensors: no such file"),
+        (["--out", "f.npz", "--workdir", "nowhere"], "nowhere: no such file or folder"),
         (["--out", "f.npz", "--workdir", "a", f"--config={ROOT}/configs/sysu.py"], "--config goes with --weights"),
     ],
 )

@@ -1,0 +1,232 @@
+"""A trained network that turns images into vectors: what `mpanet_jax.load` returns."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float32
+
+from mpanet_jax.errors import ArgumentError, UserError
+from mpanet_jax.evaluation.extract import Embed, make_embed, whole_variables
+from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images, rows_of_images
+from mpanet_jax.methods import make_method
+from mpanet_jax.methods.method import Method
+from mpanet_jax.modality import UNKNOWN, Modality, modality_numbers
+from mpanet_jax.settings import Settings, replace, to_dict
+from mpanet_jax.weights.convert import read_weights
+from mpanet_jax.weights.names import Variables, to_state_dict
+
+NUM_IDS = 1  # that the classifiers of a model tell apart: they are not used
+
+
+class Model:
+    """A trained network, ready to embed images on all devices of this process.
+
+        model = mpanet_jax.load("runs/sysu")
+        embeddings = model.embed(["a.jpg", "b.jpg"])  # float32[2, D]
+        similarity = embeddings @ embeddings.T
+
+    Attributes:
+      settings: of the run that trained it.
+      source: where it comes from.
+      method: the method that the settings are of.
+      variables: {"params", "batch_stats"} of `network`; the classifiers, which only training needs, are zeros.
+    """
+
+    def __init__(self, settings: Settings, variables: Variables, source: str | Path):
+        """Of a network's variables, with or without classifiers; `load` reads them.
+
+        Raises:
+          UserError: they are of a backbone alone, which has no embedding.
+        """
+        self.settings, self.source = settings, str(source)
+        self.method: Method = make_method(settings)
+        names = self.method.names()
+        flat: dict[tuple[str, ...], Any] = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
+        needed = {path: leaf for path, leaf in flat.items() if not names.is_classifier(names.name(path))}
+        self.variables: Variables = whole_variables(self.method, unflatten_dict(needed), source)[1]
+
+    def __repr__(self) -> str:
+        data, model = self.settings.data, self.settings.model
+        return (
+            f"Model({self.source!r}: method {self.settings.method!r}, {model.backbone}, "
+            f"images {data.height}×{data.width}, D = {self.size})"
+        )
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network that `variables` are of, for one identity, in the form that `settings.model.fused` asks for."""
+        return self.method.build(NUM_IDS)
+
+    @cached_property
+    def size(self) -> int:
+        """D, the length of an embedding."""
+        return self._row_shape(self.method.embed)[0]
+
+    def _row_shape(self, function: Callable[..., Any]) -> tuple[int, ...]:
+        """The shape of what `make_embed` gives for one image."""
+        data = self.settings.data
+        images = jax.ShapeDtypeStruct((1, data.height, data.width, 3), jnp.uint8)
+        modality = jax.ShapeDtypeStruct((1,), jnp.int32)
+        return jax.eval_shape(partial(function, self.network), self.variables, images, modality).shape[1:]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that decides an embedding but the precision.
+
+        That is the arrays without the classifiers, the method, `settings.model` but `fused`, the size of the images,
+        the filter of their resize, and `settings.eval.flip`. A run and what `save` made of it have the same.
+        """
+        settings = to_dict(self.settings)
+        decides = {
+            "method": settings["method"],
+            "model": {name: value for name, value in settings["model"].items() if name != "fused"},
+            "data": {name: settings["data"][name] for name in ("height", "width", "resize")},
+            "flip": settings["eval"]["flip"],
+        }
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
+        for name, array in sorted(self.state_dict().items()):
+            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The arrays by PyTorch's names, without the classifiers."""
+        names = self.method.names()
+        arrays = to_state_dict(self.variables, names)
+        return {name: array for name, array in arrays.items() if not names.is_classifier(name)}
+
+    @overload
+    def embed(
+        self,
+        images: Iterable[GivenImage],
+        *,
+        modality: Modality | None = None,
+        normalize: bool = True,
+        batch_size: int | None = None,
+        errors: Literal["raise"] = "raise",
+    ) -> Float32[np.ndarray, "n d"]: ...
+
+    @overload
+    def embed(
+        self,
+        images: Iterable[GivenImage],
+        *,
+        modality: Modality | None = None,
+        normalize: bool = True,
+        batch_size: int | None = None,
+        errors: Literal["skip"],
+    ) -> tuple[Float32[np.ndarray, "n d"], list[SkippedImage]]: ...
+
+    def embed(
+        self,
+        images: Iterable[GivenImage],
+        *,
+        modality: Modality | None = None,
+        normalize: bool = True,
+        batch_size: int | None = None,
+        errors: str = "raise",
+    ) -> Float32[np.ndarray, "n d"] | tuple[Float32[np.ndarray, "n d"], list[SkippedImage]]:
+        """The embeddings of images, one row an image, in their order.
+
+        Args:
+          images: any number of them, also none, each a path, an image of Pillow's or an array uint8[H, W, 3] or
+            uint8[H, W], of any size; grey ones are taken as three equal channels. They are resized as in training.
+          modality: 'visible' or 'infrared' of all images, or a list with one for each. MPANet does not need it; AGW and
+            CAJ do.
+          normalize: give rows of length 1, whose products are cosines. False: as the network gives them.
+          batch_size: images at once; None: `settings.eval.batch_size`.
+          errors: what to do with images that cannot be read: 'raise' an error, or 'skip' them.
+
+        Returns:
+          float32[N, D]; with errors='skip' a pair of that, for the images that could be read, and the list of the
+          others: (position, name, reason) of each.
+
+        Raises:
+          UserError: with errors='raise', an image cannot be read; the message names it.
+          ArgumentError: `images` is not a list of images, `modality` is missing where the method needs it, or an
+            argument has a value that there isn't.
+        """
+        blocks, skipped = self._rows(self._embed, images, modality, batch_size, errors)
+        rows = np.concatenate([np.zeros((0, self.size), np.float32), *blocks])  # there may be no block
+        if normalize:
+            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return (rows, skipped) if errors == "skip" else rows
+
+    def pattern_maps(
+        self, images: Iterable[GivenImage], *, modality: Modality | None = None
+    ) -> Float32[np.ndarray, "n l h w"]:
+        """The pattern maps of images: where each of the L patterns looks, from 0 to 1 (eq. 4 of the paper).
+
+        Args:
+          images, modality: as of `embed`.
+
+        Returns:
+          float32[N, L, H', W'], at the resolution of the network's last stage, a sixteenth of the resized image.
+
+        Raises:
+          UserError: the network makes none, or an image cannot be read.
+          ArgumentError: as `embed`.
+        """
+        shape = self._row_shape(self.method.pattern_maps)
+        blocks, _ = self._rows(self._maps, images, modality, None, "raise")
+        return np.concatenate([np.zeros((0, *shape), np.float32), *blocks])
+
+    @cached_property
+    def _embed(self) -> Embed:
+        return make_embed(self.method, NUM_IDS)(self.variables)
+
+    @cached_property
+    def _maps(self) -> Embed:
+        return make_embed(self.method, NUM_IDS, self.method.pattern_maps)(self.variables)
+
+    def _rows(
+        self,
+        function: Embed,
+        images: Iterable[GivenImage],
+        modality: Modality | None,
+        batch_size: int | None,
+        errors: str,
+    ) -> tuple[list[np.ndarray], list[SkippedImage]]:
+        listed = listed_images(images)
+        numbers = modality_numbers(modality, len(listed))
+        if self.method.needs_modality and (numbers == UNKNOWN).any():
+            raise ArgumentError(
+                "modality",
+                f"is missing: method {self.settings.method!r} has to know it; expected 'visible' or 'infrared', or a "
+                "list with one of them for each image",
+            )
+        size = self.settings.eval.batch_size if batch_size is None else batch_size
+        return rows_of_images(function, listed, numbers, self.settings.data, batch_size=size, errors=errors)
+
+
+def load(source: str | Path, *, dtype: str | None = None, settings: Settings | None = None) -> Model:
+    """A trained model, from wherever it is.
+
+    Args:
+      source: a run's workdir (its last checkpoint), a `.safetensors` or `.pth` file, a folder that `Model.save` or
+        scripts/convert_weights.py wrote, or `hf:owner/name` for a repository on Hugging Face: its cache first, then the
+        network.
+      dtype: the precision of convolutions and matrix products, 'float32', 'bfloat16' or 'auto' (bfloat16 on
+        accelerators, float32 on CPU); None: as trained.
+      settings: of the network, for weights that carry none, such as the published program's; None takes the paper's.
+
+    Raises:
+      UserError: it is not there, not readable, not of this network, or a backbone alone; the message says which, and
+        for a repository that cannot be reached the command that fetches it.
+    """
+    if not str(source).startswith("hf:") and not Path(source).exists():
+        raise UserError(
+            f"{source}: no such file or folder; expected a run's workdir, a .safetensors or .pth file, the folder of a "
+            "saved model, or hf:owner/name"
+        )
+    settings, variables, _ = read_weights(source, settings=settings, drop_classifiers=True)
+    return Model(settings if dtype is None else replace(settings, {"dtype": dtype}), variables, source)
