@@ -28,6 +28,14 @@ NOBODY = -1  # in place of a gallery row, where a ranking has no more images
 _CHUNK = 2**22  # distances ranked at once
 
 
+class UnknownSetting(ArgumentError):
+    """A setting that the protocol does not have; `known` are those that it has."""
+
+    def __init__(self, setting: str | None, known: list[str]):
+        super().__init__("setting", f"= {setting!r}: expected one of {', '.join(known)}")
+        self.known = known
+
+
 @dataclass(frozen=True)
 class Ranking:
     """All queries of one trial of a setting, ranked by the protocol: images that a query may not meet are left out.
@@ -97,7 +105,7 @@ def rank_queries(
     chosen = comparison.settings[0]
     if not 1 <= trial <= len(chosen.galleries):
         number = len(chosen.galleries)
-        raise ArgumentError("trial", f"= {trial}: {chosen.name} has {number} trial{'s' * (number > 1)}; expected 1 on")
+        raise ArgumentError("trial", f"= {trial}: expected 1 to {number}, the trials of {chosen.name}")
     metric, cmc = metric or protocol.metric, cmc or protocol.cmc
     metrics = evaluate_comparison(comparison, metric, cmc, rerank=rerank)[chosen.name]
     images = chosen.galleries[trial - 1]
@@ -128,7 +136,7 @@ def _with_setting(comparisons: list[Comparison], name: str | None) -> Comparison
         raise UserError("the protocol has no settings; expected at least one")
     name = name or names[0]
     if name not in names:
-        raise ArgumentError("setting", f"= {name!r}: expected one of {', '.join(names)}")
+        raise UnknownSetting(name, names)
     for comparison in comparisons:
         settings = [setting for setting in comparison.settings if setting.name == name]
         if settings:
@@ -145,20 +153,14 @@ class _Order:
 
 def _rank(comparison: Comparison, images: np.ndarray, metric: str, rerank: bool, top: int) -> _Order:
     query, gallery = comparison.query, comparison.gallery
-    if rerank:
-        distances = reranked_distances(comparison, metric)(images)
-    else:
-        to_gallery = distance_function(gallery.features, metric)
-
-        def distances(rows: np.ndarray) -> np.ndarray:
-            return to_gallery(query.features[rows])
-
+    reranked = reranked_distances(comparison, metric)(images) if rerank else None
+    plain = distance_function(gallery.features, metric)
     relative, num_identities = relative_identities(query.pids, gallery.pids)
     in_trial = np.zeros(len(gallery), bool)
     in_trial[images] = True
 
     def rank(rows: np.ndarray) -> _Order:
-        order = rank_gallery(distances(rows))
+        order = rank_gallery(plain(query.features[rows]) if reranked is None else reranked(rows))
         order = order[in_trial[order]].reshape(len(rows), -1)
         keep = comparison.gallery_groups[order] != comparison.query_groups[rows][:, None]
         identities = relative(rows, order)
