@@ -165,7 +165,7 @@ def train_row(work: Work, options: Options) -> Iterator[dict[str, Any]]:
     import jax
 
     from mpanet_jax.compilation import set_compilation_cache
-    from mpanet_jax.train import Programs, train
+    from mpanet_jax.loop import Programs, train
 
     set_compilation_cache(options.compilation_cache)
     programs = Programs()

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
+from mpanet_jax.loop import initial_state, make_train_steps
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import compute_dtype
 from mpanet_jax.parallel import all_devices, global_num_ids
 from mpanet_jax.settings import Settings, replace
 from mpanet_jax.state import init_variables
-from mpanet_jax.train import initial_state, make_train_steps
 from mpanet_jax.weights.convert import initial_variables
 
 NUM_IDS = 395  # identities and steps an epoch of SYSU-MM01's training set

@@ -13,6 +13,5 @@ def get_config(options: str = "") -> ConfigDict:
     if options:
         raise ValueError(f"config option {options!r}: this recipe has none")
     config = config_of(AGWSettings())
-    config.init_from = "hf:timm/resnet50.tv_in1k"
     config.dataset.name = "llcm"
     return config

@@ -12,6 +12,5 @@ from configs.default import get_config as default_config
 
 def get_config(preset: str = "paper") -> ConfigDict:
     config = default_config()
-    config.init_from = "hf:timm/resnet50.tv_in1k"
     config.dataset.name = "own"
     return apply_preset(config, preset)

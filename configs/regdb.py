@@ -13,7 +13,6 @@ from configs.default import get_config as default_config
 
 def get_config(options: str = "") -> ConfigDict:
     config = default_config()
-    config.init_from = "hf:timm/resnet50.tv_in1k"
     preset = take_split(config, options) or "paper"
     apply_preset(config, preset)
     if preset in ("official", "strong"):

@@ -13,7 +13,6 @@ from mpanet_jax.methods.agw import AGWSettings
 
 def get_config(options: str = "") -> ConfigDict:
     config = config_of(AGWSettings())
-    config.init_from = "hf:timm/resnet50.tv_in1k"
     if other := take_split(config, options):
         raise ValueError(f"config option {other!r}: expected split=1 to split=10")
     return config

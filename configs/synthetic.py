@@ -12,6 +12,7 @@ from configs.default import get_config as default_config
 
 def get_config(preset: str = "paper") -> ConfigDict:
     config = default_config()
+    config.init_from = ""
     config.dataset.data_dir = "data/synthetic"
     config.data.height, config.data.width = 128, 48
     # Its identities have about seven visible and three or four infrared images: two pairs are a group.

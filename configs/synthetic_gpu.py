@@ -17,6 +17,7 @@ OTHERS = {"agw": AGWSettings, "caj": CAJSettings}
 
 def get_config(preset: str = "paper") -> ConfigDict:
     config = config_of(OTHERS.get(preset, MPANetSettings)())
+    config.init_from = ""
     config.dataset.data_dir = "data/bench"
     config.data.height, config.data.width = 192, 64
     config.train.eval_every_epochs = 0

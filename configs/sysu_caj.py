@@ -13,5 +13,4 @@ def get_config(options: str = "") -> ConfigDict:
     if options:
         raise ValueError(f"config option {options!r}: this recipe has none")
     config = config_of(CAJSettings())
-    config.init_from = "hf:timm/resnet50.tv_in1k"
     return config

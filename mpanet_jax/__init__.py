@@ -1,24 +1,50 @@
 """MPANet (CVPR 2021), visible-infrared person re-identification, in JAX and Flax."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mpanet_jax.embeddings import Embeddings
+    from mpanet_jax.errors import UserError
+    from mpanet_jax.evaluation.evaluate import evaluate
+    from mpanet_jax.loop import train
+    from mpanet_jax.methods.mpanet import MPANetSettings as Settings
     from mpanet_jax.model import Model, load
 
-__all__ = ["Model", "load"]
+    __version__: str
 
-# Where the public names are; importing this package imports none of them, nor JAX.
+__all__ = [
+    "Embeddings",
+    "Model",
+    "Settings",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "load",
+    "train",
+]
+
+# Where the public names are; importing this package imports none of these modules, nor JAX.
 _HOMES = {
-    "Model": "model",
-    "load": "model",
+    "Embeddings": "embeddings.Embeddings",
+    "Model": "model.Model",
+    "Settings": "methods.mpanet.MPANetSettings",
+    "UserError": "errors.UserError",
+    "evaluate": "evaluation.evaluate.evaluate",
+    "load": "model.load",
+    "train": "loop.train",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__version__":
+        value: Any = importlib.metadata.version(__name__)
+    elif name in _HOMES:
+        module, _, attribute = _HOMES[name].rpartition(".")
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

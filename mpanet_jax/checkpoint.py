@@ -52,7 +52,7 @@ class Checkpoints:
     """The checkpoints of one run, `WORKDIR/checkpoints/STEP`; a context manager that waits for the last save."""
 
     def __init__(self, workdir: Path, keep: int, which: str = "last"):
-        """Of the run in `workdir`; the latest `keep` stay. `which` = 'best': those that `train.keep_best` chooses."""
+        """Of the run in `workdir`; the latest `keep` stay. `which` = 'best': those that `keep_best` chooses."""
         _quiet_orbax()
         if (workdir / FOLDERS[which]).exists() and not (workdir / FOLDERS[which]).is_dir():
             raise UserError(f"{workdir / FOLDERS[which]}: not a folder; move it away, checkpoints go there")

@@ -5,7 +5,7 @@ defaults are its recipe (`methods/mpanet.py`: the paper's, on SYSU-MM01). Script
 into these classes, and below them nothing knows of configs.
 
     settings = MPANetSettings(data=DataSettings(height=288, width=144))
-    settings = dataclasses.replace(settings, seed=1)
+    settings = settings.replace({"seed": 1, "dataset.name": "regdb", "dataset.trial": 3})
 """
 
 import dataclasses
@@ -32,6 +32,15 @@ def setting(default: Any, comment: str, rule: Rule | Callable[[], Iterable[str]]
     return dataclasses.field(default=default, metadata={"comment": comment, "rule": rule})
 
 
+def start_setting(default: str) -> Any:
+    """The field `init_from`, of which each method's recipe has its own default."""
+    return setting(
+        default,
+        "weights of a backbone or of a whole network: a .safetensors or .pth file, 'hf:owner/repository' or a workdir; "
+        "'': random",
+    )
+
+
 def group(cls: type, **defaults: Any) -> Any:
     """A field that is a group of settings at their defaults, some of which may be others than the class has."""
     return dataclasses.field(default_factory=functools.partial(cls, **defaults))
@@ -52,6 +61,7 @@ def one_of(*names: str) -> Callable[[], Iterable[str]]:
     return lambda: names
 
 
+IMAGENET = "hf:timm/resnet50.tv_in1k"  # torchvision's ResNet-50
 POSITIVE = Rule("a positive number", lambda value: 0 < value < math.inf)
 RISING = Rule(
     "epochs from 0 on, in rising order",
@@ -243,11 +253,7 @@ class Settings:
         "data.num_ids_per_batch is of the whole batch; 'per_device': of each device's share",
         one_of("global", "per_device"),
     )
-    init_from: str = setting(
-        "",
-        "weights of a backbone or of a whole network: a .safetensors or .pth file, 'hf:owner/repository' or a workdir; "
-        "'': random",
-    )
+    init_from: str = start_setting("")
 
     dataset: DatasetSettings = group(DatasetSettings)
     data: DataSettings = group(DataSettings)
@@ -259,6 +265,26 @@ class Settings:
 
     def __post_init__(self):
         check(self)
+
+    def replace(self, changes: Mapping[str, Any]) -> "Settings":
+        """These settings with some fields changed: `settings.replace({"data.height": 288, "seed": 1})`.
+
+        Another `method` or `dataset.name` brings the fields and the defaults of that method or data set; what was
+        changed before stays.
+
+        Raises:
+          SettingsError: no such field, or a value that cannot be.
+        """
+        from mpanet_jax.methods import settings_of  # imports this module
+
+        plain = {name: to_dict(value) if dataclasses.is_dataclass(value) else value for name, value in changes.items()}
+        default = flat(to_dict(type(self)()))
+        kept = {
+            name: value
+            for name, value in flat(to_dict(self)).items()
+            if default.get(name) != value and not dataclasses.is_dataclass(changes.get(name.partition(".")[0]))
+        }
+        return settings_of(_nested({"method": self.method} | kept | flat(plain)))
 
 
 def check(settings: Any, prefix: str = "") -> None:
@@ -332,6 +358,20 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return leaves
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *groups, name = path.split(".")
+        branch = tree
+        for group_name in groups:
+            branch = branch.setdefault(group_name, {})
+            if not isinstance(branch, dict):
+                raise unknown_field(path, leaves)
+        branch[name] = value
+    return tree
 
 
 def differences(settings: Any, other: Any) -> dict[str, tuple[Any, Any]]:

@@ -13,10 +13,9 @@ from pathlib import Path
 from absl import flags
 
 from mpanet_jax import datasets
-from mpanet_jax.datasets import DATASETS, PROTOCOLS, make_protocol
-from mpanet_jax.embeddings import load_embeddings
+from mpanet_jax.datasets import DATASETS, PROTOCOLS
 from mpanet_jax.errors import ArgumentError, UserError, run_script
-from mpanet_jax.evaluation.evaluate import evaluate_embeddings, format_table, write_metrics
+from mpanet_jax.evaluation.evaluate import evaluate, format_table, write_metrics
 from mpanet_jax.evaluation.metrics import CMC_DEFINITIONS, METRICS
 
 FEATURES = flags.DEFINE_string(
@@ -71,10 +70,8 @@ def main(files: list[str]) -> None:
         raise UserError("--trial goes with --dataset; a run is tested on the split that it was trained on")
     out = OUT.value
     if FEATURES.value:
-        protocol = make_protocol(PROTOCOL.value, permutation=PERMUTATION.value)
-        query, gallery = load_embeddings(FEATURES.value), load_embeddings(files[0])
-        options.update(protocol=protocol, rerank=bool(RERANK.value))
-        metrics = evaluate_embeddings(query, gallery, **options)
+        options.update(protocol=PROTOCOL.value, permutation=PERMUTATION.value, rerank=bool(RERANK.value))
+        metrics = evaluate(FEATURES.value, files[0], **options)
     else:
         # These import JAX, which embeddings do not need.
         from mpanet_jax.evaluation.trials import evaluate_workdirs

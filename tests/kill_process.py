@@ -26,11 +26,11 @@ PLACES = {
     "preparing data": ("mpanet_jax.datasets.builder", "RawDatasetBuilder._download_and_prepare"),
     "building the cache": ("mpanet_jax.data.cache", "_fill"),
     "checksums of the cache": ("mpanet_jax.data.cache", "write_sums"),
-    "training": ("mpanet_jax.train", "stack_batches"),
+    "training": ("mpanet_jax.loop", "stack_batches"),
     "writing a checkpoint": ("mpanet_jax.checkpoint", "Checkpoints.save"),
     "checksums of a checkpoint": ("mpanet_jax.checkpoint", "write_checksums"),
-    "evaluating": ("mpanet_jax.train", "evaluate_set"),
-    "keeping the best": ("mpanet_jax.train", "keep_best"),
+    "evaluating": ("mpanet_jax.loop", "evaluate_set"),
+    "keeping the best": ("mpanet_jax.loop", "keep_best"),
 }
 
 

@@ -17,7 +17,16 @@ from mpanet_jax.methods.agw import AGWSettings
 from mpanet_jax.methods.caj import CAJSettings
 from mpanet_jax.methods.mpanet import LossSettings, MPANet, MPANetModelSettings, MPANetSettings
 from mpanet_jax.run_files import check_same_run, load_settings, save_settings
-from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, flat, from_dict, replace, to_dict
+from mpanet_jax.settings import (
+    DatasetSettings,
+    DataSettings,
+    OptimSettings,
+    Settings,
+    flat,
+    from_dict,
+    replace,
+    to_dict,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +38,7 @@ PAPER = {
     "dtype": "auto",
     "parallel": "pmap",
     "batch_scale": "global",
-    "init_from": "",
+    "init_from": "hf:timm/resnet50.tv_in1k",
     "dataset": {"name": "sysu_mm01", "source": "", "data_dir": "data", "validation": False},
     "data": {
         "height": 384,
@@ -552,16 +561,43 @@ def test_differences_have_both_values_and_none_for_a_field_that_one_lacks():
     }
 
 
+def test_changes_keep_what_was_changed_before():
+    settings = MPANetSettings().replace({"seed": 3, "data.height": 256, "optim": OptimSettings(milestones=(1,))})
+    assert settings == MPANetSettings(seed=3, data=DataSettings(height=256), optim=OptimSettings(milestones=(1,)))
+    assert settings.replace({}) == settings
+    assert settings.replace({"data.height": 384, "seed": 0, "optim.milestones": [80, 120]}) == MPANetSettings()
+    for path in ("data.hight", "seed.x", "backbone"):
+        with pytest.raises(SettingsError, match=path):
+            settings.replace({path: 1})
+
+
+def test_another_method_or_data_set_brings_its_own_recipe():
+    settings = MPANetSettings(seed=3).replace({"method": "agw", "dataset.name": "regdb", "dataset.trial": 4})
+    assert settings == AGWSettings(seed=3, dataset=RegdbSettings(trial=4))
+    assert settings.data.height == 288
+    assert settings.replace({"seed": 1}) == AGWSettings(seed=1, dataset=RegdbSettings(trial=4))
+    assert settings.replace({"dataset": DatasetSettings(name="llcm")}) == AGWSettings(
+        seed=3, dataset=DatasetSettings(name="llcm")
+    )
+    with pytest.raises(SettingsError, match=r"loss\.margin"):
+        MPANetSettings(loss=LossSettings(margin=0.5)).replace({"method": "caj"})
+
+
+def test_a_method_takes_its_own_settings_only():
+    for settings, name in ((Settings(), "MPANetSettings"), (MPANetSettings(method="agw"), "AGWSettings")):
+        with pytest.raises(SettingsError, match=rf"method = .* {name}"):
+            make_method(settings)
+
+
 def test_where_the_configs_differ_from_the_papers_recipe():
-    pretrained = {"init_from": "hf:timm/resnet50.tv_in1k"}
-    assert differences(MPANetSettings(), config_settings("sysu")) == pretrained
-    assert differences(MPANetSettings(), config_settings("llcm")) == {**pretrained, "dataset.name": "llcm"}
+    assert config_settings("sysu") == MPANetSettings()
+    assert differences(MPANetSettings(), config_settings("llcm")) == {"dataset.name": "llcm"}
     assert differences(MPANetSettings(), config_settings("regdb", "split=3")) == {
-        **pretrained,
         "dataset.name": "regdb",
         "dataset.trial": 3,
     }
     assert differences(MPANetSettings(), config_settings("synthetic_gpu")) == {
+        "init_from": "",
         "dataset.data_dir": "data/bench",
         "data.height": 192,
         "data.width": 64,
@@ -573,17 +609,17 @@ def test_where_the_configs_differ_from_the_papers_recipe():
 
 
 def test_the_other_methods_recipes_are_their_settings_on_each_data_set():
-    pretrained = {"init_from": "hf:timm/resnet50.tv_in1k"}
     for name, cls in (("agw", AGWSettings), ("caj", CAJSettings)):
-        assert differences(cls(), config_settings(f"sysu_{name}")) == pretrained
-        assert differences(cls(), config_settings(f"llcm_{name}")) == {**pretrained, "dataset.name": "llcm"}
-        of_trial = {**pretrained, "dataset.name": "regdb", "dataset.trial": 3}
+        assert cls().init_from == "hf:timm/resnet50.tv_in1k"
+        assert config_settings(f"sysu_{name}") == cls()
+        assert differences(cls(), config_settings(f"llcm_{name}")) == {"dataset.name": "llcm"}
+        of_trial = {"dataset.name": "regdb", "dataset.trial": 3}
         assert differences(cls(), config_settings(f"regdb_{name}", "split=3")) == of_trial
         with pytest.raises(ValueError, match="official"):
             config_settings(f"regdb_{name}", "official")
         ground = differences(cls(), config_settings("synthetic_gpu", name))
         assert (ground.pop("augment.crop_padding"), ground.pop("train.num_epochs")) == (5, 12)
-        assert {name for name in ground if not name.startswith(("data", "train.", "optim."))} == set()
+        assert {name for name in ground if not name.startswith(("data", "train.", "optim."))} == {"init_from"}
 
 
 def test_where_the_published_program_differs():
@@ -633,8 +669,9 @@ def test_strong_is_the_published_program_with_the_augmentations_of_rle():
 
 def test_an_old_runs_config_is_todays_default(tmp_path):
     assert not {"method", "backbone", "fused"} & {*OLD_CONFIG, *OLD_CONFIG["model"]}
-    assert settings_of(OLD_CONFIG) == MPANetSettings()
-    (tmp_path / "config.json").write_text(json.dumps(OLD_CONFIG))
+    old = OLD_CONFIG | {"init_from": MPANetSettings.init_from}
+    assert settings_of(old) == MPANetSettings()
+    (tmp_path / "config.json").write_text(json.dumps(old))
     assert load_settings(tmp_path) == MPANetSettings()
     check_same_run(MPANetSettings(), tmp_path)  # a run from before can be gone on with
     with pytest.raises(
@@ -645,7 +682,8 @@ def test_an_old_runs_config_is_todays_default(tmp_path):
 
 def test_an_old_run_on_regdb_keeps_its_trial():
     old = OLD_CONFIG | {"dataset": {"name": "regdb", "source": "", "data_dir": "data", "trial": 7}}
-    assert settings_of(old) == replace(MPANetSettings(), {"dataset": RegdbSettings(trial=7)})
+    expected = replace(MPANetSettings(), {"dataset": RegdbSettings(trial=7), "init_from": OLD_CONFIG["init_from"]})
+    assert settings_of(old) == expected
 
 
 def test_scripts_say_it_as_the_flag(tmp_path):

@@ -28,13 +28,13 @@ from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import SettingsError, Stopped, UserError
 from mpanet_jax.evaluation.evaluate import describe
 from mpanet_jax.evaluation.workdir import evaluate_set, evaluate_workdir
+from mpanet_jax.loop import Programs, train
 from mpanet_jax.methods import METHODS, make_method, settings_of
 from mpanet_jax.methods.mpanet import MPANet
 from mpanet_jax.metric_log import MetricReader
 from mpanet_jax.run_files import load_settings, save_settings
 from mpanet_jax.settings import replace
 from mpanet_jax.step import train_steps
-from mpanet_jax.train import Programs, train
 from mpanet_jax.workdir_lock import locked_workdir
 from tests.datasets.by_name import prepare
 from tests.limits import HANGS_AFTER
@@ -236,7 +236,7 @@ def test_run_that_is_asked_to_stop_loses_nothing(settings, tmp_path, monkeypatch
         if when == "between steps" and step == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("mpanet_jax.train.evaluate_set", evaluate)
+    monkeypatch.setattr("mpanet_jax.loop.evaluate_set", evaluate)
     with pytest.raises(Stopped, match="stopped at step 2, saved; start again with the same command") as stopped:
         train(settings, tmp_path / "run", on_steps=on_steps)
     # The step under way when the signal came is finished; the evaluation that is due is not begun, or left off.
@@ -245,7 +245,7 @@ def test_run_that_is_asked_to_stop_loses_nothing(settings, tmp_path, monkeypatch
     assert final_state(tmp_path / "run")[0] == 2
     train(settings, tmp_path / "run")
     assert len(evaluated) == 2  # of step 2, and of step 4
-    monkeypatch.setattr("mpanet_jax.train.evaluate_set", evaluate_set)
+    monkeypatch.setattr("mpanet_jax.loop.evaluate_set", evaluate_set)
     train(settings, tmp_path / "whole")
     assert trees_equal(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
     best = [json.loads((tmp_path / name / "metrics_best.json").read_text()) for name in ("run", "whole")]
@@ -255,7 +255,7 @@ def test_run_that_is_asked_to_stop_loses_nothing(settings, tmp_path, monkeypatch
 def test_runs_of_several_seeds_share_their_programs(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
     traced = []
-    monkeypatch.setattr("mpanet_jax.train.train_steps", lambda *a, **k: traced.append(0) or train_steps(*a, **k))
+    monkeypatch.setattr("mpanet_jax.loop.train_steps", lambda *a, **k: traced.append(0) or train_steps(*a, **k))
     programs, second = Programs(), replace(settings, {"seed": 1})
     train(settings, tmp_path / "first", programs=programs)
     train(second, tmp_path / "second", programs=programs)
@@ -277,7 +277,7 @@ def test_best_checkpoint_is_the_one_with_the_greatest_figure(settings, tmp_path,
         steps.append(None)
         return {"sysu/all/single": {"rank1": 0.0, "mAP": next(figures), "mINP": 0.0}}
 
-    monkeypatch.setattr("mpanet_jax.train.evaluate_set", evaluate)
+    monkeypatch.setattr("mpanet_jax.loop.evaluate_set", evaluate)
     last = train(settings, tmp_path / "run")
     best = json.loads((tmp_path / "run/metrics_best.json").read_text())["sysu/all/single"]
     last_step, last_model = final_state(tmp_path / "run")
@@ -304,7 +304,7 @@ def test_validation_trains_without_its_identities_and_chooses_by_them(raw, setti
             metrics["sysu/all/single"]["mAP"] = 60.0 - len(tested)
         return metrics
 
-    monkeypatch.setattr("mpanet_jax.train.evaluate_set", evaluate)
+    monkeypatch.setattr("mpanet_jax.loop.evaluate_set", evaluate)
     results = train(settings, tmp_path / "run")
     assert [one.title for one in tested] == ["sysu_mm01 validation"] * 2 + ["sysu_mm01"]
     assert set(tested[0].split.pids) == set(lists["val"])
@@ -352,7 +352,7 @@ def test_step_of_the_best_checkpoint_may_be_evaluated_again(settings, tmp_path, 
     settings = replace(settings, {"eval.best": "mAP"})
     figures = iter([10.0, 10.5])
     monkeypatch.setattr(
-        "mpanet_jax.train.evaluate_set",
+        "mpanet_jax.loop.evaluate_set",
         lambda *_, **__: {"sysu/all/single": {"rank1": 0.0, "mAP": next(figures), "mINP": 0.0}},
     )
     train(settings, tmp_path / "run")
@@ -377,7 +377,7 @@ def test_evaluation_does_not_count_as_training_time(settings, tmp_path, monkeypa
         clock[0] += 3600
         return {"sysu/all/single": {"rank1": 0.0, "mAP": 0.0, "mINP": 0.0}}
 
-    monkeypatch.setattr("mpanet_jax.train.evaluate_set", evaluate)
+    monkeypatch.setattr("mpanet_jax.loop.evaluate_set", evaluate)
     monkeypatch.setattr("mpanet_jax.metric_log.time_when_ready", step_done)
     monkeypatch.setattr("mpanet_jax.metric_log.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(

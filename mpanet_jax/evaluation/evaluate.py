@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from mpanet_jax.cpus import available_cpus
-from mpanet_jax.embeddings import Embeddings, check_embeddings
+from mpanet_jax.datasets import make_protocol
+from mpanet_jax.embeddings import Embeddings, check_embeddings, load_embeddings
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_intervals
 from mpanet_jax.evaluation.metrics import (
@@ -29,6 +30,45 @@ from mpanet_jax.protocol import Comparison, Protocol, check_pair
 
 _CHUNK = 2**25  # distances held at once: 128 MiB of float32
 _BLOCK = 2**20  # distances ranked by one thread at once; smaller blocks spend their time waiting for Python's lock
+
+
+def evaluate(
+    query: Embeddings | str | os.PathLike,
+    gallery: Embeddings | str | os.PathLike,
+    *,
+    protocol: Protocol | str,
+    permutation: str | os.PathLike | None = None,
+    metric: str | None = None,
+    cmc: str | None = None,
+    rerank: bool = False,
+) -> dict[str, dict]:
+    """Evaluate embeddings of any framework by a protocol (docs/protocols.md).
+
+    Args:
+      query, gallery: the two sets, or the `.npz` files that hold them (`embeddings.load_embeddings`). For regdb, llcm
+        and own these are the visible and the infrared images.
+      protocol: 'sysu_mm01', 'sysu_mm01_random', 'regdb', 'llcm', 'own' or 'query_gallery'; or a `Protocol`.
+      permutation: SYSU-MM01's rand_perm_cam.mat, which protocol 'sysu_mm01' needs.
+      metric: 'cosine' or 'euclidean'; by default the protocol's.
+      cmc: 'identity' (first appearance of each identity) or 'image'; by default the protocol's.
+      rerank: k-reciprocal re-ranking, within each trial's gallery.
+
+    Returns:
+      {'sysu/all/single': {'rank1': percent, …, 'mAP', 'mINP', 'std', 'interval', …}, …}, as `evaluate_embeddings`;
+      `format_table` lays it out.
+
+    Raises:
+      ArgumentError: an argument has a value that there isn't, or the protocol needs one that is missing.
+      UserError: a file that cannot be read, or embeddings that do not fit the protocol.
+    """
+    if isinstance(protocol, str):
+        protocol = make_protocol(protocol, permutation=permutation)
+    elif not isinstance(protocol, Protocol):
+        raise ArgumentError("protocol", f"= {protocol!r}: expected a protocol or its name")
+    elif permutation is not None:
+        raise ArgumentError("permutation", "goes with the name of a protocol; the protocol that was given has its own")
+    query, gallery = (x if isinstance(x, Embeddings) else load_embeddings(x) for x in (query, gallery))
+    return evaluate_embeddings(query, gallery, protocol=protocol, metric=metric, cmc=cmc, rerank=rerank)
 
 
 def evaluate_embeddings(

@@ -33,8 +33,18 @@ def _entry(name: Any) -> Entry:
 
 
 def make_method(settings: Settings) -> Method:
-    """The method that the settings are of."""
-    return _entry(settings.method).method(settings)
+    """The method that the settings are of.
+
+    Raises:
+      SettingsError: an unknown method, or settings of another class than the method's.
+    """
+    entry = _entry(settings.method)
+    if not isinstance(settings, entry.settings):
+        raise SettingsError(
+            f"method = {settings.method!r}: its settings are {entry.settings.__name__}, and these "
+            f"{type(settings).__name__}; mpanet_jax.Settings().replace({{'method': {settings.method!r}}}) makes them"
+        )
+    return entry.method(settings)
 
 
 def settings_of(tree: Mapping[str, Any]) -> Settings:

@@ -24,6 +24,7 @@ from mpanet_jax.models.agw import Outputs
 from mpanet_jax.models.resnet import BACKBONES, ResNet, make_backbone
 from mpanet_jax.optim import sgd, step_decay
 from mpanet_jax.settings import (
+    IMAGENET,
     POSITIVE,
     RISING,
     AugmentSettings,
@@ -37,6 +38,7 @@ from mpanet_jax.settings import (
     group,
     one_of,
     setting,
+    start_setting,
 )
 from mpanet_jax.weights.names import NameMap
 
@@ -82,6 +84,7 @@ class AGWSettings(Settings):
     """AGW's recipe on SYSU-MM01 by default."""
 
     method: str = setting("agw", "which method the other fields are of", one_of("agw"))
+    init_from: str = start_setting(IMAGENET)
     data: DataSettings = group(DataSettings, height=288, width=144, num_ids_per_batch=8, resize="lanczos")
     augment: AugmentSettings = group(AugmentSettings, crop_padding=10, crop_fill=0, erase_probability=0.0)
     model: AGWModelSettings = group(AGWModelSettings)

@@ -22,7 +22,17 @@ from mpanet_jax.models.layers import linear
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, MODALITY_CLASSIFIERS, PATTERN_MODULES, Outputs
 from mpanet_jax.models.mpanet import MPANet as Network
 from mpanet_jax.models.resnet import make_backbone
-from mpanet_jax.settings import ModelSettings, Settings, at_least, between, group, one_of, setting
+from mpanet_jax.settings import (
+    IMAGENET,
+    ModelSettings,
+    Settings,
+    at_least,
+    between,
+    group,
+    one_of,
+    setting,
+    start_setting,
+)
 from mpanet_jax.weights.names import NameMap
 
 
@@ -71,6 +81,7 @@ class MeanSettings:
 class MPANetSettings(Settings):
     """The paper's recipe on SYSU-MM01 by default."""
 
+    init_from: str = start_setting(IMAGENET)
     model: MPANetModelSettings = group(MPANetModelSettings)
     loss: LossSettings = group(LossSettings)
     mean: MeanSettings = group(MeanSettings)
