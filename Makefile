@@ -1,4 +1,4 @@
-# make demo  - install, draw the synthetic data set, train, evaluate
+# make demo  - install, draw the synthetic data set, train, evaluate, write the retrieval page
 # make test  - install, lint, all tests
 # make test-kill - kill a run KILLS times, and hold it against one that was not
 # make test-fuzz - feed the readers damaged files for FUZZ_SECONDS
@@ -14,17 +14,20 @@ FUZZ_SECONDS ?= 600
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
+REPORT_INSTALLED := $(VENV)/.installed-report
 TEST_INSTALLED := $(VENV)/.installed-test
 
 .PHONY: demo test test-kill test-fuzz lint format lock clean
 
-demo: $(INSTALLED) $(WORKDIR)/raw
+demo: $(REPORT_INSTALLED) $(WORKDIR)/raw
 	$(BIN)/python scripts/train.py --config=configs/synthetic.py --workdir=$(WORKDIR) \
 		--config.dataset.source=$(WORKDIR)/raw --config.dataset.data_dir=$(WORKDIR)/data
 	@echo "== the network before its first step =="
 	$(BIN)/python scripts/evaluate.py --workdir=$(WORKDIR) --checkpoint=untrained
 	@echo "== restored from $(WORKDIR)/checkpoints =="
 	$(BIN)/python scripts/evaluate.py --workdir=$(WORKDIR)
+	@echo "== each query with its first images: open $(WORKDIR)/report.html in a browser =="
+	$(BIN)/python scripts/visualize.py retrieval --workdir=$(WORKDIR)
 
 # The folder appears only when it is complete, so it is its own stamp; it is drawn once.
 $(WORKDIR)/raw: | $(INSTALLED)
@@ -56,6 +59,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(if $(EXTRA),$(BIN)/python -m pip install --quiet -c requirements.lock "jax[$(EXTRA)]")
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+# The extra `report`, in the versions that are tested.
+$(REPORT_INSTALLED): $(INSTALLED) requirements-test.lock
+	$(BIN)/python -m pip install --quiet -c requirements-test.lock jinja2 matplotlib scikit-learn
 	touch $@
 
 $(TEST_INSTALLED): $(INSTALLED) requirements-test.lock

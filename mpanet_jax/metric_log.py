@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from mpanet_jax.nonfinite import FiniteCheck
 from mpanet_jax.progress import Bar
@@ -64,6 +65,16 @@ class MetricLog:
         if self._active:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Writes an image uint8[h, w, 3] at `step`."""
+        if self._active:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """Writes how often the values come, in 64 bins, at `step`; nothing where there are none."""
+        if self._active and len(values):
+            self._writer.add_histogram(name, values, step, bins=64)  # pyright: ignore[reportArgumentType]: an int may be
 
     def status(self, text: str) -> None:
         """Shows `text` beside the bar, or in the next of its lines."""

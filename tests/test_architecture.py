@@ -44,19 +44,11 @@ ALLOWED = {
         *("parallel", "processes", "embeddings", "protocol", "modality", "files", "progress"),
     },
     "report": {
-        *(
-            "model",
-            "evaluation",
-            "datasets",
-            "data",
-            "methods",
-            "checkpoint",
-            "run_files",
-            "settings",
-            "errors",
-            "cpus",
-        ),
-        *("embeddings", "protocol", "modality", "files", "progress", "processes", "weights", "state", "models"),
+        *("model", "evaluation", "datasets", "data", "methods", "run_files", "settings", "errors", "cpus", "state"),
+        *("embeddings", "protocol", "modality", "files", "progress", "log_pictures", "models"),
+    },
+    "log_pictures": {
+        *("data", "datasets", "embeddings", "errors", "methods", "metric_log", "modality", "state", "weights"),
     },
     "model": {"evaluation", "methods", "weights", "modality", "settings", "errors"},
 }

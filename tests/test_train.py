@@ -225,11 +225,11 @@ def test_run_that_is_asked_to_stop_loses_nothing(settings, tmp_path, monkeypatch
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
     begun, evaluated = [], []
 
-    def evaluate(settings, tested, embed):
+    def evaluate(settings, tested, embed, **options):
         begun.append(tested)
         if when == "during an evaluation" and len(begun) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        evaluated.append(evaluate_set(settings, tested, embed))
+        evaluated.append(evaluate_set(settings, tested, embed, **options))
         return evaluated[-1]
 
     def on_steps(step, _):

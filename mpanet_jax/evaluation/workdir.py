@@ -1,6 +1,7 @@
 """Evaluation of a trained run: restore the model, embed the test images, apply the data set's protocols."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,17 @@ def evaluate_set(
     rerank: bool | None = None,
     metric: str | None = None,
     cmc: str | None = None,
+    on_embeddings: Callable[[Embeddings], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The metrics of all tests of a set; None leaves an option at the protocol's (or the settings') choice."""
+    """The metrics of all tests of a set; None leaves an option at the protocol's (or the settings') choice.
+
+    `on_embeddings` is told the embeddings of all images of the tests, each once.
+    """
     # One pass: an image may be in several tests.
     rows = np.unique(np.concatenate([part for test in tested.evaluations for part in (test.query, test.gallery)]))
     embeddings = embed_rows(tested.split, rows, embed, settings.data, settings.eval.batch_size)
+    if on_embeddings is not None:
+        on_embeddings(embeddings)
     results = {}
     for test in tested.evaluations:
         query, gallery = (embeddings.take(np.searchsorted(rows, part)) for part in (test.query, test.gallery))

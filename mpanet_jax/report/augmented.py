@@ -7,17 +7,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 
 from mpanet_jax import datasets
-from mpanet_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mpanet_jax.data.decode import pixels_of
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import ArgumentError
+from mpanet_jax.log_pictures import visible_again
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import MODALITY_NAMES
-from mpanet_jax.report.figures import new_figure, save
+from mpanet_jax.report.figures import WIDTH_MM, new_figure, save
 from mpanet_jax.run_files import load_settings
 from mpanet_jax.state import random_keys
 
@@ -31,19 +31,12 @@ class AugmentedBatch:
     Attributes:
       rows: int[b], the images in the split.
       images: uint8[b, h, w, 3], resized.
-      views: float32[v, b, h, w, 3] from 0 to 1: the one or more views of each, without normalisation.
+      views: uint8[v, b, h, w, 3]: the one or more views of each, without normalisation.
     """
 
     rows: np.ndarray
     images: UInt8[np.ndarray, "b h w 3"]
-    views: Float32[np.ndarray, "v b h w 3"]
-
-
-def visible_again(normalised: np.ndarray) -> np.ndarray:
-    """Normalised images as floats from 0 to 1; an erased part, of ImageNet's mean, is grey."""
-    return np.clip(np.asarray(normalised, np.float32) * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN), 0, 1).astype(
-        np.float32
-    )
+    views: UInt8[np.ndarray, "v b h w 3"]
 
 
 def augmented_batch(method: Method, split: Split, step: int) -> AugmentedBatch:
@@ -63,7 +56,7 @@ def augmented_batch(method: Method, split: Split, step: int) -> AugmentedBatch:
     known = {"labels": jnp.asarray(split.labels[rows]), "modality": jnp.asarray(split.modality[rows])}
     key = jax.random.fold_in(random_keys(settings.seed)[1], step)  # as `step.train_step`
     views, _ = method.views(key, jnp.asarray(images), known, 0)
-    return AugmentedBatch(rows, images, visible_again(np.asarray(views, np.float32)).reshape(-1, *images.shape))
+    return AugmentedBatch(rows, images, visible_again(views).reshape(-1, *images.shape))
 
 
 def draw_augmentation(
@@ -90,10 +83,10 @@ def draw_augmentation(
     # Evenly over the batch, which lies by identity with the visible images first, so that both modalities are shown.
     modality = split.modality[batch.rows]
     chosen = np.sort(np.concatenate([np.flatnonzero(modality == m)[: NUM_SHOWN // 2] for m in MODALITY_NAMES]))
-    cell = 85 / len(chosen)
+    cell = (WIDTH_MM - 3.5) / len(chosen)
     height, width = batch.images.shape[1:3]
     lines = 1 + len(batch.views)
-    with new_figure(12 + lines * cell * height / width) as figure:
+    with new_figure(8 + lines * cell * height / width) as figure:
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
         axes = figure.subplots(lines, len(chosen), squeeze=False)
         names = ["image", *([f"view {n + 1}" for n in range(lines - 1)] if lines > 2 else ["seen"])]

@@ -13,7 +13,7 @@ from mpanet_jax.progress import Bar
 from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, save
 from mpanet_jax.report.sources import Source
 
-NUM_BINS = 200
+NUM_BINS = 80
 EDGES = np.linspace(0.0, 2.0, NUM_BINS + 1)  # 1 − cosine
 KINDS = ("cross-modality", "within one modality")
 _ROWS = 1024
@@ -80,19 +80,18 @@ def draw_distances(source: Source, folder: str | os.PathLike) -> list[Path]:
     with new_figure(72) as figure:
         axes = figure.subplots(len(found), 1, sharex=True)
         for panel, (kind, distribution) in zip(axes, found.items(), strict=True):
-            densities = []
             for counts, colour, hatch, label in (
                 (distribution.intra, BLUE, None, "one identity"),
                 (distribution.inter, VERMILION, "////", "two identities"),
             ):
                 density = counts / counts.sum() / (EDGES[1] - EDGES[0])
-                densities.append(density)
-                text = f"{label}, {counts.sum():,} pairs"
                 style = {"facecolor": colour, "alpha": 0.35} if hatch is None else {"facecolor": "none", "hatch": hatch}
-                panel.stairs(density, EDGES, fill=True, edgecolor=colour, linewidth=0.5, label=text, **style)
+                panel.stairs(density, EDGES, fill=True, edgecolor=colour, linewidth=0.5, label=label, **style)
                 panel.stairs(density, EDGES, color=colour, linestyle="-" if hatch is None else "--")
             panel.set(xlim=(low, high), ylabel="density")
-            panel.set_title(f"{kind}: {100 * distribution.overlap:.1f} % overlap", loc="left")
-            panel.legend(loc="upper left", handlelength=1.2)
+            pairs = f"{distribution.intra.sum():,} and {distribution.inter.sum():,} pairs"
+            panel.set_title(f"{kind}: {100 * distribution.overlap:.1f} % overlap ({pairs})", loc="left")
         axes[-1].set_xlabel("distance, 1 − cosine")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=1.4)
         return save(figure, folder, "distances")

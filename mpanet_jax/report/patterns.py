@@ -7,7 +7,7 @@ import numpy as np
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.modality import INFRARED, MODALITY_NAMES, VISIBLE
-from mpanet_jax.report.figures import HEAT, new_figure, save
+from mpanet_jax.report.figures import HEAT, WIDTH_MM, new_figure, save
 from mpanet_jax.report.pattern_maps import grad_cam, targets_of
 from mpanet_jax.report.sources import Source
 
@@ -50,7 +50,7 @@ def draw_patterns(
         targets = targets_of(source.images.pids, source.modality, source.images.features, rows)
         maps = grad_cam(source.model, [source.photo(path) for path in paths], targets)
     columns = 1 + maps.shape[1]
-    height = 8 + len(rows) * 85 / (columns + 0.35) * _ASPECT
+    height = 7 + len(rows) * (WIDTH_MM - 6) / columns * _ASPECT
     with new_figure(height) as figure:
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
         axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -70,8 +70,8 @@ def draw_patterns(
             camera = source.images.camids[row]
             where = f"{MODALITY_NAMES[int(source.modality[row])]}" + (f", camera {camera}" if camera >= 0 else "")
             axes[line, 0].set_ylabel(f"{source.name_of(row)}\n{where}", fontsize=6, labelpad=2)
-        what = "pattern maps M" if plain else "Grad-CAM of each pattern"
-        figure.suptitle(f"{what}, each from its least (blue) to its greatest value (yellow)")
+        what = "Pattern maps $M_k$" if plain else "Grad-CAM of $M_k ⊙ F$"
+        figure.suptitle(f"{what}, from the least value (blue) to the greatest (yellow)")
         return save(figure, folder, "patterns_plain" if plain else "patterns")
 
 

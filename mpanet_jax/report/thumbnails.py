@@ -15,6 +15,7 @@ from mpanet_jax.datasets.schema import Split
 
 HEIGHT, WIDTH = 128, 96  # of a photo at most, in pixels
 QUALITY = 70
+DARKEST = 40  # grey of a map's least value, of 255
 
 # The image of a path of the embeddings, or None where it is not there or cannot be read.
 Photos = Callable[[str], Image.Image | None]
@@ -59,10 +60,13 @@ def jpeg_thumbnail(photo: Image.Image) -> bytes:
 
 
 def map_strip(maps: Float32[np.ndarray, "l h w"]) -> bytes:
-    """The l pattern maps of an image side by side as a grey PNG, each from black at its least value to white."""
+    """The l pattern maps of an image side by side as a grey PNG, each from dark grey at its least value to white.
+
+    The page multiplies the photo by it, so that the photo stays visible in the dark parts.
+    """
     low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
     scaled = (maps - low) / np.where(high > low, high - low, 1)
-    strip = np.concatenate(list(np.round(255 * scaled).astype(np.uint8)), axis=1)
+    strip = np.concatenate(list(np.round(DARKEST + (255 - DARKEST) * scaled).astype(np.uint8)), axis=1)
     buffer = io.BytesIO()
     Image.fromarray(strip).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
