@@ -3,7 +3,6 @@
 import os
 import resource
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
-from mpanet_jax.evaluation.top_k import top_k
 
 # Images of SYSU-MM01's 96 test identities in cameras 1 to 6, and how many of those identities a camera saw.
 CAMERA_IMAGES = {1: (1374, 56), 2: (1565, 56), 3: (1883, 93), 4: (1918, 94), 5: (1918, 95), 6: (1920, 96)}
@@ -167,43 +165,6 @@ def benchmark_rerank(num_query: int = 2060, num_gallery: int = 2060, dimension: 
         "num_gallery": num_gallery,
         "dimension": dimension,
     }
-
-
-def benchmark_top_k(
-    folder: str | os.PathLike, *, num_gallery: int = 1_000_000, num_query: int = 100, dimension: int = 2048, k: int = 50
-) -> dict:
-    """Time the exact `k` nearest of a memory-mapped gallery, written to `folder` (8 GB by default) and removed again.
-
-    'peak_gib' leaves the mapped file's own pages out.
-    """
-    generator = np.random.default_rng(0)
-    path = Path(folder) / "benchmark_gallery.npy"
-    try:
-        gallery = np.lib.format.open_memmap(path, "w+", np.float32, (num_gallery, dimension))
-        for start in range(0, num_gallery, 50_000):
-            rows = gallery[start : start + 50_000]
-            rows[:] = generator.random(rows.shape, np.float32) - np.float32(0.5)
-        gallery.flush()
-        gallery = np.load(path, mmap_mode="r")
-        query = generator.random((num_query, dimension), np.float32) - np.float32(0.5)
-        peak, finished = [0.0], threading.Event()
-
-        def watch() -> None:
-            while not finished.wait(0.02):
-                peak[0] = max(peak[0], anonymous_memory_gib())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        start = time.perf_counter()
-        try:
-            top_k(query, gallery, k)
-        finally:
-            finished.set()
-            watcher.join()
-        seconds = time.perf_counter() - start
-    finally:
-        path.unlink(missing_ok=True)
-    return {"seconds": seconds, "peak_gib": peak[0], "num_query": num_query, "num_gallery": num_gallery, "k": k}
 
 
 def anonymous_memory_gib() -> float:

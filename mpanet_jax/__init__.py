@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mpanet_jax.embeddings import Embeddings
     from mpanet_jax.errors import UserError
     from mpanet_jax.evaluation.evaluate import evaluate
+    from mpanet_jax.evaluation.search import Index
     from mpanet_jax.loop import train
     from mpanet_jax.methods.mpanet import MPANetSettings as Settings
     from mpanet_jax.model import Model, load
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Embeddings",
+    "Index",
     "Model",
     "Settings",
     "UserError",
@@ -28,6 +30,7 @@ __all__ = [
 # Where the public names are; importing this package imports none of these modules, nor JAX.
 _HOMES = {
     "Embeddings": "embeddings.Embeddings",
+    "Index": "evaluation.search.Index",
     "Model": "model.Model",
     "Settings": "methods.mpanet.MPANetSettings",
     "UserError": "errors.UserError",

@@ -66,6 +66,10 @@ class Protocol:
         """The comparisons of two sets that `check_pair` has let pass; raises `UserError` where they don't fit."""
         raise NotImplementedError
 
+    def places(self, embeddings: Embeddings) -> Int[np.ndarray, " n"]:
+        """int[N]: where each image was taken, by which verification leaves pairs out: the camera, -1 unknown."""
+        return embeddings.camids
+
 
 def check_pair(query: Embeddings, gallery: Embeddings) -> None:
     """Raise `UserError` for two sets that no protocol can compare: other lengths of vectors, unknown identities."""

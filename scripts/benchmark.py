@@ -7,6 +7,7 @@ python scripts/benchmark.py train --config=configs/sysu.py --config.dataset.data
 python scripts/benchmark.py extract --files
 python scripts/benchmark.py evaluate --dimensions=256,14336 --permutation=SYSU-MM01/exp/rand_perm_cam.mat
 python scripts/benchmark.py gallery --gallery=100000 --queries=1000 --rerank
+python scripts/benchmark.py search --gallery=1000000 --queries=100 --dimension=2048     (writes 8 GB beside --out)
 python scripts/benchmark.py precision --config.dataset.data_dir=data     (whether bfloat16 follows float32)
 python scripts/benchmark.py data                       (draws a small data set where config.dataset names none)
 """
@@ -18,7 +19,7 @@ from ml_collections import config_flags
 
 from mpanet_jax.errors import UserError, run_script
 
-NAMES = ("step", "train", "extract", "evaluate", "gallery", "data", "precision")
+NAMES = ("step", "train", "extract", "evaluate", "gallery", "search", "data", "precision")
 SYSU = str(Path(__file__).parent.parent / "configs/sysu.py")
 CONFIG = config_flags.DEFINE_config_file("config", SYSU, "the run that is measured", lock_config=True)
 OUT = flags.DEFINE_string("out", None, "the report; runs/benchmark/NAME.json by default")
@@ -37,9 +38,10 @@ PERMUTATION = flags.DEFINE_string("permutation", None, "evaluate: SYSU-MM01's ra
 RERANK = flags.DEFINE_bool(
     "rerank", False, "evaluate: also k-reciprocal re-ranking of RegDB's 2,060 x 2,060; gallery: re-ranked, not plainly"
 )
-GALLERY = flags.DEFINE_integer("gallery", 100_000, "gallery: synthetic images in it", lower_bound=1)
-QUERIES = flags.DEFINE_integer("queries", 1000, "gallery: synthetic queries", lower_bound=1)
-DIMENSION = flags.DEFINE_integer("dimension", 2048, "gallery: of the features", lower_bound=1)
+GALLERY = flags.DEFINE_integer("gallery", 100_000, "gallery, search: synthetic images in it", lower_bound=1)
+QUERIES = flags.DEFINE_integer("queries", 1000, "gallery, search: synthetic queries", lower_bound=1)
+DIMENSION = flags.DEFINE_integer("dimension", 2048, "gallery, search: of the features", lower_bound=1)
+TOP = flags.DEFINE_integer("top", 10, "search: how many are found", lower_bound=1)
 CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
@@ -51,7 +53,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in NAMES:
         raise UserError(f"benchmark.py {' '.join(arguments)}: expected one of {', '.join(NAMES)}, then flags")
     # Imports JAX, and with it takes the accelerator.
-    from benchmarks import data, evaluation, extract, gallery, measure, precision, step, train
+    from benchmarks import data, evaluation, extract, gallery, measure, precision, search, step, train
     from mpanet_jax.compilation import set_compilation_cache
     from mpanet_jax.methods import settings_of
     from mpanet_jax.settings import to_dict
@@ -73,6 +75,14 @@ def main(arguments: list[str]) -> None:
         ),
         "gallery": lambda: gallery.benchmark_gallery(
             GALLERY.value, QUERIES.value, DIMENSION.value, rerank=RERANK.value, on_device=measure.has_accelerator()
+        ),
+        "search": lambda: search.benchmark_search(
+            out.parent,
+            num_gallery=GALLERY.value,
+            num_query=QUERIES.value,
+            dimension=DIMENSION.value,
+            k=TOP.value,
+            on_device=measure.has_accelerator(),
         ),
         "data": lambda: data.benchmark_dataset(settings, **images),
         "precision": lambda: precision.benchmark_precision(settings, **number, num_starts=STARTS.value),

@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
     if what == "retrieval":
         _retrieval(files)
     else:
-        for path in _figure(what):
+        for path in _figure(what, files):
             print(path)
 
 
@@ -114,7 +114,7 @@ def _folder() -> Path:
     return Path(WORKDIR.value[0]) / "figures" if WORKDIR.value else Path("figures")
 
 
-def _figure(what: str) -> list[Path]:
+def _figure(what: str, files: list[str]) -> list[Path]:
     from mpanet_jax.report.requirements import require_report
 
     require_report("matplotlib", *(["sklearn"] if what == "tsne" else []))
@@ -137,9 +137,20 @@ def _figure(what: str) -> list[Path]:
             raise UserError(f"--titles: {len(titles)} for {number} panels; expected one for each")
         options = {"num_identities": NUM_IDENTITIES.value or 10, "perplexity": PERPLEXITY.value, "seed": SEED.value}
         return draw_tsne(_sources(), _folder(), titles=titles, **options)
+    if what == "roc":
+        from mpanet_jax.report.roc import draw_roc
+
+        return draw_roc(_embedded(files) if FEATURES.value else _sources()[0], _folder(), seed=SEED.value)
     from mpanet_jax.report.distances import draw_distances
 
     return draw_distances(_sources()[0], _folder())
+
+
+def _embedded(files: list[str]):
+    from mpanet_jax.report.sources import source_of_features
+
+    protocol = make_protocol(PROTOCOL.value, permutation=PERMUTATION.value)
+    return source_of_features(load_embeddings(FEATURES.value), load_embeddings(files[0]), protocol)
 
 
 def _patterns() -> list[Path]:
@@ -166,6 +177,10 @@ def _retrieval(files: list[str]) -> None:
     options = {"setting": SETTING.value, "trial": TRIAL.value, "metric": METRIC.value, "cmc": CMC.value}
     if WORKDIR.value:
         page, photos, maps = _page_of_run(options)
+    elif RESULTS.value:
+        from mpanet_jax.report.search_page import page_of_search
+
+        (page, photos), maps = page_of_search(RESULTS.value, IMAGES.value), None
     else:
         from mpanet_jax.report.retrieval import rank_queries
         from mpanet_jax.report.retrieval_page import page_of_ranking

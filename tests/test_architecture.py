@@ -50,6 +50,7 @@ ALLOWED = {
     "log_pictures": {
         *("data", "datasets", "embeddings", "errors", "methods", "metric_log", "modality", "state", "weights"),
     },
+    "export": {"model", "methods", "datasets", "settings", "modality", "errors", "files"},
     "model": {"evaluation", "methods", "weights", "modality", "settings", "errors"},
 }
 

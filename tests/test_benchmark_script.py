@@ -132,7 +132,7 @@ def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["fast"], "step, train, extract, evaluate, gallery, data, precision"),
+        (["fast"], "step, train, extract, evaluate, gallery, search, data, precision"),
         (["evaluate", "--dimensions=many"], "--dimensions"),
         (["evaluate", "--permutation=nowhere/rand_perm_cam.mat"], "test_id.txt"),
     ],

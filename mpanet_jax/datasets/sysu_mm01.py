@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 import numpy as np
+from jaxtyping import Int
 
 from mpanet_jax.datasets.dataset import Dataset, Evaluation, Images, rows_of
 from mpanet_jax.datasets.mat_file import read_variable
@@ -91,8 +92,14 @@ def _images_permuted(permutation: Permutation, pid: int, camid: int) -> int:
 _Draw = Callable[[dict[tuple[int, int], np.ndarray], int, int], list[int]]
 
 
+class _SysuMm01Protocol(Protocol):
+    def places(self, embeddings: Embeddings) -> Int[np.ndarray, " n"]:
+        """The rooms: camera 3 stands in camera 2's."""
+        return _rooms(embeddings)
+
+
 @dataclass(frozen=True)
-class SysuMm01Protocol(Protocol):
+class SysuMm01Protocol(_SysuMm01Protocol):
     """Queries of cameras 3 and 6; ten galleries of cameras 1 2 4 5 (all) or 1 2 (indoor), by the permutation file.
 
     The rows of the file refer to the images of an identity and camera in the order of their paths.
@@ -118,7 +125,7 @@ class SysuMm01Protocol(Protocol):
 
 
 @dataclass(frozen=True)
-class SysuMm01RandomProtocol(Protocol):
+class SysuMm01RandomProtocol(_SysuMm01Protocol):
     """The same, with galleries that Python's generator, seeded with the trial, draws from the sorted files."""
 
     name = "sysu_mm01_random"
@@ -141,8 +148,12 @@ def _comparison(query: Embeddings, gallery: Embeddings, draw: _Draw) -> Comparis
         for shots, number in SHOTS.items():
             galleries = [np.sort(np.array(draw(chosen, trial, number), np.int64)) for trial in range(NUM_TRIALS)]
             settings.append(Setting(f"sysu/{mode}/{shots}", galleries))
-    rooms = [np.array([ROOMS.get(camid, camid) for camid in e.camids.tolist()]) for e in (query, gallery)]
-    return Comparison(query, gallery, settings, *rooms)
+    return Comparison(query, gallery, settings, _rooms(query), _rooms(gallery))
+
+
+def _rooms(embeddings: Embeddings) -> Int[np.ndarray, " n"]:
+    """int[N]: the room that each image's camera stands in."""
+    return np.array([ROOMS.get(camid, camid) for camid in embeddings.camids.tolist()])
 
 
 def _check_cameras(query: Embeddings, gallery: Embeddings) -> None:

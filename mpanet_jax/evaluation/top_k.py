@@ -1,5 +1,9 @@
 """The k nearest gallery images of each query, in a gallery too large for a distance matrix."""
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float64, Int
 
@@ -9,16 +13,32 @@ from mpanet_jax.evaluation.metrics import METRICS, l2_normalize
 _ROUNDING = 2.0**-24  # unit roundoff of float32
 _BLOCK_BYTES = 2**28
 _EXACT_ROWS = 4096  # candidates whose distance is recomputed at once
+_SPARE = 64  # candidates beyond k that an accelerator hands over at once
 
 
 def top_k(
-    query: np.ndarray, gallery: np.ndarray, k: int, metric: str = "cosine", block: int | None = None
+    query: np.ndarray,
+    gallery: np.ndarray,
+    k: int,
+    metric: str = "cosine",
+    block: int | None = None,
+    *,
+    uploaded: Sequence[Any] | None = None,
 ) -> tuple[Int[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
     """Find the exact `k` nearest of `gallery` float[n, d] for each of `query` float[q, d].
 
     The gallery is read once, in blocks of `block` rows (256 MiB each by default), and may be memory-mapped
     (`np.load(path, mmap_mode="r")`). A float32 product picks the candidates of a block, generously by its worst
-    rounding error; their distances are then computed in float64, so the result does not depend on the block.
+    rounding error; their distances are then computed in float64, so the result depends neither on the block nor on
+    what computes the product.
+
+    Args:
+      query, gallery: finite features, rows of any length.
+      k: how many.
+      metric: 'cosine' or 'euclidean'.
+      block: rows at once.
+      uploaded: what `upload(gallery, block)` gives: the product is computed by JAX, on its default device, under
+        'cosine'. None: by numpy.
 
     Returns:
       gallery rows int[q, min(k, n)] by ascending distance, ties in gallery order, and their distances in float64:
@@ -26,35 +46,40 @@ def top_k(
 
     Raises:
       UserError: NaN or infinite features.
-      ValueError: an unknown metric, or k < 1.
+      ValueError: an unknown metric, or one that the device does not compute, or k < 1.
     """
-    if metric not in METRICS or k < 1:
-        raise ValueError(f"expected a metric of {METRICS} and k >= 1, got {metric!r} and {k}")
+    if metric not in METRICS or k < 1 or (uploaded is not None and metric != "cosine"):
+        raise ValueError(f"expected a metric of {METRICS} (uploaded: cosine) and k >= 1, got {metric!r} and {k}")
     number, dimension = gallery.shape
-    block = block or max(1, _BLOCK_BYTES // (4 * dimension))
+    block = block or _default_block(dimension)
     query = np.asarray(query, np.float32)
     _refuse_non_finite(query, "query", 0)
     exact_query = query.astype(np.float64)
-    coarse_query = l2_normalize(query) if metric == "cosine" else exact_query
     query_norms = np.sqrt(np.sum(exact_query**2, axis=1))
     nearest = [(np.empty(0, np.int64), np.empty(0))] * len(query)
+    coarse_query = l2_normalize(query) if metric == "cosine" else exact_query
 
-    for start in range(0, number, block):
-        rows = np.ascontiguousarray(gallery[start : start + block], np.float32)
-        _refuse_non_finite(rows, "gallery", start)
-        coarse, error = _coarse(coarse_query, query_norms, rows, metric)
-        limit = np.full(len(query), np.inf)
-        if len(rows) > k:  # the block's own k nearest lie within two rounding errors of its k-th coarse one
-            limit = np.partition(coarse, k - 1, axis=1)[:, k - 1] + 2 * error
+    for place, start in enumerate(range(0, number, block)):
+        if uploaded is None:
+            rows = np.ascontiguousarray(gallery[start : start + block], np.float32)
+            _refuse_non_finite(rows, "gallery", start)
+            coarse, error = _coarse(coarse_query, query_norms, rows, metric)
+            length, below = coarse.shape[1], _below_of_matrix(coarse)
+        else:
+            rows, length = gallery[start : start + block], min(block, number - start)
+            below, error = _on_device(coarse_query, uploaded[place], length, k, start)
+        # The block's own k nearest lie within two rounding errors of its k-th coarse one.
+        limit = below(None, k) + 2 * error if length > k else np.full(len(query), np.inf)
         for i in range(len(query)):
             indices, distances = nearest[i]
             if len(indices) == k:
                 limit[i] = min(limit[i], _coarse_value(distances[-1], query_norms[i], metric) + error[i])
-            candidates = np.flatnonzero(coarse[i] <= limit[i])
+            candidates = below(i, limit[i])
             for first in range(0, len(candidates), _EXACT_ROWS):
                 some = candidates[first : first + _EXACT_ROWS]
                 indices = np.concatenate([indices, start + some])
-                distances = np.concatenate([distances, _exact(exact_query[i], query_norms[i], rows[some], metric)])
+                exact = _exact(exact_query[i], query_norms[i], rows[some], metric)
+                distances = np.concatenate([distances, exact])
                 best = np.lexsort((indices, distances))[:k]
                 indices, distances = indices[best], distances[best]
             nearest[i] = indices, distances
@@ -63,6 +88,72 @@ def top_k(
         np.array([indices for indices, _ in nearest], np.int64).reshape(shape),
         np.array([distances for _, distances in nearest], np.float64).reshape(shape),
     )
+
+
+def upload(gallery: np.ndarray, block: int | None = None) -> list[Any]:
+    """The gallery in blocks on JAX's default device, where it has to fit, for `top_k` with the same `block`."""
+    import jax
+
+    block = block or _default_block(gallery.shape[1])
+    blocks = [jax.device_put(np.asarray(gallery[i : i + block], np.float32)) for i in range(0, len(gallery), block)]
+    return jax.block_until_ready(blocks)
+
+
+def _default_block(dimension: int) -> int:
+    return max(1, _BLOCK_BYTES // (4 * dimension))
+
+
+# (None, k) → the k-th smallest coarse distance of each query; (i, limit) → the places of query i's that are not larger
+_Below = Callable[[int | None, Any], np.ndarray]
+
+
+def _below_of_matrix(coarse: np.ndarray) -> _Below:
+    def below(i: int | None, number: Any) -> np.ndarray:
+        if i is None:
+            return np.partition(coarse, number - 1, axis=1)[:, number - 1]
+        return np.flatnonzero(coarse[i] <= number)
+
+    return below
+
+
+def _on_device(
+    query: np.ndarray, rows: Any, length: int, k: int, start: int
+) -> tuple[_Below, Float64[np.ndarray, " q"]]:
+    """As `_below_of_matrix` and `_coarse`; of the coarse distances only the smallest leave the device, as a rule."""
+    count = min(length, k + _SPARE)
+    coarse, values, places, finite = _device_coarse()(query, rows, count)
+    if not finite.all():
+        _refuse_non_finite(np.asarray(rows), "gallery", start)
+    values, places = np.asarray(values, np.float64), np.asarray(places)
+
+    def below(i: int | None, number: Any) -> np.ndarray:
+        if i is None:
+            return values[:, number - 1]
+        if count < length and values[i, -1] <= number:  # there may be more of them
+            return np.flatnonzero(np.asarray(coarse[i]) <= number)
+        return np.sort(places[i, : np.searchsorted(values[i], number, side="right")])
+
+    # The device may add up the d terms of the product, and of the norm, in any order.
+    return below, np.full(len(query), (2 * rows.shape[1] + 32) * _ROUNDING)
+
+
+@functools.cache
+def _device_coarse() -> Callable[..., tuple[Any, Any, Any, Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    def coarse(query: Any, rows: Any, count: int) -> tuple[Any, Any, Any, Any]:
+        largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
+        scaled = rows / jnp.where(largest > 0, largest, 1)  # squares neither overflow nor vanish
+        norms = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=1))
+        products = jnp.matmul(query, scaled.T, precision=jax.lax.Precision.HIGHEST)
+        distances = 1 - products / jnp.where(norms > 0, norms, 1)
+        values, places = jax.lax.top_k(-distances, count)
+        return distances, -values, places, jnp.isfinite(largest)
+
+    # XLA would try out ways to compute the product for longer than the product takes.
+    options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
+    return jax.jit(coarse, static_argnums=2, compiler_options=options)
 
 
 def _coarse(query: np.ndarray, query_norms: np.ndarray, rows: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:

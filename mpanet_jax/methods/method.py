@@ -160,7 +160,7 @@ class Method:
 
         if not self.settings.eval.flip:
             return embedding(images)
-        return unit(unit(embedding(images)) + unit(embedding(images[:, :, ::-1])))
+        return unit(unit(embedding(images)) + unit(embedding(jnp.flip(images, 2))))
 
     def pattern_maps(
         self,

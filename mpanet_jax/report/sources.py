@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from mpanet_jax.data.decode import BadImageError, decode_rgb, read_image_file
-from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.embeddings import Embeddings, check_embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.extract import make_embed
 from mpanet_jax.evaluation.images import embeddings_of, list_images
+from mpanet_jax.evaluation.verification import join_embeddings
 from mpanet_jax.evaluation.workdir import embed_rows, open_run
 from mpanet_jax.modality import MODALITY_NAMES, UNKNOWN
 from mpanet_jax.model import NUM_IDS, Model, load
@@ -161,6 +162,12 @@ def source_of_model(model: str | Path, images: str | os.PathLike, *, split: str 
             return None
 
     return Source(Path(images).resolve().name, embeddings_of(listed, features, skipped), photo, network)
+
+
+def source_of_features(query: Embeddings, gallery: Embeddings, protocol: Protocol) -> Source:
+    """Two sets of embeddings of any framework; no images."""
+    both = join_embeddings([check_embeddings(query), check_embeddings(gallery)])
+    return Source(query.source, both, lambda path: None, tests=[lambda: Test(query, gallery, protocol)])
 
 
 def rank_run(source: Source, *, setting: str | None = None, **options: Any) -> Ranking:

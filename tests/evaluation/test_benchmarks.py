@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 
-from benchmarks.evaluation import benchmark_rerank, benchmark_top_k, random_embeddings
+from benchmarks.evaluation import benchmark_rerank, random_embeddings
 from benchmarks.evaluation import test_set_counts as counts_of_test_set
+from benchmarks.search import benchmark_search
 from tests.evaluation import cases
 from tests.evaluation.by_name import evaluate_embeddings
 
@@ -27,9 +29,11 @@ def test_counts_of_a_permutation_file(tmp_path):
     assert metrics["sysu/all/single"]["rank1"] == 100
 
 
-def test_top_k_benchmark_leaves_nothing_behind(tmp_path):
-    result = benchmark_top_k(tmp_path, num_gallery=300, num_query=3, dimension=4, k=5)
-    assert result["num_gallery"] == 300
+@pytest.mark.parametrize("on_device", [False, True])
+def test_search_benchmark_leaves_nothing_behind(tmp_path, on_device):
+    result = benchmark_search(tmp_path, num_gallery=300, num_query=3, dimension=64, k=5, on_device=on_device)
+    assert result["num_gallery"] == 300 and result["source_is_nearest"] == 1
+    assert ("upload_seconds" in result) is on_device
     assert not list(tmp_path.iterdir())
 
 

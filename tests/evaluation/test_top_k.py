@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.top_k import top_k
+from mpanet_jax.evaluation.top_k import top_k, upload
 
 
 def brute(query, gallery, k, metric):
@@ -35,10 +35,14 @@ def test_equals_brute_force(metric, number, k, block, kind):
     if kind == "zeros":
         gallery[generator.random(number) < 0.5] = 0
         query[0] = 0
-    indices, distances = top_k(query, gallery, k, metric, block)
-    for row, (order, expected) in enumerate(brute(query, gallery, k, metric)):
-        assert indices[row].tolist() == order
-        np.testing.assert_allclose(distances[row], expected, rtol=1e-9, atol=1e-12)
+    expected = brute(query, gallery, k, metric)
+    found = [top_k(query, gallery, k, metric, block)]
+    if metric == "cosine":
+        found.append(top_k(query, gallery, k, metric, block, uploaded=upload(gallery, block)))
+    for indices, distances in found:
+        for row, (order, exact) in enumerate(expected):
+            assert indices[row].tolist() == order
+            np.testing.assert_allclose(distances[row], exact, rtol=1e-9, atol=1e-12)
 
 
 def test_memory_mapped_gallery_and_bad_input(tmp_path):
@@ -52,5 +56,9 @@ def test_memory_mapped_gallery_and_bad_input(tmp_path):
     gallery[70, 1] = np.nan
     with pytest.raises(UserError, match="gallery row 70"):
         top_k(query, gallery, 5, "cosine", 16)
+    with pytest.raises(UserError, match="gallery row 70"):
+        top_k(query, gallery, 5, "cosine", 16, uploaded=upload(gallery, 16))
+    with pytest.raises(ValueError, match="uploaded"):
+        top_k(query, gallery, 5, "euclidean", 16, uploaded=[])
     with pytest.raises(ValueError, match="metric"):
         top_k(query, gallery, 5, "manhattan")

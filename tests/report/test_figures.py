@@ -43,7 +43,7 @@ def check_legible(figure, paths):
     assert float(root.get("width").removesuffix("pt")) == pytest.approx(85 / 25.4 * 72, rel=1e-3)
     texts = [text for text in figure.findobj(lambda a: hasattr(a, "get_fontsize")) if text.get_text()]
     assert texts and min(text.get_fontsize() for text in texts) >= 6
-    sizes = re.findall(r"font: (?:[\w ]+ )?([\d.]+)px", svg.read_text())
+    sizes = re.findall(r"font-size: ([\d.]+)px", svg.read_text())
     assert sizes and min(map(float, sizes)) >= 6  # matplotlib's user unit is a point
 
 

@@ -1,0 +1,319 @@
+"""From a similarity to a probability that two images show the same person, for pairs of either kind.
+
+log-odds = slope · similarity + intercept + log(prior / (1 − prior)): logistic regression in which the pairs of the same
+person and those of different people weigh the same in sum (prior ½), so that any prior can be put in afterwards.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import expit, logit
+
+from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.errors import ArgumentError, UserError, first_line
+from mpanet_jax.evaluation.verification import (
+    FALSE_POSITIVE_RATES,
+    KINDS,
+    Pairs,
+    area_under,
+    equal_error_rate,
+    kind_of,
+    make_curve,
+    make_pairs,
+    split_identities,
+    true_positive_rate_at,
+)
+from mpanet_jax.files import write_whole
+from mpanet_jax.protocol import Protocol
+
+CALIBRATION_FILE = "calibration.json"
+FORMAT = {"format": "mpanet_jax calibration", "version": 1}
+NUM_BINS = 10  # of the reliability diagram
+CURVE_POINTS = 100
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """log-odds of 'same person' at prior ½ = slope · similarity + intercept."""
+
+    slope: float
+    intercept: float
+
+    def probability(self, similarity: Any, prior: float) -> Any:
+        """The probability of 'same person' where a share `prior` of all pairs is so."""
+        return expit(self.slope * np.asarray(similarity, np.float64) + self.intercept + logit(prior))
+
+
+def fit_logistic(pairs: Pairs) -> Logistic:
+    """The line of log-odds with the smallest cross-entropy, both sorts of pairs weighing ½ (Newton's method).
+
+    The targets are Platt's (1999): (n + 1)/(n + 2) for n pairs of the same person and 1/(m + 2) for m others instead of
+    1 and 0, so that there is a solution where a threshold separates them without a fault.
+    """
+    count = {sort: int(np.count_nonzero(pairs.same == sort)) for sort in (True, False)}
+    target = np.where(pairs.same, (count[True] + 1) / (count[True] + 2), 1 / (count[False] + 2))
+    weight = 0.5 / np.where(pairs.same, count[True], count[False])
+    similarity = pairs.similarity.astype(np.float64)
+    centre, scale = similarity.mean(), similarity.std() or 1.0
+    x = (similarity - centre) / scale
+
+    def loss(line: np.ndarray) -> float:
+        z = line[0] * x + line[1]
+        return float(weight @ (np.logaddexp(0, z) - target * z))
+
+    line = np.zeros(2)
+    for _ in range(100):
+        p = expit(line[0] * x + line[1])
+        slope, curvature = weight * (p - target), weight * p * (1 - p)
+        gradient = np.array([slope @ x, slope.sum()])
+        mixed = curvature @ x
+        hessian = np.array([[curvature @ x**2, mixed], [mixed, curvature.sum()]]) + 1e-12 * np.eye(2)
+        step, before, length = np.linalg.solve(hessian, gradient), loss(line), 1.0
+        while loss(line - length * step) > before and length > 1e-6:
+            length /= 2
+        line = line - length * step
+        if np.abs(length * step).max() < 1e-10:
+            break
+    return Logistic(float(line[0] / scale), float(line[1] - line[0] * centre / scale))
+
+
+def figures(pairs: Pairs, line: Logistic, prior: float) -> dict[str, Any]:
+    """How well similarity and probability tell pairs apart that the calibration has not seen.
+
+    Returns:
+      'pairs' of either sort; 'auc'; 'eer'; 'tpr_at_fpr', None where it cannot be told; 'roc', some points of the curve;
+      'reliability', for each range of probabilities the mean probability and the share of the same person, at `prior`;
+      'calibration_error', the mean of their absolute differences, weighted by how frequent the ranges are.
+    """
+    curve = make_curve(pairs)
+    number = len(curve.thresholds)
+    ends = np.geomspace(1 / curve.false_positives[-1], 1, CURVE_POINTS)
+    points = np.unique(np.searchsorted(curve.false_positive_rate, ends, side="right").clip(1, number) - 1)
+    bins, error = _reliability(pairs, line, prior)
+    return {
+        "pairs": _counts(pairs),
+        "auc": area_under(curve),
+        "eer": equal_error_rate(curve),
+        "tpr_at_fpr": {f"{rate:g}": true_positive_rate_at(curve, rate) for rate in FALSE_POSITIVE_RATES},
+        "roc": [
+            {"threshold": float(curve.thresholds[i]) if i else None, "fpr": float(fpr), "tpr": float(tpr)}
+            for i, fpr, tpr in zip(
+                points, curve.false_positive_rate[points], curve.true_positive_rate[points], strict=True
+            )
+        ],
+        "reliability": bins,
+        "calibration_error": error,
+    }
+
+
+def _counts(pairs: Pairs) -> dict[str, Any]:
+    same = int(np.count_nonzero(pairs.same))
+    return {"same": same, "different": len(pairs.same) - same, "share_of_different": pairs.share}
+
+
+def _reliability(pairs: Pairs, line: Logistic, prior: float) -> tuple[list[dict[str, Any]], float]:
+    """The diagram's numbers; a pair weighs what its sort does at `prior`, whatever the numbers of pairs."""
+    probability = line.probability(pairs.similarity, prior)
+    same = pairs.same
+    weight = np.where(same, prior / np.count_nonzero(same), (1 - prior) / np.count_nonzero(~same))
+    place = np.minimum((probability * NUM_BINS).astype(int), NUM_BINS - 1)
+    total, mean, share = (
+        np.bincount(place, weight * value, NUM_BINS) for value in (np.ones(len(same)), probability, same)
+    )
+    bins = [
+        {
+            "from": i / NUM_BINS,
+            "to": (i + 1) / NUM_BINS,
+            "weight": float(total[i]),
+            "probability": float(mean[i] / total[i]),
+            "same": float(share[i] / total[i]),
+            "pairs": int(np.count_nonzero(place == i)),
+        }
+        for i in np.flatnonzero(total).tolist()
+    ]
+    return bins, float(np.abs(mean - share).sum())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted calibration, as calibration.json holds it.
+
+    Attributes:
+      model, fingerprint: of the model whose similarities they are.
+      data: the images that it was fitted and tested on.
+      prior: the share of pairs of the same person that is assumed unless another is said.
+      seed: of the split of the identities.
+      identities: {'calibration', 'test'}: how many.
+      kinds: {kind: {'slope', 'intercept', 'pairs', 'test': of `figures`}}, of the kinds of which there are pairs.
+    """
+
+    model: str
+    fingerprint: str
+    data: str
+    prior: float
+    seed: int
+    identities: Mapping[str, int]
+    kinds: Mapping[str, Any]
+
+    def logistic(self, kind: str) -> Logistic | None:
+        """The line of a kind of pairs, where it was fitted."""
+        values = self.kinds.get(kind)
+        return None if values is None else Logistic(values["slope"], values["intercept"])
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes it as JSON, whole or not at all."""
+        with write_whole(path) as file:
+            file.write(json.dumps({**FORMAT, **asdict(self)}, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Calibration":
+        """Reads what `write` wrote.
+
+        Raises:
+          UserError: it is not there, or no calibration.
+        """
+        try:
+            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            if {name: tree.pop(name, None) for name in FORMAT} != FORMAT:
+                raise ValueError(f"it does not say {FORMAT}")
+            calibration = cls(**tree)
+            check_prior(calibration.prior)
+            for kind in calibration.kinds:
+                line = calibration.logistic(kind)
+                if line is None or not np.isfinite([line.slope, line.intercept]).all():
+                    raise ValueError(f"{kind} has no finite slope and intercept")
+            return calibration
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
+            reason = error.strerror if isinstance(error, OSError) else first_line(error)
+            raise UserError(f"{path}: not a calibration ({reason}); make one with scripts/calibrate.py") from error
+
+
+def check_prior(prior: float) -> None:
+    """Raises `ArgumentError` for a prior that is no probability strictly between 0 and 1."""
+    if isinstance(prior, bool) or not isinstance(prior, int | float) or not 0 < prior < 1:
+        raise ArgumentError("prior", f"= {prior!r}: expected a number between 0 and 1, such as 0.5")
+
+
+def calibrate(
+    embeddings: Embeddings,
+    *,
+    model: str,
+    fingerprint: str,
+    data: str,
+    protocol: Protocol | None = None,
+    prior: float = 0.5,
+    seed: int = 0,
+) -> Calibration:
+    """Fit on the pairs of one half of the identities, and report on those of the other.
+
+    Args:
+      embeddings: images of known identity and modality.
+      model, fingerprint: of the model that made them.
+      data: what they are images of.
+      protocol: of the data set; it says which images are of one place. None: those of one camera.
+      prior: that is assumed unless another is said.
+      seed: of the split of the identities.
+
+    Raises:
+      UserError: too few identities, or no kind of pairs of which either half has pairs of both sorts.
+      ArgumentError: `prior` is no probability.
+    """
+    check_prior(prior)
+    places = np.asarray((protocol or Protocol()).places(embeddings))
+    halves = split_identities(embeddings.pids, seed)
+    parts = [(embeddings.take(half), places[half]) for half in halves]
+    kinds: dict[str, Any] = {}
+    for kind in KINDS:
+        fitted, tested = (make_pairs(*part, kind, seed=seed) if len(part[0]) else None for part in parts)
+        if fitted is None or tested is None or any(not p.same.any() or p.same.all() for p in (fitted, tested)):
+            continue
+        line = fit_logistic(fitted)
+        kinds[kind] = {**asdict(line), "pairs": _counts(fitted), "test": figures(tested, line, prior)}
+    counts = [len(np.unique(part.pids)) for part, _ in parts]
+    if not kinds:
+        raise UserError(
+            f"{data}: in neither kind of pairs, {' or '.join(KINDS)}, do both halves of the {sum(counts)} identities "
+            "have pairs of the same person and of different people, from different cameras"
+        )
+    identities = dict(zip(("calibration", "test"), counts, strict=True))
+    return Calibration(model, fingerprint, data, float(prior), seed, identities, kinds)
+
+
+def calibration_path(source: str | os.PathLike) -> Path:
+    """Where the calibration of a model lies: in its folder, or beside its file."""
+    path = Path(source)
+    return path / CALIBRATION_FILE if path.is_dir() else path.with_name(f"{path.name}.{CALIBRATION_FILE}")
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """What is said of two images.
+
+    Attributes:
+      similarity: the cosine of their embeddings, −1 to 1.
+      probability: that they show the same person, at `prior`; None without a calibration for such a pair.
+      prior: the share of pairs of the same person that was assumed; None without a probability.
+      kind: 'cross_modality' or 'same_modality'; None where a modality is not known.
+      note: why there is no probability; '' where there is one.
+    """
+
+    similarity: float
+    probability: float | None
+    prior: float | None
+    kind: str | None
+    note: str
+
+
+def score_pair(
+    rows: np.ndarray,
+    modality: np.ndarray,
+    *,
+    fingerprint: str,
+    source: str,
+    calibration: Calibration | str | os.PathLike | None,
+    prior: float | None,
+) -> PairScore:
+    """What two embeddings say.
+
+    Args:
+      rows: float[2, D].
+      modality: int[2].
+      fingerprint, source: of their model.
+      calibration: of it, or its file; None: that which lies with the model, if there is one.
+      prior: None: the calibration's.
+
+    Raises:
+      UserError: a calibration that cannot be read, or of another model.
+      ArgumentError: `prior` is no probability.
+    """
+    if prior is not None:
+        check_prior(prior)
+    first, second = (row / (np.linalg.norm(row) or 1) for row in np.asarray(rows, np.float64))
+    similarity, kind = float(np.clip(first @ second, -1, 1)), kind_of(*map(int, modality))
+    path = calibration_path(source)
+    if calibration is None and path.is_file():
+        calibration = path
+    if calibration is None:
+        note = f"no calibration, {path} is not there: only the similarity; scripts/calibrate.py makes one"
+        return PairScore(similarity, None, None, kind, note)
+    name = "calibration" if isinstance(calibration, Calibration) else os.fspath(calibration)
+    found = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
+    if found.fingerprint != fingerprint:
+        raise UserError(
+            f"{name}: is the calibration of another model, {found.model}, not of {source}; make one with "
+            "scripts/calibrate.py, or name another"
+        )
+    if kind is None:
+        note = f"say the modality of both images: the calibration differs between pairs, {' and '.join(found.kinds)}"
+        return PairScore(similarity, None, None, kind, note)
+    line = found.logistic(kind)
+    if line is None:
+        note = f"the calibration has no {kind} pairs, only {', '.join(found.kinds)}: only the similarity"
+        return PairScore(similarity, None, None, kind, note)
+    prior = found.prior if prior is None else prior
+    return PairScore(similarity, float(line.probability(similarity, prior)), prior, kind, "")
