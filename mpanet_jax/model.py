@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float32
 
 from mpanet_jax.errors import ArgumentError, UserError
+from mpanet_jax.evaluation.calibration import Calibration, PairScore, score_pair
 from mpanet_jax.evaluation.extract import Embed, make_embed, whole_variables
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images, rows_of_images
 from mpanet_jax.methods import make_method
@@ -179,6 +181,38 @@ class Model:
         shape = self._row_shape(self.method.pattern_maps)
         blocks, _ = self._rows(self._maps, images, modality, None, "raise")
         return np.concatenate([np.zeros((0, *shape), np.float32), *blocks])
+
+    def compare(
+        self,
+        a: GivenImage,
+        b: GivenImage,
+        *,
+        modality: Modality | None = None,
+        prior: float | None = None,
+        calibration: Calibration | str | os.PathLike | None = None,
+    ) -> PairScore:
+        """Whether two images show the same person: the similarity, and with a calibration a probability.
+
+        Args:
+          a, b: each as one of `embed`.
+          modality: of both images, or a pair. A calibration differs between pairs of one modality and of two, so there
+            is no probability without it.
+          prior: the share of pairs of the same person that is assumed; None: the calibration's.
+          calibration: of this model, or its file; None: calibration.json in the model's folder, or beside its file, if
+            it is there (scripts/calibrate.py writes it).
+
+        Raises:
+          UserError: an image or the calibration cannot be read, or the calibration is of another model.
+          ArgumentError: as `embed`, or `prior` is no probability.
+        """
+        return score_pair(
+            self.embed([a, b], modality=modality),
+            modality_numbers(modality, 2),
+            fingerprint=self.fingerprint,
+            source=self.source,
+            calibration=calibration,
+            prior=prior,
+        )
 
     @cached_property
     def _embed(self) -> Embed:

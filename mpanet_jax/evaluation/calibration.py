@@ -18,6 +18,7 @@ from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import ArgumentError, UserError, first_line
 from mpanet_jax.evaluation.verification import (
     FALSE_POSITIVE_RATES,
+    FEWEST_FALSE,
     KINDS,
     Pairs,
     area_under,
@@ -242,6 +243,29 @@ def calibrate(
         )
     identities = dict(zip(("calibration", "test"), counts, strict=True))
     return Calibration(model, fingerprint, data, float(prior), seed, identities, kinds)
+
+
+def format_calibration(calibration: Calibration) -> str:
+    """A table of the figures, one line a kind of pairs."""
+    head = ("pairs", "same", "different", "AUC", "EER", *(f"TPR at FPR {rate:g}" for rate in FALSE_POSITIVE_RATES))
+    lines = [(*head, "calibration error")]
+    for kind, values in calibration.kinds.items():
+        test = values["test"]
+        rates = ["cannot be told" if r is None else f"{100 * r:.2f}" for r in test["tpr_at_fpr"].values()]
+        counts = [f"{test['pairs'][sort]:,}" for sort in ("same", "different")]
+        shares = [f"{100 * test[name]:.2f}" for name in ("auc", "eer")]
+        lines.append((kind, *counts, *shares, *rates, f"{100 * test['calibration_error']:.2f}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
+    identities = calibration.identities
+    return "\n".join(
+        [
+            f"{calibration.data} · fitted on pairs of {identities['calibration']} identities, tested on those of "
+            f"{identities['test']} others (seed {calibration.seed}) · prior {calibration.prior:g} · percent",
+            *table,
+            f"cannot be told: fewer than {FEWEST_FALSE} of the pairs of different people may be accepted at that rate",
+        ]
+    )
 
 
 def calibration_path(source: str | os.PathLike) -> Path:

@@ -4,7 +4,7 @@ Two images of one place (`Protocol.places`: the camera, in SYSU-MM01 the room) a
 the same background, often in the same second, is what no protocol of this field asks for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.metrics import l2_normalize
 from mpanet_jax.modality import UNKNOWN
+from mpanet_jax.protocol import check_pair
 
 CROSS, SAME = "cross_modality", "same_modality"
 KINDS = (CROSS, SAME)
@@ -36,6 +37,22 @@ class Pairs:
     similarity: Float32[np.ndarray, " n"]
     same: Bool[np.ndarray, " n"]
     share: float = 1.0
+
+
+def join_embeddings(sets: Sequence[Embeddings]) -> Embeddings:
+    """Several sets as one; an image whose path is in several of them is taken once.
+
+    Raises:
+      UserError: vectors of different lengths, or an identity that is not known.
+    """
+    for embeddings in sets:
+        check_pair(sets[0], embeddings)
+    columns = ("features", "pids", "camids", "paths", "modality")
+    joined = Embeddings(
+        *(np.concatenate([getattr(each, name) for each in sets]) for name in columns),
+        source=", ".join(each.source for each in sets),
+    )
+    return joined.take(np.sort(np.unique(joined.paths, return_index=True)[1]))
 
 
 def kind_of(first: int, second: int) -> str | None:

@@ -18,6 +18,7 @@ from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.extract import Embed, embed_of, extract_embeddings, track_batches
 from mpanet_jax.methods import make_method
 from mpanet_jax.processes import gather_shares, is_first_process, share_of_process
+from mpanet_jax.protocol import Protocol
 from mpanet_jax.run_files import load_settings
 from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, replace
 from mpanet_jax.weights.convert import initial_variables
@@ -53,9 +54,7 @@ def evaluate_set(
 
     `on_embeddings` is told the embeddings of all images of the tests, each once.
     """
-    # One pass: an image may be in several tests.
-    rows = np.unique(np.concatenate([part for test in tested.evaluations for part in (test.query, test.gallery)]))
-    embeddings = embed_rows(tested.split, rows, embed, settings.data, settings.eval.batch_size)
+    rows, embeddings = _embed_set(settings, tested, embed)
     if on_embeddings is not None:
         on_embeddings(embeddings)
     results = {}
@@ -72,6 +71,26 @@ def evaluate_set(
             on_device=jax.default_backend() != "cpu",
         )
     return {name: {**values, "flip": True} for name, values in results.items()} if settings.eval.flip else results
+
+
+def _embed_set(settings: Settings, tested: EvaluationSet, embed: Embed) -> tuple[np.ndarray, Embeddings]:
+    """The rows of all images that are in some test, each once, and their embeddings."""
+    rows = np.unique(np.concatenate([part for test in tested.evaluations for part in (test.query, test.gallery)]))
+    return rows, embed_rows(tested.split, rows, embed, settings.data, settings.eval.batch_size)
+
+
+def embed_test_set(
+    settings: Settings, variables: Variables, workdir: str | Path, *, data_dir: str | None = None
+) -> tuple[Embeddings, Protocol, str]:
+    """The embeddings of all images of a run's test, the protocol, and what the data set is called.
+
+    Raises:
+      UserError: the data set is not there; the message names the fix.
+    """
+    settings = _with_data(settings, workdir, data_dir)
+    tested = datasets.open_evaluation(settings.dataset)
+    _, embeddings = _embed_set(settings, tested, embed_of(make_method(settings), variables, workdir))
+    return embeddings, tested.evaluations[0].protocol, tested.title
 
 
 def evaluate_workdir(
@@ -134,6 +153,23 @@ def open_run(
                 "own split, or on another data set"
             )
         settings = dataclasses.replace(settings, dataset=dataset)
+    settings = _with_data(settings, workdir, data_dir, may_prepare=dataset is not None)
+    method = make_method(settings)
+    if checkpoint == "untrained":
+        step, variables = 0, initial_variables(method, num_ids=1)
+    else:
+        step, variables = load_model(workdir, checkpoint)
+    tested = datasets.open_evaluation(settings.dataset)
+    other = {} if dataset is None else {"dataset": tested.title, "trained_on": trained_on}
+    return OpenRun(settings, variables, tested, {**other, "checkpoint": checkpoint, "step": step})
+
+
+def _with_data(settings: Settings, workdir: str | Path, data_dir: str | None, *, may_prepare: bool = False) -> Settings:
+    """The settings with the data set in `data_dir`, if that is given.
+
+    Raises:
+      UserError: it is not there, nor can be prepared; or it would be prepared in a new folder, without `may_prepare`.
+    """
     if data_dir is not None:
         settings = replace(settings, {"dataset.data_dir": data_dir, "dataset.source": ""})
     source = settings.dataset.source
@@ -143,16 +179,9 @@ def open_run(
             f"{workdir}: data set {title} is not prepared in {folder}; name the folder in which it is with --data_dir, "
             "or prepare it with scripts/prepare_data.py"
         )
-    if data_dir is None and dataset is None:
-        _check_place_of_data(settings, workdir)
-    method = make_method(settings)
-    if checkpoint == "untrained":
-        step, variables = 0, initial_variables(method, num_ids=1)
-    else:
-        step, variables = load_model(workdir, checkpoint)
-    tested = datasets.open_evaluation(settings.dataset)
-    other = {} if dataset is None else {"dataset": tested.title, "trained_on": trained_on}
-    return OpenRun(settings, variables, tested, {**other, "checkpoint": checkpoint, "step": step})
+    if data_dir is None and not may_prepare:
+        _check_place_of_data(settings, Path(workdir))
+    return settings
 
 
 def _check_place_of_data(settings: Settings, workdir: Path) -> None:

@@ -1,0 +1,119 @@
+"""search.py, verify.py and calibrate.py as they are called, with a trained model and drawn people."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mpanet_jax.embeddings import Embeddings, save_embeddings
+from mpanet_jax.evaluation.calibration import Calibration
+from tests.trained import person, save_trained, trained_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / f"{script}.py", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, a gallery of eight people in visible light with one broken file, and infrared queries."""
+    place = tmp_path_factory.mktemp("use")
+    save_trained(place / "model.safetensors")
+    for pid in range(8):
+        (place / f"gallery/{pid}").mkdir(parents=True)
+        for number in range(2):
+            Image.fromarray(person(pid, number, 0, (40, 80))).save(place / f"gallery/{pid}/{number}.png")
+        Image.fromarray(person(pid, 5, 1, (40, 80))).save(place / f"query{pid}.png")
+    (place / "gallery/broken.jpg").write_bytes(b"\xff\xd8 cut")
+    return place
+
+
+def test_search_ranks_the_gallery(place):
+    model, queries = place / "model.safetensors", [place / "query0.png", place / "query1.png"]
+    arguments = [f"--model={model}", f"--gallery={place / 'gallery'}", "--query", *queries, "--top=3"]
+    done = run("search", *arguments, f"--out={place / 'results.json'}")
+    assert done.returncode == 1 and "broken.jpg" in done.stderr  # an image was left out
+    tree = json.loads((place / "results.json").read_text())
+    assert tree["fingerprint"] == trained_model().fingerprint
+    assert [query["path"] for query in tree["queries"]] == list(map(str, queries))
+    gallery = sorted((place / "gallery").rglob("*.png"))
+    similarity = trained_model().embed(queries) @ trained_model().embed(gallery).T
+    for row, query in zip(similarity, tree["queries"], strict=True):
+        expected = [gallery[i].relative_to(place / "gallery").as_posix() for i in np.argsort(-row)[:3]]
+        assert [match["path"] for match in query["matches"]] == expected
+        assert all(match["path"] in done.stdout for match in query["matches"])
+        assert f"{query['matches'][0]['distance']:.4f}" in done.stdout
+    assert "16 images, 16 of them" in done.stdout
+    again = run("search", *arguments)
+    assert "16 images, 0 of them" in again.stdout and again.stdout.splitlines()[1:] == done.stdout.splitlines()[1:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--out=results.txt"], "--out"),
+        (["--top=0"], "--top"),
+        (["--gallery=nowhere"], "nowhere"),
+        (["--model=nowhere"], "nowhere"),
+    ],
+)
+def test_search_names_bad_input(place, arguments, named):
+    given = [
+        f"--model={place / 'model.safetensors'}",
+        f"--gallery={place / 'gallery'}",
+        "--query",
+        place / "query0.png",
+    ]
+    done = run("search", *given, *arguments)
+    assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_verify_before_and_after_a_calibration(place):
+    model, pair = place / "model.safetensors", [place / "query0.png", place / "gallery/0/0.png"]
+    a, b = trained_model().embed(pair)
+    before = run("verify", f"--model={model}", *pair)
+    assert before.returncode == 0 and f"similarity {a @ b:.4f}" in before.stdout and "no probability" in before.stdout
+
+    files, pids = [], np.repeat(np.arange(30, 42), 4)
+    images = [person(int(pid), n % 4, n % 2) for n, pid in enumerate(pids)]
+    features, numbers = trained_model().embed(images, normalize=False), np.arange(len(pids)) % 2
+    for part, rows in (("query", numbers == 1), ("gallery", numbers == 0)):
+        paths = np.array([f"{part}{n}" for n in np.flatnonzero(rows)])
+        files.append(place / f"{part}.npz")
+        # Two cameras a modality, so that there are pairs of one modality too.
+        camids = 1 + numbers[rows] + 2 * (np.arange(rows.sum()) % 2)
+        save_embeddings(files[-1], Embeddings(features[rows], pids[rows], camids, paths, numbers[rows]))
+    done = run("calibrate", f"--model={model}", "--features", *files, "--prior=0.2")
+    assert done.returncode == 0, done.stderr
+    assert "cross_modality" in done.stdout and "same_modality" in done.stdout and "cannot be told" in done.stdout
+    path = place / "model.safetensors.calibration.json"
+    calibration = Calibration.read(path)
+    assert (calibration.prior, calibration.fingerprint) == (0.2, trained_model().fingerprint)
+
+    after = run("verify", f"--model={model}", *pair, "--modality=infrared,visible")
+    expected = calibration.logistic("cross_modality").probability(float(a @ b), 0.2)
+    assert f"probability {expected:.4g}"[:16] in after.stdout and "prior 0.2" in after.stdout
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "another"}))
+    refused = run("verify", f"--model={model}", *pair, "--modality=visible")
+    assert refused.returncode == 2 and "another model" in refused.stderr
+    path.unlink()
+
+
+def test_compare_is_what_embed_says(place):
+    a, b = person(0, 0, 0), person(0, 1, 1)
+    found = trained_model().compare(a, b, modality=["visible", "infrared"])
+    rows = trained_model().embed([a, b])
+    assert abs(found.similarity - rows[0] @ rows[1]) < 1e-6
+    assert found.probability is None and found.kind == "cross_modality"
