@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.report.figures import BLUE, COLOURS, DASHES, VERMILION, new_figure, save
+from mpanet_jax.report.figures import BLUE, COLOURS, DASHES, VERMILION, new_figure, plain_numbers, save
 from mpanet_jax.report.logs import Series, read_scalars
 
 # Of train/…: what is no loss.
@@ -51,6 +51,9 @@ def draw_curves(workdir: str | Path, folder: str | os.PathLike) -> list[Path]:
             steps, values = scalars["train/learning_rate"]
             middle.plot(steps / per_epoch, values, color="black", gid="train/learning_rate")
         middle.set(ylabel="learning rate", yscale="log")
+        for panel in (top, middle):
+            if panel.get_yscale() == "log":
+                plain_numbers(panel.yaxis)
         for figure_name, label, colour, marker, dash in (
             ("rank1", "Rank-1", BLUE, "o", "-"),
             ("mAP", "mAP", VERMILION, "^", "--"),

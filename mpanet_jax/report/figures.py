@@ -62,6 +62,14 @@ def new_figure(height_mm: float, *, width_mm: float = WIDTH_MM) -> Iterator[Any]
         yield Figure(figsize=(width_mm / 25.4, height_mm / 25.4), layout="constrained", dpi=DOTS_PER_INCH)
 
 
+def plain_numbers(axis: Any) -> None:
+    """Ticks of a logarithmic axis as 0.01, not as a power of ten, whose exponent is small print."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def save(figure: Any, folder: str | os.PathLike, name: str) -> list[Path]:
     """Write `name`.png and `name`.svg into the folder, each whole or not at all, and return their paths."""
     written = []

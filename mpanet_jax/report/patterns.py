@@ -70,7 +70,7 @@ def draw_patterns(
             camera = source.images.camids[row]
             where = f"{MODALITY_NAMES[int(source.modality[row])]}" + (f", camera {camera}" if camera >= 0 else "")
             axes[line, 0].set_ylabel(f"{source.name_of(row)}\n{where}", fontsize=6, labelpad=2)
-        what = "Pattern maps $M_k$" if plain else "Grad-CAM of $M_k ⊙ F$"
+        what = "Pattern maps M" if plain else "Grad-CAM of M ⊙ F"
         figure.suptitle(f"{what}, from the least value (blue) to the greatest (yellow)")
         return save(figure, folder, "patterns_plain" if plain else "patterns")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from mpanet_jax.embeddings import check_embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.verification import CROSS, SAME, area_under, equal_error_rate, make_curve, make_pairs
-from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, save
+from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, plain_numbers, save
 from mpanet_jax.report.sources import Source
 
 LABELS = {CROSS: "cross-modality", SAME: "within one modality"}
@@ -47,5 +47,6 @@ def draw_roc(source: Source, folder: str | os.PathLike, *, seed: int = 0) -> lis
         panel.plot([lowest, 1], [lowest, 1], color="#777777", linewidth=0.6, linestyle=":", gid="chance")
         panel.set(xscale="log", xlim=(max(lowest, 1e-5), 1), ylim=(0, 1.01))
         panel.set(xlabel="false positive rate", ylabel="true positive rate")
+        plain_numbers(panel.xaxis)
         figure.legend(loc="outside upper left")
         return save(figure, folder, "roc")

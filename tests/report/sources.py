@@ -25,9 +25,12 @@ def model(**fields):
     method = MPANet(replace(MPANetSettings(), FIELDS | fields))
     variables = initial_variables(method, num_ids=1)
     generator = np.random.default_rng(0)
-    statistics = jax.tree.map(
-        lambda leaf: np.asarray(generator.uniform(0.5, 1.5, leaf.shape), np.float32), variables["batch_stats"]
-    )
+
+    def statistic(path, leaf):
+        low, high = (-0.1, 0.1) if path[-1].key == "mean" else (0.5, 1.5)
+        return np.asarray(generator.uniform(low, high, leaf.shape), np.float32)
+
+    statistics = jax.tree_util.tree_map_with_path(statistic, variables["batch_stats"])
     return Model(method.settings, variables | {"batch_stats": statistics}, "tests")
 
 

@@ -81,7 +81,10 @@ def test_patterns_have_a_row_an_image_and_a_column_a_pattern(drawn, tmp_path):
 
 
 def test_tsne_has_a_panel_a_source_and_a_marker_an_image(drawn, tmp_path):
-    people = source(num_ids=5, each=4)
+    generator = np.random.default_rng(0)
+    pids, modality = np.arange(40) % 5, np.arange(40) // 5 % 2
+    features = (generator.normal(size=(5, 8))[pids] + generator.normal(size=(40, 8))).astype(np.float32)
+    people = known(features, pids, modality)
     options = {"num_identities": 3, "seed": 1, "titles": ["untrained", "trained"]}
     paths = draw_tsne([people, people], tmp_path, **options)
     check_legible(drawn[0], paths)
@@ -90,7 +93,7 @@ def test_tsne_has_a_panel_a_source_and_a_marker_an_image(drawn, tmp_path):
     groups = {node.get("id"): node for node in ElementTree.parse(paths[1]).iter(f"{SVG}g") if node.get("id")}
     for pid in pids:
         for modality in ("visible", "infrared"):
-            marks = [node for node in groups[f"{modality} person {pid}"].iter(f"{SVG}use")]
+            marks = [node for node in groups[f"{modality} {pid}"].iter(f"{SVG}use")]
             assert len(marks) == 4
     left, right = drawn[0].axes[:2]
     for one, other in zip(left.collections[:6], right.collections[:6], strict=True):

@@ -1,5 +1,7 @@
 """Grad-CAM against its formula in NumPy, from the network's arrays alone."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,10 +17,9 @@ def sigmoid(x):
 
 def by_hand(network, images, targets):
     """Eq. 4 to 6, the neck, the score and its gradient, in float64, from F and the parameters of PAM and the neck."""
-    pixels = normalize(np.stack([np.asarray(image) for image in images]), np.float32)
-    _, state = network.network.apply(
-        network.variables, pixels, train=False, mutable=["intermediates"], capture_intermediates=True
-    )
+    pixels = normalize(jnp.asarray(np.stack([np.asarray(image) for image in images])), np.float32)
+    options = {"train": False, "mutable": ["intermediates"], "capture_intermediates": True}
+    _, state = jax.jit(lambda variables: network.network.apply(variables, pixels, **options))(network.variables)
     feature_map = np.asarray(state["intermediates"]["mam4"]["__call__"][0], np.float64)
     batch, height, width, channels = feature_map.shape
     flat = feature_map.reshape(batch, height * width, channels)
