@@ -5,9 +5,9 @@ so that the cost is bounded whatever the data set is.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -21,7 +21,6 @@ from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog
 from mpanet_jax.modality import INFRARED, VISIBLE
 from mpanet_jax.state import random_keys
-from mpanet_jax.weights.names import number_of_ids
 
 NUM_BATCH = 16  # images of the augmented batch
 NUM_PEOPLE = 4  # people whose pattern maps are shown, a visible and an infrared image of each
@@ -116,10 +115,7 @@ class LogPictures:
         self._key = random_keys(seed)[1]
         self._people = drawn_people(watched, seed)
         self._views = jax.jit(lambda key, images, known: method.views(key, images, known, 0)[0])
-        self._maps = jax.jit(lambda variables, *rows: method.pattern_maps(self._network(variables), variables, *rows))
-
-    def _network(self, variables: Any) -> nn.Module:
-        return self._method.build(number_of_ids(variables, self._method.names()))
+        self._maps = jax.jit(partial(method.pattern_maps, method.build(train_split.num_ids)))
 
     def write(self, step: int, variables: Any, embeddings: Embeddings) -> None:
         """Writes the pictures after `step` steps.

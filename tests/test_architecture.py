@@ -48,7 +48,7 @@ ALLOWED = {
         *("embeddings", "protocol", "modality", "files", "progress", "log_pictures", "models"),
     },
     "log_pictures": {
-        *("data", "datasets", "embeddings", "errors", "methods", "metric_log", "modality", "state", "weights"),
+        *("data", "datasets", "embeddings", "errors", "methods", "metric_log", "modality", "state"),
     },
     "export": {"model", "methods", "datasets", "settings", "modality", "errors", "files"},
     "model": {"evaluation", "methods", "weights", "modality", "settings", "errors"},

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import numpy as np
+
 from mpanet_jax.embeddings import check_embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.verification import CROSS, SAME, area_under, equal_error_rate, make_curve, make_pairs
@@ -44,7 +46,8 @@ def draw_roc(source: Source, folder: str | os.PathLike, *, seed: int = 0) -> lis
             text = f"{LABELS[kind]}: EER {100 * equal_error_rate(curve):.1f} %, area {area_under(curve):.3f}"
             panel.step(false[kept], true[kept], where="post", color=colour, linestyle=dash, label=text, gid=kind)
             lowest = min(lowest, 1 / curve.false_positives[-1])
-        panel.plot([lowest, 1], [lowest, 1], color="#777777", linewidth=0.6, linestyle=":", gid="chance")
+        chance = np.geomspace(lowest, 1, 100)  # no straight line on a logarithmic axis
+        panel.plot(chance, chance, color="#777777", linewidth=0.6, linestyle=":", gid="chance")
         panel.set(xscale="log", xlim=(max(lowest, 1e-5), 1), ylim=(0, 1.01))
         panel.set(xlabel="false positive rate", ylabel="true positive rate")
         plain_numbers(panel.xaxis)

@@ -32,7 +32,7 @@ def test_a_page_of_any_framework_s_embeddings(tmp_path):
     common = ("retrieval", "--features", tmp_path / "query.npz", tmp_path / "gallery.npz", "--protocol=own")
     done = run_script(*common, f"--images={tmp_path}/images", f"--out={tmp_path}/report.html")
     assert done.returncode == 0, done.stderr
-    assert "8 queries" in done.stdout and "images have a placeholder" in done.stderr
+    assert "12 queries, 20 images" in done.stdout and "images have a placeholder" in done.stderr
     text = (tmp_path / "report.html").read_text()
     assert "own/" in text and WICKED not in text
     refused = run_script(*common, f"--out={tmp_path}/other.html")
