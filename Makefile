@@ -1,4 +1,4 @@
-# make demo  - install, draw the synthetic data set, train, evaluate
+# make demo  - install, draw the synthetic data set, train, evaluate, write the retrieval page
 # make test  - install, lint, all tests
 # make test-fast - the quick tests, for the inner loop
 # make docs  - the site, into build/site
@@ -27,17 +27,20 @@ FAST := $(addprefix tests/,test_architecture.py test_repository.py test_settings
 	evaluation/test_rerank.py evaluation/test_top_k.py models/test_layers.py methods/test_mpanet.py)
 
 INSTALLED := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
+REPORT_INSTALLED := $(VENV)/.installed-report
 TEST_INSTALLED := $(VENV)/.installed-test
 
 .PHONY: demo test test-fast docs wheel test-kill test-fuzz lint format lock clean
 
-demo: $(INSTALLED) $(WORKDIR)/raw
+demo: $(REPORT_INSTALLED) $(WORKDIR)/raw
 	$(BIN)/python scripts/train.py --config=configs/synthetic.py --workdir=$(WORKDIR) \
 		--config.dataset.source=$(WORKDIR)/raw --config.dataset.data_dir=$(WORKDIR)/data
 	@echo "== the network before its first step =="
 	$(BIN)/python scripts/evaluate.py --workdir=$(WORKDIR) --checkpoint=untrained
 	@echo "== restored from $(WORKDIR)/checkpoints =="
 	$(BIN)/python scripts/evaluate.py --workdir=$(WORKDIR)
+	@echo "== each query with its first images: open $(WORKDIR)/report.html in a browser =="
+	$(BIN)/python scripts/visualize.py retrieval --workdir=$(WORKDIR)
 
 # The folder appears only when it is complete, so it is its own stamp; it is drawn once.
 $(WORKDIR)/raw: | $(INSTALLED)
@@ -88,6 +91,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(if $(EXTRA),$(BIN)/python -m pip install --quiet -c requirements.lock "jax[$(EXTRA)]")
 	$(if $(JAX),$(BIN)/python -m pip install --quiet --upgrade "$(JAX)")
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+# The extra `report`, in the versions that are tested.
+$(REPORT_INSTALLED): $(INSTALLED) requirements-test.lock
+	$(BIN)/python -m pip install --quiet -c requirements-test.lock jinja2 matplotlib scikit-learn
 	touch $@
 
 $(TEST_INSTALLED): $(INSTALLED) requirements-test.lock

@@ -20,6 +20,7 @@ from mpanet_jax.evaluation.best import keep_best
 from mpanet_jax.evaluation.evaluate import write_metrics
 from mpanet_jax.evaluation.extract import Embed, make_embed
 from mpanet_jax.evaluation.workdir import evaluate_set, of_checkpoint
+from mpanet_jax.log_pictures import LogPictures
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog, MetricReader
@@ -169,15 +170,19 @@ def _train(
     state = parallel.replicate(initial_state(method, variables, steps_per_epoch))
     run_steps, make_embedder = programs.of(method, train_split.num_ids, steps_per_epoch, parallel)
 
-    def evaluate(step: int, state: TrainState, tested: datasets.EvaluationSet) -> dict[str, dict[str, Any]]:
-        embed = make_embedder(on_first_device({"params": state.params, "batch_stats": state.batch_stats}))
+    def evaluate(
+        step: int, state: TrainState, tested: datasets.EvaluationSet, pictures: LogPictures | None = None
+    ) -> dict[str, dict[str, Any]]:
+        variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})
+        embed = make_embedder(variables)
 
         def embed_unless_stopped(images: Any, modality: Any = None) -> Any:
             if stop.interrupts_work_of_one():
                 raise stop.stopped(SAVED.format(step))
             return embed(images, modality)
 
-        results = evaluate_set(settings, tested, embed_unless_stopped)
+        shows = None if pictures is None else partial(pictures.write, step, variables)
+        results = evaluate_set(settings, tested, embed_unless_stopped, on_embeddings=shows)
         wait_for_all_processes("the end of an evaluation")
         return results
 
@@ -216,8 +221,10 @@ def _train(
                     raise finite.error(step, "the weights are not finite any more", {})
                 checkpoints.save(step, state, feed.batches)
 
+            pictures = LogPictures(log, method, train_split, feed.rows, watched.split) if is_first_process() else None
+
             def watch(step: int) -> dict[str, dict[str, Any]]:
-                results = evaluate(step, state, watched)
+                results = evaluate(step, state, watched, pictures)
                 log.evaluation(step, results)
                 keep_best(workdir, settings.eval.best, step, results, state, feed.batches, validation=validation)
                 return results

@@ -1,4 +1,4 @@
-"""Metrics: read while the device works on, to TensorBoard, and to the terminal with a bar and the time left."""
+"""Metrics: read while the device works on, to TensorBoard, and to the terminal beside the bar."""
 
 import sys
 import time
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import numpy as np
 
 from mpanet_jax.nonfinite import FiniteCheck
+from mpanet_jax.progress import Bar
 
 
 def _summary_writer() -> Any:
@@ -31,42 +31,34 @@ def _summary_writer() -> Any:
 
 
 class MetricLog:
-    """Writes scalars under `workdir/logs` and draws the bar; a context manager. Silent where `active` is False."""
+    """Writes scalars and pictures under `workdir/logs` and shows the bar; a context manager.
+
+    Silent where `active` is False.
+    """
 
     def __init__(self, workdir: Path, total_steps: int, first_step: int, *, active: bool = True):
         self._active = active
+        self._bar = Bar("training", total_steps, unit="steps", done=first_step, active=active)
+        self._done = first_step
         if not active:
             return
         # Points after the checkpoint that a killed run left behind are dropped, so that curves have no double parts:
         # from the step on that is named here.
         self._writer = _summary_writer()(str(workdir / "logs"), purge_step=first_step + 1)
-        self._bar = Progress(
-            TextColumn("train"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self._task = self._bar.add_task("train", total=total_steps, completed=first_step, status="compiling")
 
     def __enter__(self) -> "MetricLog":
-        if self._active:
-            self._bar.start()
+        self._bar.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
         if self._active:
-            self._bar.stop()
             self._writer.close()
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step` done steps."""
-        if self._active:
-            self._bar.update(self._task, completed=step)
+        self._done = step
+        self._bar.update(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes `values` under their names at `step`."""
@@ -74,21 +66,28 @@ class MetricLog:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Writes an image uint8[h, w, 3] at `step`."""
+        if self._active:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """Writes how often the values come, in 64 bins, at `step`; nothing where there are none."""
+        if self._active and len(values):
+            self._writer.add_histogram(name, values, step, bins=64)  # pyright: ignore[reportArgumentType]: an int may be
+
     def status(self, text: str) -> None:
-        """Shows `text` on the bar, or prints it as a line where the output is no terminal."""
-        if not self._active:
-            return
-        if self._bar.disable:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self._bar.update(self._task, status=text)
+        """Shows `text` beside the bar, or in the next of its lines."""
+        self._bar.update(self._done, note=text)
 
     def evaluation(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Writes an evaluation's figures, and shows those of the protocol's first setting."""
         for setting, values in results.items():
             self.scalars(step, {f"eval/{setting}/{name}": values[name] for name in ("rank1", "mAP", "mINP")})
         setting, values = next(iter(results.items()))
-        self.status(f"step {step} {setting}: Rank-1 {values['rank1']:.1f} % mAP {values['mAP']:.1f} %")
+        if self._active:
+            text = f"step {step} {setting}: Rank-1 {values['rank1']:.1f} % mAP {values['mAP']:.1f} %"
+            print(text, file=sys.stderr, flush=True)  # above the bar, where there is one
 
 
 def time_when_ready(array: Any) -> float:
@@ -162,5 +161,5 @@ class MetricReader:
         speed = "" if rate is None else f" {rate:.0f} images/s"
         skipped = f" skipped {values['skipped']:.0f}" if values.get("skipped") else ""
         self._log.status(
-            f"step {step} epoch {epoch:.1f} loss {values['loss']:.3f} accuracy {values['accuracy']:.2f}{speed}{skipped}"
+            f"epoch {epoch:.1f} loss {values['loss']:.3f} accuracy {values['accuracy']:.2f}{speed}{skipped}"
         )

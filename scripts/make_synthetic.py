@@ -10,10 +10,10 @@ import os
 import time
 
 from absl import flags
-from rich.progress import Progress
 
 from mpanet_jax.datasets.synthetic import write_contact_sheet, write_dataset
 from mpanet_jax.errors import UserError, run_script
+from mpanet_jax.progress import Bar
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("layout", "sysu_mm01", ["sysu_mm01", "regdb", "llcm"], "The data set whose layout is written.")
@@ -38,8 +38,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--out: expected the folder to make; for example --out data/raw/synthetic")
     if FLAGS.out:
         begin = time.perf_counter()
-        with Progress(transient=True) as bar:
-            task = bar.add_task("drawing", total=None)
+        with Bar("drawing", None) as bar:
             count = write_dataset(
                 FLAGS.layout,
                 FLAGS.out,
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> None:
                 scale=FLAGS.scale,
                 permutation=FLAGS.perm,
                 workers=FLAGS.workers,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=lambda done, total: bar.update(done, total=total),
             )
         seconds = time.perf_counter() - begin
         print(f"{FLAGS.out}: {count:,} images in the layout of {FLAGS.layout}, {count / seconds:,.0f} images/s")

@@ -14,9 +14,10 @@ import sys
 from absl import flags
 
 from mpanet_jax import datasets
-from mpanet_jax.datasets import DATASETS, is_prepared, make_dataset, prepare, prepared_dir, progress_bar
+from mpanet_jax.datasets import DATASETS, is_prepared, make_dataset, prepare, prepared_dir
 from mpanet_jax.datasets.verify import format_counts, verify
 from mpanet_jax.errors import ArgumentError, SettingsError, UserError, run_script
+from mpanet_jax.progress import track
 from mpanet_jax.settings import DatasetSettings
 
 _DATASET = flags.DEFINE_enum("dataset", None, list(DATASETS), "Which data set.", required=True)
@@ -47,7 +48,7 @@ def _prepare_all() -> int:
             print(f"already prepared: {prepared_dir(variant)} (delete it to build it again)")
     if not variants:
         return 0
-    found = verify([make_dataset(variant) for variant in variants], _SOURCE.value, track=progress_bar)
+    found = verify([make_dataset(variant) for variant in variants], _SOURCE.value, track=track)
     for title, images in found.images.items():
         print(f"\n{title}\n{format_counts(images)}")
     print()
@@ -60,7 +61,7 @@ def _prepare_all() -> int:
         return 2
     print(f"{_SOURCE.value}: no faults")
     for variant in [] if _CHECK.value else variants:
-        print("prepared:", prepare(variant, verify=False, track=progress_bar))
+        print("prepared:", prepare(variant, verify=False, track=track))
     return 0
 
 

@@ -11,6 +11,7 @@ SOURCES = ("mpanet_jax", "configs", "scripts", "benchmarks", "ablations", "tests
 ALLOWED = {
     "errors": {"lost_process"},
     "cpus": set(),
+    "progress": set(),
     "compilation": set(),
     "call_plan": set(),
     "losses": set(),
@@ -25,11 +26,11 @@ ALLOWED = {
     "embeddings": {"errors", "files", "memory", "modality"},
     "protocol": {"embeddings", "errors", "modality"},
     "nonfinite": {"errors", "files"},
-    "metric_log": {"nonfinite"},
+    "metric_log": {"nonfinite", "progress"},
     "lost_process": set(),
     "processes": {"errors", "lost_process"},
-    "datasets": {"errors", "settings", "embeddings", "protocol", "modality", "files"},
-    "data": {"datasets", "modality", "settings", "processes", "errors", "cpus", "memory", "files"},
+    "datasets": {"errors", "settings", "embeddings", "protocol", "modality", "files", "progress"},
+    "data": {"datasets", "modality", "settings", "processes", "errors", "cpus", "memory", "files", "progress"},
     "parallel": {"state", "errors", "processes"},
     "checksums": {"files"},
     "checkpoint": {"state", "checksums", "processes", "errors"},
@@ -41,7 +42,14 @@ ALLOWED = {
     "weights": {"methods", "models", "run_files", "checkpoint", "settings", "state", "errors", "files"},
     "evaluation": {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),
-        *("parallel", "processes", "embeddings", "protocol", "modality", "files"),
+        *("parallel", "processes", "embeddings", "protocol", "modality", "files", "progress"),
+    },
+    "report": {
+        *("model", "evaluation", "datasets", "data", "methods", "run_files", "settings", "errors", "cpus", "state"),
+        *("embeddings", "protocol", "modality", "files", "progress", "log_pictures", "models"),
+    },
+    "log_pictures": {
+        *("data", "datasets", "embeddings", "errors", "methods", "metric_log", "modality", "state"),
     },
     "export": {"model", "methods", "datasets", "settings", "modality", "errors", "files"},
     "model_card": {"datasets", "evaluation", "settings"},

@@ -16,7 +16,7 @@ from mpanet_jax.metric_log import MetricLog
 
 with MetricLog(Path(sys.argv[1]), total_steps=10, first_step=0) as log:
     log.scalars(5, {"train/loss": 1.5})
-    log.status("step 5")
+    log.status("loss 1.5")
 assert "torch" not in sys.modules
 import torch
 assert torch.ones(2).sum() == 2
@@ -36,7 +36,7 @@ def test_scalars_are_written_without_importing_pytorch(tmp_path):
     root = Path(__file__).parent.parent
     process = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=root, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert "step 5" in process.stderr
+    assert not process.stderr  # a bar's line comes after a minute
     (path,) = (tmp_path / "logs").iterdir()
     scalars = [
         (event.step, value.tag, value.simple_value) for event in read_events(path) for value in event.summary.value

@@ -38,6 +38,7 @@ from mpanet_jax.step import train_steps
 from mpanet_jax.workdir_lock import locked_workdir
 from tests.datasets.by_name import prepare
 from tests.limits import HANGS_AFTER
+from tests.test_metric_log import read_events
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,6 +108,14 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(settings, tmp_path):
 
 def test_second_run_in_a_workdir_is_refused_and_evaluation_is_not(settings, tmp_path):
     train(settings, tmp_path / "run")
+    # What TensorBoard shows of the evaluation at the end.
+    (log,) = (tmp_path / "run/logs").iterdir()
+    values = {value.tag: value for event in read_events(log) for value in event.summary.value}
+    batch, maps = values["batch_after_augmentation"].image, values["pattern_maps"].image
+    data = settings.data
+    assert batch.width == data.images_per_id * (data.width + 2) - 2
+    assert (maps.width, maps.height) == (7 * (data.width + 2) - 2, 8 * (data.height + 2) - 2)
+    assert values["distance/one_identity"].histo.num > 0 and values["distance/two_identities"].histo.num > 0
     before = sorted(path for path in (tmp_path / "run").rglob("*"))
     with locked_workdir(tmp_path / "run"):
         with pytest.raises(UserError, match=f"{tmp_path}/run: .* trains there"):
@@ -225,11 +234,11 @@ def test_run_that_is_asked_to_stop_loses_nothing(settings, tmp_path, monkeypatch
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
     begun, evaluated = [], []
 
-    def evaluate(settings, tested, embed):
+    def evaluate(settings, tested, embed, **options):
         begun.append(tested)
         if when == "during an evaluation" and len(begun) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        evaluated.append(evaluate_set(settings, tested, embed))
+        evaluated.append(evaluate_set(settings, tested, embed, **options))
         return evaluated[-1]
 
     def on_steps(step, _):

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.cache_check import write_sums
@@ -23,6 +22,7 @@ from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import SettingsError
 from mpanet_jax.memory import free_ram
 from mpanet_jax.processes import gather, is_first_process
+from mpanet_jax.progress import track
 from mpanet_jax.settings import DataSettings
 
 CACHE_MODES = ("device", "host", "none")
@@ -154,12 +154,10 @@ def _fill(images: np.ndarray, split: Split, data: DataSettings) -> None:
         images[i] = pixels_of(split, i, data)
 
     started = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     pool = ThreadPoolExecutor(decoding_threads())
     try:
-        with Progress(*columns, transient=True) as progress:
-            for _ in progress.track(pool.map(one, range(len(split))), len(split), description=f"resize {split.name}"):
-                pass
+        for _ in track(pool.map(one, range(len(split))), f"resizing {split.name}", len(split)):
+            pass
     finally:
         pool.shutdown(cancel_futures=True)
     rate = len(split) / (time.perf_counter() - started)

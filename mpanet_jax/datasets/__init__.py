@@ -3,7 +3,6 @@
 `prepare` builds a data set from its raw folder, `open_split` and `open_evaluation` open what training and tests read.
 """
 
-from mpanet_jax.datasets.builder import progress_bar
 from mpanet_jax.datasets.prepared import (
     EvaluationSet,
     is_prepared,
@@ -43,7 +42,6 @@ __all__ = [
     "own_fields",
     "prepare",
     "prepared_dir",
-    "progress_bar",
     "record_of_path",
     "settings_of",
 ]

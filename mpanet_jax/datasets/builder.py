@@ -16,8 +16,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from rich.console import Console
-from rich.progress import track
 
 from mpanet_jax.datasets.dataset import SPLITS, Dataset
 from mpanet_jax.datasets.raw import raise_fault, read_encoded
@@ -28,18 +26,13 @@ from mpanet_jax.datasets.tfds_workarounds import LocalInfo, SilentDownloads
 IMAGES_PER_SHARD = 2048  # tfds holds one shard's images in memory while it writes it
 VERSION = "1.0.0"
 
-Track = Callable[[Iterable, str, int], Iterable]  # a progress bar: (items, description, total) -> the same items
+Track = Callable[[Iterable, str, int], Iterable]  # (items, description, total) → the same items; see `progress.track`
 
 
 def no_progress(items: Iterable, description: str, total: int) -> Iterable:
     """The `Track` that shows nothing."""
     del description, total
     return items
-
-
-def progress_bar(items: Iterable, description: str, total: int) -> Iterable:
-    """The `Track` that draws a bar on stderr."""
-    return track(items, description, total, console=Console(stderr=True))
 
 
 class RawDatasetBuilder(SilentDownloads, tfds.core.ShardBasedBuilder, skip_registration=True):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mpanet_jax.datasets.builder import VERSION, RawDatasetBuilder, Track, builder_class, no_progress, progress_bar
+from mpanet_jax.datasets.builder import VERSION, RawDatasetBuilder, Track, builder_class, no_progress
 from mpanet_jax.datasets.dataset import SPLITS, Dataset, Evaluation
 from mpanet_jax.datasets.registry import make_dataset
 from mpanet_jax.datasets.schema import Split
@@ -24,6 +24,7 @@ from mpanet_jax.datasets.verify import require_sound
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import SettingsError, UserError, first_line
 from mpanet_jax.files import write_whole
+from mpanet_jax.progress import track as progress_bar
 from mpanet_jax.settings import DatasetSettings
 
 # In a prepared folder: the raw folder that it was made from.

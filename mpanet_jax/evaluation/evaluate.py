@@ -25,6 +25,7 @@ from mpanet_jax.evaluation.metrics import (
 )
 from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
 from mpanet_jax.files import write_whole
+from mpanet_jax.progress import Bar, track
 from mpanet_jax.protocol import Comparison, Protocol, check_pair
 
 _CHUNK = 2**25  # distances held at once: 128 MiB of float32
@@ -164,10 +165,27 @@ def _score_plain(comparison: Comparison, metric: str, on_device: bool) -> list[l
 
 def _score_reranked(comparison: Comparison, metric: str, on_device: bool) -> list[list[QueryScores]]:
     """As `_score_plain`, with each trial's gallery re-ranked by itself: neighbours are its images and all queries."""
+    distances = reranked_distances(comparison, metric, on_device=on_device)
+
+    def score_trial(images: np.ndarray) -> QueryScores:
+        return _score(comparison, distances(images), [[images]])[0][0]
+
+    galleries = [images for setting in comparison.settings for images in setting.galleries]
+    scores = track(map(score_trial, galleries), "re-ranking", len(galleries), unit="galleries")
+    return [[next(scores) for _ in setting.galleries] for setting in comparison.settings]
+
+
+def reranked_distances(
+    comparison: Comparison, metric: str, *, on_device: bool = False
+) -> Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+    """Gallery rows int[g] of a trial → (query rows int[r] → re-ranked distances float32[r, gallery]).
+
+    They are infinite to images that are not in the trial's gallery.
+    """
     query, gallery = comparison.query, comparison.gallery
     everything = squared_distances(np.concatenate([query.features, gallery.features]), metric, on_device=on_device)
 
-    def score_trial(images: np.ndarray) -> QueryScores:
+    def of_trial(images: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         reranked = k_reciprocal(
             everything.take(np.concatenate([np.arange(len(query)), len(query) + images])), len(query)
         )
@@ -177,9 +195,9 @@ def _score_reranked(comparison: Comparison, metric: str, on_device: bool) -> lis
             distance[:, images] = reranked(rows)
             return distance
 
-        return _score(comparison, distances, [[images]])[0][0]
+        return distances
 
-    return [[score_trial(images) for images in setting.galleries] for setting in comparison.settings]
+    return of_trial
 
 
 def _score(
@@ -190,12 +208,18 @@ def _score(
     num_query, num_gallery = len(comparison.query), len(comparison.gallery)
     chunk, block_rows = max(1, _CHUNK // num_gallery), max(1, _BLOCK // num_gallery)
     parts = []
-    with ThreadPoolExecutor(available_cpus()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool, Bar("ranking", num_query, unit="queries") as bar:
         for start in range(0, num_query, chunk):
             rows = np.arange(start, min(start + chunk, num_query))
             distance = distances(rows)
             blocks = np.array_split(np.arange(len(rows)), -(-len(rows) // block_rows))
-            parts.extend(pool.map(lambda block: score(rows[block], distance[block], galleries), blocks))  # noqa: B023
+            for block, part in zip(
+                blocks,
+                pool.map(lambda block: score(rows[block], distance[block], galleries), blocks),  # noqa: B023
+                strict=True,
+            ):
+                parts.append(part)
+                bar.advance(len(block))
     return [
         [_concatenate([part[setting][trial] for part in parts]) for trial in range(len(trials))]
         for setting, trials in enumerate(galleries)

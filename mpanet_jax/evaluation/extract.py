@@ -14,6 +14,7 @@ from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.parallel import local_devices
+from mpanet_jax.progress import track
 from mpanet_jax.weights.convert import template_of
 from mpanet_jax.weights.names import Variables, number_of_ids
 
@@ -95,6 +96,11 @@ def results_of(function: Embed, batches: Iterable[Batch]) -> Iterator[tuple[Batc
         waiting = (batch, result)
     if waiting is not None:
         yield waiting[0], np.asarray(waiting[1], np.float32)[waiting[0]["mask"]]
+
+
+def track_batches(batches: Iterable[Batch], total: int, *, active: bool = True) -> Iterator[Batch]:
+    """Eval batches of `total` images, with a bar that counts those; `active` as of `progress.Bar`."""
+    return track(batches, "embedding", total, size=lambda batch: int(batch["mask"].sum()), active=active)
 
 
 def extract_embeddings(

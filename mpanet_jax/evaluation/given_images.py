@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mpanet_jax.data.decode import read_image_file, resized, resized_pixels, to_rgb
 from mpanet_jax.data.pipeline import eval_batches
 from mpanet_jax.errors import ArgumentError, UserError
-from mpanet_jax.evaluation.extract import Embed, results_of
+from mpanet_jax.evaluation.extract import Embed, results_of, track_batches
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.settings import DataSettings
 
@@ -132,16 +130,9 @@ def rows_of_images(
     num_devices = jax.local_device_count()
     size = -(-min(batch_size, 1 << (len(images) - 1).bit_length()) // num_devices) * num_devices
     batches = eval_batches(rows, pixels, data, size, on_fault)
-    return [rows for _, rows in results_of(function, _with_bar(batches, -(-len(images) // size), size))], skipped
+    return [rows for _, rows in results_of(function, track_batches(batches, len(images)))], skipped
 
 
 def _name(image: GivenImage, place: int) -> str:
     file = getattr(image, "filename", "") if isinstance(image, Image.Image) else image
     return os.fspath(file) if isinstance(file, str | os.PathLike) and file else f"images[{place}]"
-
-
-def _with_bar(batches: Iterable[Any], total: int, size: int) -> Iterable[Any]:
-    console = Console(stderr=True)
-    columns = (TextColumn("batches of {task.fields[rows]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield from bar.track(batches, task_id=bar.add_task("", total=total, rows=size))

@@ -25,6 +25,7 @@ from mpanet_jax.evaluation.metrics import (
     scale_to_one,
     squared_norms,
 )
+from mpanet_jax.progress import Bar, track
 
 Sparse = Any  # a csr_array or csc_array; type checkers do not see what comes out of their products
 
@@ -168,7 +169,7 @@ def _nearest(distances: Distances, number: int) -> tuple[Int[np.ndarray, "n k"],
     largest = np.empty(total, np.float32)
     nearest = np.empty((total, min(number, total)), np.int32)
     chunk, block_rows = max(1, _CHUNK // total), min(256, max(1, _BLOCK // total))
-    with ThreadPoolExecutor(available_cpus()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool, Bar("nearest neighbours", total) as bar:
         for start in range(0, total, chunk):
             rows = np.arange(start, min(start + chunk, total))
             distance = distances.block(rows)
@@ -179,6 +180,7 @@ def _nearest(distances: Distances, number: int) -> tuple[Int[np.ndarray, "n k"],
                 nearest[rows[block]] = rank_gallery(_divided(distance[block], largest[rows[block]]), number)
 
             list(pool.map(rank, [slice(first, first + block_rows) for first in range(0, len(rows), block_rows)]))
+            bar.advance(len(rows))
     return nearest, largest
 
 
@@ -207,7 +209,10 @@ def _vectors(distances: Distances, nearest: np.ndarray, largest: np.ndarray, k1:
 
     blocks = [np.arange(s, min(s + _SET_ROWS, len(nearest))) for s in range(0, len(nearest), _SET_ROWS)]
     with ThreadPoolExecutor(available_cpus()) as pool:
-        return sparse.vstack(list(pool.map(expand, blocks)), format="csr")
+        expanded = track(
+            pool.map(expand, blocks), "reciprocal neighbours", len(nearest), size=lambda rows: rows.shape[0]
+        )
+        return sparse.vstack(list(expanded), format="csr")
 
 
 def _sums_of_minima(own: Sparse, columns: Sparse) -> np.ndarray:

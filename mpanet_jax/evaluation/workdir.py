@@ -1,6 +1,7 @@
 """Evaluation of a trained run: restore the model, embed the test images, apply the data set's protocols."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from mpanet_jax.datasets import EvaluationSet, Split
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
-from mpanet_jax.evaluation.extract import Embed, embed_of, extract_embeddings
+from mpanet_jax.evaluation.extract import Embed, embed_of, extract_embeddings, track_batches
 from mpanet_jax.methods import make_method
-from mpanet_jax.processes import gather_shares, share_of_process
+from mpanet_jax.processes import gather_shares, is_first_process, share_of_process
 from mpanet_jax.protocol import Protocol
 from mpanet_jax.run_files import load_settings
 from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, replace
@@ -29,7 +30,9 @@ def embed_rows(split: Split, rows: np.ndarray, embed: Embed, data: DataSettings,
     # Every device gets the same number of rows.
     num_devices = jax.local_device_count()
     batch_size = -(-batch_size // num_devices) * num_devices
-    share = extract_embeddings(embed, split_batches(split, share_of_process(rows), data, batch_size), split.paths)
+    own = share_of_process(rows)
+    batches = track_batches(split_batches(split, own, data, batch_size), len(own), active=is_first_process())
+    share = extract_embeddings(embed, batches, split.paths)
     features = gather_shares(share.features, len(rows), "the embeddings of the test set")
     pid_names = None if split.pid_names is None else split.pid_names[rows]
     return Embeddings(
@@ -45,9 +48,15 @@ def evaluate_set(
     rerank: bool | None = None,
     metric: str | None = None,
     cmc: str | None = None,
+    on_embeddings: Callable[[Embeddings], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The metrics of all tests of a set; None leaves an option at the protocol's (or the settings') choice."""
+    """The metrics of all tests of a set; None leaves an option at the protocol's (or the settings') choice.
+
+    `on_embeddings` is told the embeddings of all images of the tests, each once.
+    """
     rows, embeddings = _embed_set(settings, tested, embed)
+    if on_embeddings is not None:
+        on_embeddings(embeddings)
     results = {}
     for test in tested.evaluations:
         query, gallery = (embeddings.take(np.searchsorted(rows, part)) for part in (test.query, test.gallery))
@@ -109,6 +118,33 @@ def evaluate_workdir(
     Raises:
       UserError: no config.json, no checkpoint, or no data set; the message names the file and the fix.
     """
+    run = open_run(workdir, checkpoint=checkpoint, dataset=dataset, data_dir=data_dir)
+    embed = embed_of(make_method(run.settings), run.variables, workdir)
+    metrics = evaluate_set(run.settings, run.tested, embed, rerank=rerank, metric=metric, cmc=cmc)
+    return {name: {**values, **run.about} for name, values in metrics.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A run that is ready to be tested.
+
+    Attributes:
+      settings: its own, with those of the data set that it is tested on.
+      variables: {params, batch_stats} of the checkpoint.
+      tested: the test set.
+      about: what metrics say beside the figures: 'checkpoint', 'step', and of another data set 'dataset', 'trained_on'.
+    """
+
+    settings: Settings
+    variables: Variables
+    tested: EvaluationSet
+    about: dict[str, Any]
+
+
+def open_run(
+    workdir: Path, *, checkpoint: str = "last", dataset: DatasetSettings | None = None, data_dir: str | None = None
+) -> OpenRun:
+    """The network and the test set of a run; arguments and errors as of `evaluate_workdir`."""
     settings = load_settings(workdir)
     trained_on = datasets.make_dataset(settings.dataset).title
     if dataset is not None:
@@ -126,12 +162,8 @@ def evaluate_workdir(
     else:
         step, variables = load_model(workdir, checkpoint)
     tested = datasets.open_evaluation(settings.dataset)
-    metrics = evaluate_set(
-        settings, tested, embed_of(method, variables, workdir), rerank=rerank, metric=metric, cmc=cmc
-    )
-    if dataset is not None:
-        metrics = {name: {**v, "dataset": tested.title, "trained_on": trained_on} for name, v in metrics.items()}
-    return of_checkpoint(metrics, checkpoint, step)
+    other = {} if dataset is None else {"dataset": tested.title, "trained_on": trained_on}
+    return OpenRun(settings, variables, tested, {**other, "checkpoint": checkpoint, "step": step})
 
 
 def _with_data(settings: Settings, workdir: str | Path, data_dir: str | None, *, may_prepare: bool = False) -> Settings:

@@ -1,0 +1,83 @@
+"""How all figures look, and how they are written: PNG and SVG, 85 mm wide, no text below 6 points."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mpanet_jax.files import write_whole
+from mpanet_jax.report.requirements import require_report
+
+WIDTH_MM = 85  # a column of a paper
+MIN_POINTS = 6
+DOTS_PER_INCH = 300
+
+# Paul Tol's 'muted' scheme and black: ten colours that are told apart with any kind of colour vision.
+COLOURS = (
+    *("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE"),
+    *("#882255", "#44AA99", "#999933", "#AA4499", "#000000"),
+)
+# Okabe and Ito's blue and vermilion, for two things that are held against each other.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # lines differ by more than their colours
+HEAT = "cividis"  # from blue to yellow, made for colour-blind eyes
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 7.0,
+    "axes.titlesize": 7.0,
+    "axes.labelsize": 7.0,
+    "xtick.labelsize": 6.0,
+    "ytick.labelsize": 6.0,
+    "legend.fontsize": 6.0,
+    "figure.titlesize": 7.0,
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "mpanet_jax",  # the same picture gives the same file
+}
+
+
+@contextlib.contextmanager
+def new_figure(height_mm: float, *, width_mm: float = WIDTH_MM) -> Iterator[Any]:
+    """A matplotlib Figure of this size in the common style, on no screen; draw and `save` it inside the block.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    require_report("matplotlib")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        yield Figure(figsize=(width_mm / 25.4, height_mm / 25.4), layout="constrained", dpi=DOTS_PER_INCH)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Ticks of a logarithmic axis as 0.01, not as a power of ten, whose exponent is small print."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save(figure: Any, folder: str | os.PathLike, name: str) -> list[Path]:
+    """Write `name`.png and `name`.svg into the folder, each whole or not at all, and return their paths."""
+    written = []
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
+        path = Path(folder) / f"{name}.{kind}"
+        with write_whole(path, "wb") as file:
+            file.write(buffer.getvalue())
+        written.append(path)
+    return written

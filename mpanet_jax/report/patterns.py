@@ -1,0 +1,80 @@
+"""Figure 3 of the paper: images of some people, and what each pattern attends to in them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mpanet_jax.errors import UserError
+from mpanet_jax.modality import INFRARED, MODALITY_NAMES, VISIBLE
+from mpanet_jax.report.figures import HEAT, WIDTH_MM, new_figure, save
+from mpanet_jax.report.pattern_maps import grad_cam, targets_of
+from mpanet_jax.report.sources import Source
+
+_ASPECT = 2.2  # height over width of a cell
+
+
+def rows_of_people(source: Source, pids: np.ndarray, seed: int) -> np.ndarray:
+    """The images shown: of each identity a visible and then an infrared one, drawn by the seed."""
+    generator, rows = np.random.default_rng(seed), []
+    for pid in pids:
+        for modality in (VISIBLE, INFRARED):
+            candidates = np.flatnonzero((source.images.pids == pid) & (source.modality == modality))
+            if len(candidates):
+                rows.append(generator.choice(candidates))
+    if not rows:
+        raise UserError(f"{source.title}: the people have no images of known modality; name others")
+    return np.array(rows)
+
+
+def draw_patterns(
+    source: Source, pids: np.ndarray, folder: str | os.PathLike, *, seed: int = 0, plain: bool = False
+) -> list[Path]:
+    """Draw patterns.png and .svg (with `plain` patterns_plain): a row for each image, a column for each pattern.
+
+    Args:
+      source: with a network that has PAM.
+      pids: the identities; the visible and the infrared image of each lie in neighbouring rows.
+      folder: where the files go.
+      seed: which of an identity's images are drawn.
+      plain: show M_k itself, not Grad-CAM of M_k ⊙ F (`grad_cam`).
+
+    Raises:
+      UserError: the network makes no pattern maps, an image is not there, or matplotlib is not installed.
+    """
+    rows = rows_of_people(source, pids, seed)
+    paths = [str(path) for path in source.images.paths[rows]]
+    if plain or source.model is None:  # `pattern_maps` says what is wrong without a network
+        maps = source.pattern_maps(paths)
+    else:
+        targets = targets_of(source.images.pids, source.modality, source.images.features, rows)
+        maps = grad_cam(source.model, [source.photo(path) for path in paths], targets)
+    columns = 1 + maps.shape[1]
+    height = 7 + len(rows) * (WIDTH_MM - 6) / columns * _ASPECT
+    with new_figure(height) as figure:
+        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
+        axes = figure.subplots(len(rows), columns, squeeze=False)
+        for line, (row, path) in enumerate(zip(rows, paths, strict=True)):
+            photo = np.asarray(source.photo(path))
+            grey = photo.mean(-1)
+            for column, cell in enumerate(axes[line]):
+                cell.set(xticks=[], yticks=[])
+                cell.spines[:].set_visible(False)
+                extent = (0, 1, _ASPECT, 0)
+                cell.imshow(photo if not column else grey, cmap="gray", extent=extent, aspect="equal", vmin=0, vmax=255)
+                if column:
+                    heat = _to_one(maps[line, column - 1])
+                    cell.imshow(heat, cmap=HEAT, extent=extent, alpha=0.6, interpolation="bilinear", vmin=0, vmax=1)
+                if not line:
+                    cell.set_title("image" if not column else f"{column}", pad=2)
+            camera = source.images.camids[row]
+            where = f"{MODALITY_NAMES[int(source.modality[row])]}" + (f", camera {camera}" if camera >= 0 else "")
+            axes[line, 0].set_ylabel(f"{source.name_of(row)}\n{where}", fontsize=6, labelpad=2)
+        what = "Pattern maps M" if plain else "Grad-CAM of M ⊙ F"
+        figure.suptitle(f"{what}, from the least value (blue) to the greatest (yellow)")
+        return save(figure, folder, "patterns_plain" if plain else "patterns")
+
+
+def _to_one(values: np.ndarray) -> np.ndarray:
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low if high > low else 1)

@@ -1,0 +1,55 @@
+"""How well the similarity of two images tells whether they show one person: the receiver operating characteristic."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mpanet_jax.embeddings import check_embeddings
+from mpanet_jax.errors import UserError
+from mpanet_jax.evaluation.verification import CROSS, SAME, area_under, equal_error_rate, make_curve, make_pairs
+from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, plain_numbers, save
+from mpanet_jax.report.sources import Source
+
+LABELS = {CROSS: "cross-modality", SAME: "within one modality"}
+_MOST_POINTS = 2000  # drawn of a curve
+
+
+def draw_roc(source: Source, folder: str | os.PathLike, *, seed: int = 0) -> list[Path]:
+    """Draw roc.png and .svg: a curve for pairs of two modalities, one for pairs of one, and their equal error rates.
+
+    Two images of one place are no pair (`evaluation/verification.py`).
+
+    Args:
+      source: images of known identity and modality.
+      folder: where the files go.
+      seed: draws from the pairs where there are very many (`make_pairs`).
+
+    Raises:
+      UserError: pairs of one person, or of two, are lacking, or matplotlib is not installed.
+    """
+    images = check_embeddings(source.images)
+    places = source.tests[0]().protocol.places(images) if source.tests else images.camids
+    with new_figure(72) as figure:
+        panel = figure.subplots()
+        lowest = 1.0
+        for kind, colour, dash in ((CROSS, BLUE, "-"), (SAME, VERMILION, "--")):
+            pairs = make_pairs(images, places, kind, seed=seed)
+            if not pairs.same.any() or pairs.same.all():
+                lacking = "one person" if not pairs.same.any() else "two people"
+                raise UserError(f"{source.title}: no pairs of {lacking}, {LABELS[kind]}; expected some of either sort")
+            curve = make_curve(pairs)
+            # A few points at each end of the logarithmic axis, and of the many between every so-many-th.
+            false, true = curve.false_positive_rate, curve.true_positive_rate
+            step = max(1, len(false) // _MOST_POINTS)
+            kept = sorted({*range(0, len(false), step), *range(min(len(false), 500)), len(false) - 1})
+            text = f"{LABELS[kind]}: EER {100 * equal_error_rate(curve):.1f} %, area {area_under(curve):.3f}"
+            panel.step(false[kept], true[kept], where="post", color=colour, linestyle=dash, label=text, gid=kind)
+            lowest = min(lowest, 1 / curve.false_positives[-1])
+        chance = np.geomspace(lowest, 1, 100)  # no straight line on a logarithmic axis
+        panel.plot(chance, chance, color="#777777", linewidth=0.6, linestyle=":", gid="chance")
+        panel.set(xscale="log", xlim=(max(lowest, 1e-5), 1), ylim=(0, 1.01))
+        panel.set(xlabel="false positive rate", ylabel="true positive rate")
+        plain_numbers(panel.xaxis)
+        figure.legend(loc="outside upper left")
+        return save(figure, folder, "roc")

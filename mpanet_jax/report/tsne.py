@@ -1,0 +1,85 @@
+"""Figure 4 of the paper: how the images of ten people lie to each other, by t-SNE."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from mpanet_jax.errors import ArgumentError, UserError
+from mpanet_jax.evaluation.metrics import l2_normalize
+from mpanet_jax.modality import INFRARED, VISIBLE
+from mpanet_jax.report.figures import COLOURS, WIDTH_MM, new_figure, save
+from mpanet_jax.report.people import draw_people, people_with_both
+from mpanet_jax.report.requirements import require_report
+from mpanet_jax.report.sources import Source
+
+MARKERS = {VISIBLE: ("o", "visible"), INFRARED: ("^", "infrared")}
+
+
+def project(features: np.ndarray, *, perplexity: float, seed: int) -> Float[np.ndarray, "n 2"]:
+    """t-SNE of unit embeddings; the start is their first two principal components.
+
+    Raises:
+      UserError: scikit-learn is not installed, or there are no more images than the perplexity.
+    """
+    require_report("sklearn")
+    from sklearn.manifold import TSNE
+
+    if len(features) <= perplexity:
+        raise UserError(f"perplexity = {perplexity:g}: is to be less than the number of images, {len(features)}")
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1)
+    return tsne.fit_transform(l2_normalize(features))
+
+
+def draw_tsne(
+    sources: Sequence[Source],
+    folder: str | os.PathLike,
+    *,
+    titles: Sequence[str] | None = None,
+    num_identities: int = 10,
+    perplexity: float = 30.0,
+    seed: int = 0,
+) -> list[Path]:
+    """Draw tsne.png and .svg: a panel for each source, circles visible and triangles infrared, a colour an identity.
+
+    Args:
+      sources: networks to be held against each other, on the same images.
+      folder: where the files go.
+      titles: of the panels; by default the sources'.
+      num_identities: how many people are drawn by the seed, among those that all sources have in both modalities;
+        at most ten, the colours that can be told apart.
+      perplexity: of t-SNE, the same for all panels; fewer images than three times as many lower it to a third of them.
+      seed: of the people and of t-SNE.
+
+    Raises:
+      UserError: fewer identities than that, or scikit-learn or matplotlib is not installed.
+    """
+    if not 1 <= num_identities <= len(COLOURS):
+        raise ArgumentError("num_identities", f"= {num_identities}: expected 1 to {len(COLOURS)}, one for each colour")
+    candidates = people_with_both(sources[0])
+    for source in sources[1:]:
+        candidates = np.intersect1d(candidates, people_with_both(source))
+    pids = draw_people(candidates, num_identities, seed, sources[0].title)
+    with new_figure(8 + min(62.0, WIDTH_MM / len(sources)) + 8) as figure:
+        axes = figure.subplots(1, len(sources), squeeze=False)[0]
+        for source, panel, title in zip(sources, axes, titles or [s.title for s in sources], strict=True):
+            rows = np.flatnonzero(np.isin(source.images.pids, pids) & (source.modality >= 0))
+            points = project(source.images.features[rows], perplexity=min(perplexity, (len(rows) - 1) / 3), seed=seed)
+            for colour, pid in zip(COLOURS, pids, strict=False):
+                for modality, (marker, word) in MARKERS.items():
+                    chosen = (source.images.pids[rows] == pid) & (source.modality[rows] == modality)
+                    collection = panel.scatter(
+                        *points[chosen].T, s=7, marker=marker, c=colour, linewidths=0.25, edgecolors="white"
+                    )
+                    name = source.name_of(int(np.flatnonzero(source.images.pids == pid)[0]))
+                    collection.set_gid(f"{word} {name}")
+            panel.set(xticks=[], yticks=[], title=title)
+            panel.margins(0.04)
+            panel.spines[:].set_visible(True)
+        handles = [
+            axes[0].scatter([], [], s=9, marker=marker, c="#555555", label=word) for marker, word in MARKERS.values()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, handletextpad=0.1)
+        return save(figure, folder, "tsne")
