@@ -109,8 +109,8 @@ def smaller(words: list[str]) -> list[str]:
 
 def draw_data(root: Path) -> None:
     """SYSU-MM01, RegDB and own images in DIR, of drawn people; lists of the test images, and their permutation."""
-    # Of eight people, data.md's snippet trains on six too: with as many classes, one compiled program does for both.
-    size = {"num_train_ids": 6, "num_test_ids": 2, "images_per_camera": (3, 4), "height": (32, 40)}
+    # Of twenty people data.md's snippet trains on sixteen too: with as many classes, one program does for both.
+    size = {"num_train_ids": 16, "num_test_ids": 4, "images_per_camera": (2, 3), "height": (32, 40)}
     write_dataset("sysu_mm01", root / "SYSU-MM01", **size)
     write_dataset("regdb", root / "RegDB", num_train_ids=3, num_test_ids=3, images_per_camera=(2, 2))
     shutil.copy(root / "SYSU-MM01/exp/rand_perm_cam.mat", root)
@@ -128,6 +128,7 @@ def draw_data(root: Path) -> None:
     (root / "photos").mkdir()
     for number, path in enumerate(lists["gallery.txt"][:6]):
         (root / f"photos/{number}.jpg").symlink_to(root / path)
+    (root / "day.jpg").symlink_to(root / lists["gallery.txt"][0])
     for name, path in zip(("a", "person", "another", "b", "query", "night"), lists["list.txt"], strict=False):
         (root / f"{name}.jpg").symlink_to(root / path)
     (root / "my_cameras").symlink_to(root / "DIR")

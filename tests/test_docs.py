@@ -132,7 +132,7 @@ def test_names_in_the_text_exist(name):
             wrong += [] if found else [f"{line}: --{flag} in `{span}`"]
         for path in re.findall(r"(?<![\w-])config\.([a-z_]+(?:\.\w+)*)", span):
             wrong += [] if path in config_paths() | {"json"} else [f"{line}: config.{path}"]
-        for path in re.findall(r"^((?:data|augment|model|optim|train|eval|loss|mean|dataset)\.\w+)", span):
+        for path in re.findall(r"^((?:data|augment|optim|train|eval|loss|mean|dataset)\.\w+)", span):
             is_field = not path.endswith((".py", ".safetensors"))
             wrong += [f"{line}: {path}"] if is_field and path not in config_paths() else []
         for path in re.findall(r"(?<![\w/.])(\w+(?:/\w+)*/\w+\.(?:py|md|jpg))\b", span):
