@@ -153,7 +153,7 @@ def test_saved_model_takes_its_calibration_along(place, tmp_path):
 
 def test_calibrate_a_run(place, tmp_path):
     convert(place / "model.safetensors", tmp_path / "run", drop_classifiers=True)
-    raw, counts = tmp_path / "raw", {"num_train_ids": 2, "num_test_ids": 8, "images_per_camera": (2, 2)}
+    raw, counts = tmp_path / "raw", {"num_train_ids": 6, "num_test_ids": 8, "images_per_camera": (2, 2)}
     write_dataset("sysu_mm01", raw, height=(48, 56), **counts)
     (tmp_path / "prepared").mkdir()
     data = {"dataset.source": str(raw), "dataset.data_dir": str(tmp_path / "prepared")}
