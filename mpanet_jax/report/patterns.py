@@ -71,7 +71,7 @@ def draw_patterns(
             where = f"{MODALITY_NAMES[int(source.modality[row])]}" + (f", camera {camera}" if camera >= 0 else "")
             axes[line, 0].set_ylabel(f"{source.name_of(row)}\n{where}", fontsize=6, labelpad=2)
         what = "Pattern maps M" if plain else "Grad-CAM of M ⊙ F"
-        figure.suptitle(f"{what}, from the least value (blue) to the greatest (yellow)")
+        figure.suptitle(f"{what}: blue is least, yellow is greatest")
         return save(figure, folder, "patterns_plain" if plain else "patterns")
 
 
