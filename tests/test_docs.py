@@ -21,8 +21,12 @@ pytestmark = pytest.mark.xdist_group("docs")
 PAGES = [str(page.relative_to(ROOT)) for page in pages()]
 # Flags of other programs that the text names.
 FOREIGN_FLAGS = {"shm-size", "signal", "requeue", "strict", "help"}
-# Its snippets are run by tests/test_architecture_page.py, which trains what they add.
-ARCHITECTURE = "docs/architecture.md"
+# What runs them needs more than a folder with the files that they name.
+RUN_ELSEWHERE = {
+    "docs/architecture.md": "tests/test_architecture_page.py",
+    "docs/python.md": "tests/test_python_page.py",
+    "docs/visualize.md": "tests/report",
+}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +165,7 @@ def test_settings_page_has_every_field_with_its_default():
 def to_run(name):
     """The blocks of commands and Python without a mark."""
     found = [block for block in blocks(ROOT / name) if not block.needs and (block.is_python or block.is_commands)]
-    return found if name != ARCHITECTURE else []
+    return found if name not in RUN_ELSEWHERE else []
 
 
 @pytest.mark.parametrize("name", list(filter(to_run, PAGES)))
