@@ -162,7 +162,7 @@ def test_another_network_is_refused_by_the_names_of_both(tmp_path, monkeypatch, 
         start_from(str(tmp_path / f"run{suffix}"), SMALL, random_variables())
     assert str(error.value) == (
         f"init_from: {tmp_path}/run{suffix}: its weights are stored as those of another network, "
-        f"{field} = {other!r} ({value!r} there); set these fields of config as they are there, or name other weights"
+        f"{field} = {other!r} ({value!r} there); set these fields as they are there, or name other weights"
     )
 
 
