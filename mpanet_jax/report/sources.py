@@ -76,7 +76,7 @@ class Source:
           UserError: there is no network, it makes none, or an image is not there.
         """
         if self.model is None:
-            raise UserError(f"{self.title}: pattern maps need a network; name a run with --workdir, or a --model")
+            raise UserError(f"{self.title}: pattern maps need a network; name a run's workdir, or a model")
         row_of = {path: row for row, path in enumerate(self.images.paths.tolist())}
         parts = []
         starts = range(0, len(paths), _AT_ONCE)
