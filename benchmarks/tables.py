@@ -1,6 +1,6 @@
 """Reports of scripts/benchmark.py as tables in Markdown, each under what it was measured on.
 
-python -m benchmarks.tables runs/benchmark/*.json > docs/results/benchmarks.md
+python -m benchmarks.tables runs/benchmark/*.json > benchmarks.md
 """
 
 import json

@@ -20,7 +20,7 @@ from tests.scripts_in_process import Refused, flags_of, folder, run
 pytestmark = pytest.mark.xdist_group("docs")
 PAGES = [str(page.relative_to(ROOT)) for page in pages()]
 # Flags of other programs that the text names.
-FOREIGN_FLAGS = {"shm-size", "signal", "requeue", "strict", "help"}
+FOREIGN_FLAGS = {"shm-size", "signal", "requeue", "strict", "help", "logdir"}
 # What runs them needs more than a folder with the files that they name.
 RUN_ELSEWHERE = {
     "docs/architecture.md": "tests/test_architecture_page.py",

@@ -25,7 +25,7 @@ def draw_people(candidates: np.ndarray, number: int, seed: int, where: str) -> n
     if len(candidates) < number:
         raise UserError(
             f"{where}: has {len(candidates)} identities with visible and infrared images, and {number} are to be "
-            f"shown; ask for fewer with --num_identities={len(candidates)}, or name other images"
+            f"shown; ask for {len(candidates)} at most, or name other images"
         )
     return np.sort(np.random.default_rng(seed).choice(candidates, number, replace=False))
 

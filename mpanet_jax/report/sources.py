@@ -98,7 +98,9 @@ class Source:
         """
         photo = self.photos(path)
         if photo is None:
-            raise UserError(f"{path}: no such image of {self.title}, or not readable; name the folder with --images")
+            raise UserError(
+                f"{path}: no such image of {self.title}, or not readable; say in which folder the images are"
+            )
         return photo
 
 
