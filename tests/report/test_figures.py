@@ -104,7 +104,7 @@ def test_tsne_has_a_panel_a_source_and_a_marker_an_image(drawn, tmp_path):
 
 
 def test_too_few_people_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"has 4 identities .* 10 are .*--num_identities=4"):
+    with pytest.raises(UserError, match=r"has 4 identities .* 10 are .*4 at most"):
         draw_tsne([source()], tmp_path)
     with pytest.raises(ArgumentError, match="person 9"):
         named_people(source(), ["person 1", "person 9"])
