@@ -20,7 +20,7 @@ from jaxtyping import Float32
 
 from mpanet_jax.checkpoint import latest_step
 from mpanet_jax.errors import ArgumentError, UserError, first_line
-from mpanet_jax.evaluation.calibration import CALIBRATION_FILE, Calibration
+from mpanet_jax.evaluation.calibration import Calibration
 from mpanet_jax.evaluation.extract import Embed, make_embed, whole_variables
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images, rows_of_images
 from mpanet_jax.evaluation.pair_score import PairScore, calibration_path, score_pair
@@ -33,7 +33,7 @@ from mpanet_jax.run_files import METRICS_FILES
 from mpanet_jax.settings import Settings, replace, to_dict
 from mpanet_jax.weights.convert import read_weights
 from mpanet_jax.weights.files import METRICS_KEY, read_metadata, write_state_dict
-from mpanet_jax.weights.hub import MODEL_FILE, resolve
+from mpanet_jax.weights.hub import CALIBRATION_FILE, MODEL_FILE, resolve
 from mpanet_jax.weights.names import Variables, to_state_dict
 
 NUM_IDS = 1  # that the classifiers of a model tell apart: they are not used
@@ -67,6 +67,7 @@ class Model:
           UserError: they are of a backbone alone, which has no embedding.
         """
         self.settings, self.source, self.metrics = settings, str(source), metrics
+        self._calibration_path = calibration_path(source)  # now: the current folder may be another one later
         self.method: Method = make_method(settings)
         names = self.method.names()
         flat: dict[tuple[str, ...], Any] = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
@@ -227,6 +228,7 @@ class Model:
             modality_numbers(modality, 2),
             fingerprint=self.fingerprint,
             source=self.source,
+            path=self._calibration_path,
             calibration=calibration,
             prior=prior,
         )
@@ -241,7 +243,8 @@ class Model:
           UserError: the folder is there and is not empty, or the calibration cannot be read.
         """
         with write_whole_folder(folder) as whole:
-            self._write(whole, Path(folder).resolve().name, str(folder))
+            name = Path(folder).resolve().name
+            self._write(whole, name, name)
 
     def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Puts what `save` writes into a repository on Hugging Face, which is made if need be, and returns its address.
@@ -265,7 +268,12 @@ class Model:
             try:
                 api = huggingface_hub.HfApi(token=token)
                 address = api.create_repo(repository, private=private, exist_ok=True)
-                api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model")
+                api.upload_folder(
+                    repo_id=repository,
+                    folder_path=folder,
+                    commit_message="Upload model",
+                    delete_patterns=[CALIBRATION_FILE],  # that of other weights, where these have none
+                )
             except Exception as error:  # no network, no token, no permission: libraries under it raise many types
                 raise UserError(
                     f"{repository}: cannot be pushed to ({type(error).__name__}: {first_line(error)}); give a token "
@@ -287,8 +295,8 @@ class Model:
         )
         with write_whole(folder / "README.md") as file:
             file.write(card)
-        if (path := calibration_path(self.source)).is_file():
-            calibration = Calibration.read(path)
+        if self._calibration_path.is_file():
+            calibration = Calibration.read(self._calibration_path)
             if calibration.fingerprint == self.fingerprint:  # not of weights that have been trained on since
                 dataclasses.replace(calibration, model=name).write(folder / CALIBRATION_FILE)
 

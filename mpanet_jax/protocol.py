@@ -85,6 +85,14 @@ def check_pair(query: Embeddings, gallery: Embeddings) -> None:
                 f"{embeddings.source}: {len(unknown)} of {len(embeddings)} pids are negative (unknown), the first of "
                 f"{embeddings.paths[unknown[0]]}; store every image's identity"
             )
+    named = [e for e in (query, gallery) if e.pid_names is not None]
+    names = {}
+    for pid, name in (pair for e in named for pair in zip(e.pids.tolist(), np.asarray(e.pid_names), strict=False)):
+        if names.setdefault(pid, name) != name:
+            raise UserError(
+                f"{query.source}, {gallery.source}: pid {pid} is both {names[pid]!s} and {name!s}; extract both from "
+                "one images.csv, which numbers its people"
+            )
 
 
 # ---- who may meet whom ----

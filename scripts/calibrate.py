@@ -9,6 +9,7 @@ table; docs/search.md says what is in both. --features are embeddings of --model
 and modality; --protocol says which of them are of one place, by default those of one camera.
 """
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -21,7 +22,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "A training run: embeds the test 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's prepared data, if not where config.dataset.data_dir was.")
 FEATURES = flags.DEFINE_string("features", None, "Or an .npz of embeddings of --model; more of them may follow.")
 MODEL = flags.DEFINE_string("model", None, "Of --features: a file of weights, a folder or a workdir.")
-PROTOCOL = flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "What --features are.")
+PROTOCOL = flags.DEFINE_enum(  # only what places are is asked of it, so those will do that need no file
+    "protocol", None, [name for name, cls in PROTOCOLS.items() if not dataclasses.fields(cls)], "What --features are."
+)
 PRIOR = flags.DEFINE_float("prior", 0.5, "The share of pairs of the same person that is assumed.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the split of the identities.", lower_bound=0)
 OUT = flags.DEFINE_string("out", None, "Where to write; default: calibration.json in the model's folder, or beside it.")
@@ -36,6 +39,8 @@ def main(files: list[str]) -> None:
         raise UserError("--model, --protocol and file names go with --features; a run says its own")
     if OUT.value and Path(OUT.value).suffix != ".json":
         raise UserError(f"--out={OUT.value}: expected the name of a file that ends in .json")
+    if (MODEL.value or "").startswith("hf:") and not OUT.value:
+        raise UserError(f"--model={MODEL.value}: expected --out too; the model's folder is Hugging Face's cache")
     from mpanet_jax.evaluation.calibration import calibrate, check_prior, format_calibration
     from mpanet_jax.evaluation.pair_score import calibration_path
     from mpanet_jax.evaluation.verification import join_embeddings

@@ -114,7 +114,7 @@ def test_foreign_workdir_prepares_no_data_elsewhere(raw, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     run = replace(MPANetSettings(), {"dataset.source": str(raw), "dataset.data_dir": str(elsewhere)})
     save_settings(run, tmp_path / "run")
-    with pytest.raises(UserError, match=f"{tmp_path}/run: its json would prepare data in {elsewhere}.*data_dir"):
+    with pytest.raises(UserError, match=f"{tmp_path}/run: its config.json would prepare data in {elsewhere}.*data_dir"):
         evaluate_workdir(tmp_path / "run")
     assert not elsewhere.exists()
 

@@ -31,7 +31,6 @@ from mpanet_jax.evaluation.verification import (
 from mpanet_jax.files import write_whole
 from mpanet_jax.protocol import Protocol
 
-CALIBRATION_FILE = "calibration.json"
 FORMAT = {"format": "mpanet_jax calibration", "version": 1}
 NUM_BINS = 10  # of the reliability diagram
 CURVE_POINTS = 100

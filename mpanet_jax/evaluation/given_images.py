@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mpanet_jax.data.decode import read_image_file, resized, resized_pixels, to_rgb
+from mpanet_jax.data.decode import BadImageError, read_image_file, resized, resized_pixels, to_rgb
 from mpanet_jax.data.pipeline import eval_batches
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.extract import Embed, results_of, track_batches
@@ -67,7 +67,7 @@ def _checked(image: Any, place: int) -> GivenImage:
     if not hasattr(image, "__array__"):
         raise ArgumentError(f"images[{place}]", f"is a {type(image).__name__}; {EXPECTED}")
     array = np.asarray(image)
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise ArgumentError(
             f"images[{place}]", f"is {array.dtype}{list(array.shape)}; expected uint8[H, W, 3] or [H, W]"
         )
@@ -112,6 +112,10 @@ def rows_of_images(
 
     def pixels(place: int) -> np.ndarray:
         image = images[place]
+        if not isinstance(image, str | os.PathLike) and 0 in (
+            image.size if isinstance(image, Image.Image) else image.shape
+        ):
+            raise BadImageError("has no pixels")
         if isinstance(image, Image.Image):
             with locks[id(image)]:
                 return resized(to_rgb(image), data)

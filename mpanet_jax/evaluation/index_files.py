@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -130,7 +131,8 @@ def write_index(folder: Path, files: IndexFiles, blocks: Iterable[tuple[np.ndarr
             _write_header(file, 0, 0)
             for rows, entries in blocks:
                 dimension = rows.shape[1]
-                np.ascontiguousarray(rows, np.float32).tofile(file)
+                # Not by tofile, whose error on a full disk does not say that it is full.
+                file.write(np.ascontiguousarray(rows, "<f4").tobytes())
                 length += len(rows)
                 for column, values in columns.items():
                     values += entries[column]
@@ -149,8 +151,8 @@ def write_index(folder: Path, files: IndexFiles, blocks: Iterable[tuple[np.ndarr
 
 
 def _remove_rows(folder: Path, but: str) -> None:
-    for file in folder.glob(_ROWS.format("*")):
-        if file.name != but:
+    for file in folder.iterdir():
+        if re.fullmatch(_ROWS.format("[0-9a-f]{32}"), file.name) and file.name != but:  # the folder may hold others
             file.unlink()
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.calibration import CALIBRATION_FILE, Calibration, check_prior
+from mpanet_jax.evaluation.calibration import Calibration, check_prior
 from mpanet_jax.evaluation.verification import kind_of
+from mpanet_jax.weights.hub import CALIBRATION_FILE, MODEL_FILE, resolve
 
 
 def calibration_path(source: str | os.PathLike) -> Path:
-    """Where the calibration of a model lies: in its folder, or beside its file."""
-    path = Path(source)
-    return path / CALIBRATION_FILE if path.is_dir() else path.with_name(f"{path.name}.{CALIBRATION_FILE}")
+    """Where the calibration of a model lies: in its folder, beside its file, or in Hugging Face's cache."""
+    path = resolve(str(source)) if str(source).startswith("hf:") else Path(os.path.abspath(source))
+    if path.is_dir():
+        return path / CALIBRATION_FILE
+    return path.with_name(CALIBRATION_FILE if path.name == MODEL_FILE else f"{path.name}.{CALIBRATION_FILE}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def score_pair(
     *,
     fingerprint: str,
     source: str,
+    path: Path,
     calibration: Calibration | str | os.PathLike | None,
     prior: float | None,
 ) -> PairScore:
@@ -51,7 +55,8 @@ def score_pair(
       rows: float[2, D].
       modality: int[2].
       fingerprint, source: of their model.
-      calibration: of it, or its file; None: that which lies with the model, if there is one.
+      path: where its calibration lies, if there is one.
+      calibration: another one, or its file; None: that at `path`.
       prior: None: the calibration's.
 
     Raises:
@@ -62,7 +67,6 @@ def score_pair(
         check_prior(prior)
     first, second = (row / (np.linalg.norm(row) or 1) for row in np.asarray(rows, np.float64))
     similarity, kind = float(np.clip(first @ second, -1, 1)), kind_of(*map(int, modality))
-    path = calibration_path(source)
     if calibration is None and path.is_file():
         calibration = path
     if calibration is None:

@@ -22,6 +22,7 @@ from mpanet_jax.files import write_whole
 from mpanet_jax.modality import MODALITY_NAMES, Modality, modality_numbers
 
 CHUNK_BYTES = 2**27  # of rows that are embedded or copied at once
+QUERIES_AT_ONCE = 512  # whose distances to a part of the gallery are held
 RESULTS_FORMAT = {"format": "mpanet_jax search", "version": 1}
 
 
@@ -127,11 +128,17 @@ class Index:
           UserError: there is none, it is damaged, or another model made it.
         """
         folder = Path(folder)
-        files = read_index(folder)
-        if files is None:
-            raise UserError(f"{folder}: no index; build one from its gallery, or name another index")
-        _check_model(files, model, folder)
-        return cls(model, folder, files)
+        for is_last in (False, True):
+            files = read_index(folder)
+            if files is None:
+                raise UserError(f"{folder}: no index; build one from its gallery, or name another index")
+            _check_model(files, model, folder)
+            try:
+                return cls(model, folder, files)
+            except UserError:  # an update may have replaced the rows since index.json was read
+                if is_last:
+                    raise
+        raise AssertionError
 
     @classmethod
     def build(
@@ -151,7 +158,8 @@ class Index:
         Args:
           model: what `mpanet_jax.load` gives.
           gallery: a folder, a text file of paths, or an images.csv, as scripts/extract.py reads them.
-          index: the index's folder; None: beside the gallery, its name and '.index'.
+          index: the index's folder; None: beside the gallery, its name and '.index', with a modality '.visible.index'
+            or '.infrared.index'.
           modality: 'visible' or 'infrared': only the images of it, and those of which nothing says what they are.
           rebuild: embed all, whatever lies there.
 
@@ -162,14 +170,22 @@ class Index:
         images = list_images(gallery)
         if modality is not None:
             images = of_modality(images, int(modality_numbers(modality, 1)[0]))
-        folder = Path(index) if index is not None else default_folder(gallery)
-        with locked_index(folder):
+        folder = Path(index) if index is not None else default_folder(gallery, modality)
+        found = _files_of(images, _base(gallery))
+
+        def read() -> IndexFiles | None:
             files = None if rebuild else read_index(folder)
             if files is not None:
                 _check_model(files, model, folder)
                 if (before := os.path.normpath(folder.absolute() / files.gallery)) != os.path.abspath(gallery):
                     raise UserError(f"{folder}: is the index of {before}; name another for this gallery, or rebuild it")
-            return cls(model, folder, *_updated(model, folder, gallery, images, files))
+            return files
+
+        files = read()
+        if files is not None and _is_up_to_date(model, files, found):  # then no one has to be able to write there
+            return cls.load(model, folder)
+        with locked_index(folder):
+            return cls(model, folder, *_updated(model, folder, gallery, found, read()))
 
     def search(
         self, images: Iterable[GivenImage], *, top: int = 10, modality: Modality | None = None, errors: str = "raise"
@@ -187,17 +203,22 @@ class Index:
         """
         if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1:
             raise ArgumentError("top", f"= {top!r}: expected a positive whole number")
+        if errors not in ("raise", "skip"):
+            raise ArgumentError("errors", f"= {errors!r}: expected 'raise' or 'skip'")
         listed = listed_images(images)
         rows, skipped = self.model.embed(listed, modality=modality, errors="skip")
         if skipped and errors != "skip":
             raise UserError(f"{skipped[0].name}: {skipped[0].reason}; replace it, or leave it out")
         missing = {image.position for image in skipped}
         names = [_name(image, place) for place, image in enumerate(listed) if place not in missing]
-        places, distances = top_k(rows, self.features, top, uploaded=self._uploaded if len(rows) else None)
-        queries = [
-            Ranking(name, tuple(self._match(int(p), float(d)) for p, d in zip(*found, strict=True)))
-            for name, *found in zip(names, places, distances, strict=True)
-        ]
+        queries = []
+        for start in range(0, len(rows), QUERIES_AT_ONCE):
+            some = slice(start, start + QUERIES_AT_ONCE)
+            nearest = top_k(rows[some], self.features, top, uploaded=self._uploaded)
+            queries += [
+                Ranking(name, tuple(self._match(int(p), float(d)) for p, d in zip(*found, strict=True)))
+                for name, *found in zip(names[some], *nearest, strict=True)
+            ]
         return SearchResults(
             self.model.source,
             self.model.fingerprint,
@@ -222,10 +243,10 @@ class Index:
         return upload(self.features)
 
 
-def default_folder(gallery: Path) -> Path:
-    """Where the index of a gallery lies: beside it."""
+def default_folder(gallery: Path, modality: str | None = None) -> Path:
+    """Where the index of a gallery, or of its images of one modality, lies: beside it."""
     whole = Path(os.path.abspath(gallery))
-    return whole.with_name(f"{whole.name}.index")
+    return whole.with_name(f"{whole.name}{f'.{modality}' if modality else ''}.index")
 
 
 def _base(gallery: Path) -> Path:
@@ -245,40 +266,57 @@ def _check_model(files: IndexFiles, model: Embedder, folder: Path) -> None:
 
 
 def _stored_path(image: ImageFile, base: Path) -> str:
+    whole = Path(os.path.abspath(image.file))
     try:
-        return image.file.relative_to(base).as_posix()
+        return whole.relative_to(os.path.abspath(base)).as_posix()
     except ValueError:
-        return os.path.abspath(image.file)
+        return str(whole)
 
 
-def _updated(
-    model: Embedder, folder: Path, gallery: Path, images: list[ImageFile], before: IndexFiles | None
-) -> tuple[IndexFiles, int]:
-    """The index with what has changed, written if something has, and how many images were embedded."""
-    base = _base(gallery)
-    found: dict[str, tuple[ImageFile, tuple[int, int, int]]] = {}
+# By its stored path: an image, and what tells whether it has changed, (size, mtime in ns, modality).
+Found = dict[str, tuple[ImageFile, tuple[int, int, int]]]
+
+
+def _files_of(images: list[ImageFile], base: Path) -> Found:
+    found: Found = {}
     for image in images:
         size = mtime = -1  # of a file that is not there, which is reported when it is read
         with contextlib.suppress(OSError, ValueError):
             status = os.stat(image.file)
             size, mtime = status.st_size, status.st_mtime_ns
         found.setdefault(_stored_path(image, base), (image, (size, mtime, image.modality)))
-    kept: list[int] = []
-    if before is not None:
-        known = zip(before.paths, before.sizes, before.mtimes_ns, before.modality, strict=True)
-        kept = [row for row, (path, *state) in enumerate(known) if path in found and found[path][1] == tuple(state)]
-        same = {before.paths[row] for row in kept}
-        new = [path for path in found if path not in same]
-        unread = [path for path, _ in before.skipped]
-        # What could not be read is tried again: a file becomes readable without a change of its time.
-        if len(kept) == len(before.paths) and sorted(new) == sorted(unread) and not len(_rows_of(model, found, new)[0]):
-            return before, 0
-    else:
-        new = list(found)
+    return found
 
+
+def _changes(before: IndexFiles, found: Found) -> tuple[list[int], list[str]]:
+    """The rows of an index that stay, and the paths that are to be embedded."""
+    known = zip(before.paths, before.sizes, before.mtimes_ns, before.modality, strict=True)
+    kept = [row for row, (path, *state) in enumerate(known) if path in found and found[path][1] == tuple(state)]
+    same = {before.paths[row] for row in kept}
+    return kept, [path for path in found if path not in same]
+
+
+def _at_once(model: Embedder) -> int:
+    """How many images are embedded or copied at once: whole batches, of most sizes."""
+    return max(256, CHUNK_BYTES // (4 * model.size) // 256 * 256)
+
+
+def _is_up_to_date(model: Embedder, before: IndexFiles, found: Found) -> bool:
+    kept, new = _changes(before, found)
+    if len(kept) != len(before.paths) or sorted(new) != sorted(path for path, _ in before.skipped):
+        return False
+    # What could not be read is tried again: a file becomes readable without a change of its time.
+    number = _at_once(model)
+    return not any(len(_rows_of(model, found, new[i : i + number])[0]) for i in range(0, len(new), number))
+
+
+def _updated(
+    model: Embedder, folder: Path, gallery: Path, found: Found, before: IndexFiles | None
+) -> tuple[IndexFiles, int]:
+    """The index with what has changed, written, and how many images were embedded."""
+    kept, new = ([], list(found)) if before is None else _changes(before, found)
     skipped: list[tuple[str, str]] = []
-    number = max(256, CHUNK_BYTES // (4 * model.size) // 256 * 256)  # whole batches, of most sizes
-    num_embedded = 0
+    number, num_embedded = _at_once(model), 0
 
     def blocks() -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         nonlocal num_embedded
@@ -309,9 +347,7 @@ def _updated(
 _STATE = ("sizes", "mtimes_ns", "modality")
 
 
-def _rows_of(
-    model: Embedder, found: dict[str, tuple[ImageFile, Any]], paths: list[str]
-) -> tuple[np.ndarray, list[tuple[str, str]]]:
+def _rows_of(model: Embedder, found: Found, paths: list[str]) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """The rows of the images that can be read, and (path, reason) of the others."""
     images = [found[path][0] for path in paths]
     modality = [image.modality for image in images]

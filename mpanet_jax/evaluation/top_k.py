@@ -11,7 +11,7 @@ from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.metrics import METRICS, l2_normalize
 
 _ROUNDING = 2.0**-24  # unit roundoff of float32
-_BLOCK_BYTES = 2**28
+_BLOCK_BYTES, _BLOCK_ROWS = 2**28, 2**16  # of the gallery at once, at most
 _EXACT_ROWS = 4096  # candidates whose distance is recomputed at once
 _SPARE = 64  # candidates beyond k that an accelerator hands over at once
 
@@ -100,7 +100,7 @@ def upload(gallery: np.ndarray, block: int | None = None) -> list[Any]:
 
 
 def _default_block(dimension: int) -> int:
-    return max(1, _BLOCK_BYTES // (4 * dimension))
+    return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * dimension)))
 
 
 # (None, k) → the k-th smallest coarse distance of each query; (i, limit) → the places of query i's that are not larger

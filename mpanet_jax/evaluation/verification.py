@@ -6,6 +6,7 @@ the same background, often in the same second, is what no protocol of this field
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int
@@ -40,7 +41,7 @@ class Pairs:
 
 
 def join_embeddings(sets: Sequence[Embeddings]) -> Embeddings:
-    """Several sets as one; an image whose path is in several of them is taken once.
+    """Several sets as one; an image that is in several of them, by all that is said of it, is taken once.
 
     Raises:
       UserError: vectors of different lengths, or an identity that is not known.
@@ -52,7 +53,15 @@ def join_embeddings(sets: Sequence[Embeddings]) -> Embeddings:
         *(np.concatenate([getattr(each, name) for each in sets]) for name in columns),
         source=", ".join(each.source for each in sets),
     )
-    return joined.take(np.sort(np.unique(joined.paths, return_index=True)[1]))
+    first_of: dict[tuple[Any, ...], int] = {}
+    kept = []
+    assert joined.modality is not None  # as every set's; see `check_embeddings`
+    for row, said in enumerate(zip(joined.paths, joined.pids, joined.camids, joined.modality, strict=True)):
+        first = first_of.setdefault(tuple(said), row)
+        # Two folders may each have an image of that name, with nothing said that tells them apart.
+        if first == row or not np.array_equal(joined.features[first], joined.features[row]):
+            kept.append(row)
+    return joined.take(np.array(kept))
 
 
 def kind_of(first: int, second: int) -> str | None:

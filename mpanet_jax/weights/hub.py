@@ -1,10 +1,12 @@
 """Weights from Hugging Face: its cache first, then the network."""
 
+import contextlib
 from pathlib import Path
 
 from mpanet_jax.errors import UserError
 
 MODEL_FILE = "model.safetensors"  # of a saved model's folder, and of a repository
+CALIBRATION_FILE = "calibration.json"  # beside it, where there is one
 
 
 def resolve(source: str) -> Path:
@@ -28,7 +30,10 @@ def resolve(source: str) -> Path:
             return Path(huggingface_hub.hf_hub_download(repository, MODEL_FILE, local_files_only=True))
         except huggingface_hub.errors.LocalEntryNotFoundError:
             huggingface_hub.logging.set_verbosity_error()  # its retries; the error below says all there is to say
-            return Path(huggingface_hub.hf_hub_download(repository, MODEL_FILE))
+            path = Path(huggingface_hub.hf_hub_download(repository, MODEL_FILE))
+            with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):  # not every model has one
+                huggingface_hub.hf_hub_download(repository, CALIBRATION_FILE)
+            return path
     except Exception as error:  # no network, no such repository, no permission, no space: all have the same cure
         raise UserError(
             f"{source}: cannot be had ({type(error).__name__}); where there is a network, run: "

@@ -150,10 +150,12 @@ def test_killed_update_leaves_an_index(gallery, monkeypatch, moment):
 def test_rows_of_a_killed_process_are_removed(gallery):
     folder = gallery.with_name("gallery.index")
     Index.build(Colours(), gallery)
-    (folder / "features-00.npy").write_bytes(b"half")
+    (folder / f"features-{'0' * 32}.npy").write_bytes(b"half")
+    (folder / "features-of-mine.npy").write_bytes(b"the user's")
     draw(gallery / "new.png", 100)
     Index.build(Colours(), gallery)
-    assert len(list(folder.glob("features-*"))) == 1
+    assert len(list(folder.glob("features-*"))) == 2
+    assert (folder / "features-of-mine.npy").read_bytes() == b"the user's"
 
 
 def test_unreadable_images_are_named_and_tried_again(gallery):

@@ -108,7 +108,7 @@ def test_verify_before_and_after_a_calibration(place):
     done = run("calibrate", f"--model={model}", "--features", *files, "--prior=0.2")
     assert done.returncode == 0, done.stderr
     assert "cross_modality" in done.stdout and "same_modality" in done.stdout and "cannot be told" in done.stdout
-    path = place / "model.safetensors.calibration.json"
+    path = place / "calibration.json"
     calibration = Calibration.read(path)
     assert (calibration.prior, calibration.fingerprint) == (0.2, trained_model().fingerprint)
 

@@ -1,5 +1,6 @@
 """Pairs, curves and calibrations against scikit-learn, scipy and loops over single pairs."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -27,6 +28,7 @@ from mpanet_jax.evaluation.verification import (
     Pairs,
     area_under,
     equal_error_rate,
+    join_embeddings,
     make_curve,
     make_pairs,
     split_identities,
@@ -218,7 +220,7 @@ def test_file_round_trip_and_bad_files(calibration, tmp_path):
 def score(calibration, modality=(0, 1), prior=None, fingerprint="abc", source="/nowhere"):
     rows = np.array([[1.0, 0.0], [0.6, 0.8]])
     options = {"fingerprint": fingerprint, "source": source, "calibration": calibration, "prior": prior}
-    return score_pair(rows, np.array(modality), **options)
+    return score_pair(rows, np.array(modality), path=calibration_path(source), **options)
 
 
 def test_score_of_a_pair(calibration, tmp_path):
@@ -250,3 +252,19 @@ def test_one_camera_a_modality_has_cross_pairs_only():
     assert found.probability is None and CROSS in found.note
     with pytest.raises(UserError, match="people"):
         calibrate(one.take(one.pids < 1), model="here", fingerprint="abc", data="people")
+
+
+def test_images_of_one_path_are_two_unless_all_is_the_same():
+    embeddings = people(4)
+    other = dataclasses.replace(embeddings, features=embeddings.features[::-1].copy())
+    assert len(join_embeddings([embeddings, embeddings])) == len(embeddings)
+    assert len(join_embeddings([embeddings, other])) == 2 * len(embeddings)
+
+
+def test_people_that_are_numbered_differently_are_refused():
+    embeddings = people(4)
+    names = [np.array([f"{prefix}{pid}" for pid in embeddings.pids]) for prefix in "ab"]
+    one, two = (dataclasses.replace(embeddings, pid_names=of) for of in names)
+    assert len(join_embeddings([one, one])) == len(embeddings)
+    with pytest.raises(UserError, match=r"is both a\d+ and b\d+"):
+        join_embeddings([one, two])
