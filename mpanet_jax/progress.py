@@ -1,5 +1,6 @@
 """How far a long part of the work is: a bar on a terminal, and now and then a line where there is none."""
 
+import os
 import sys
 import threading
 import time
@@ -7,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 BAR_AFTER = 5.0  # seconds: what is done sooner needs no bar
-LINE_EVERY = 60.0  # seconds between two lines of this process, whatever part they are of
+# Seconds between two lines of this process, whatever part they are of.
+LINE_EVERY = float(os.environ.get("MPANET_LINE_EVERY", 60))
 
 Item = TypeVar("Item")
 

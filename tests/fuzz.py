@@ -30,7 +30,7 @@ from mpanet_jax.errors import UserError
 from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.run_files import load_settings
 from mpanet_jax.settings import to_dict
-from mpanet_jax.weights.files import METADATA_KEY, read_metadata_settings, read_state_dict
+from mpanet_jax.weights.files import METADATA_KEY, read_metadata, read_state_dict
 
 FOUND = Path(__file__).parent / "fuzz_found"
 
@@ -73,7 +73,7 @@ READERS = {
     "permutation": ("rand_perm_cam.mat", _permutation(), load_permutation),
     "embeddings": ("query.npz", _embeddings(), load_embeddings),
     "config": ("config.json", CONFIG, lambda path: load_settings(path.parent)),
-    "weights": ("model.safetensors", WEIGHTS, lambda path: (read_state_dict(path), read_metadata_settings(path))),
+    "weights": ("model.safetensors", WEIGHTS, lambda path: (read_state_dict(path), read_metadata(path))),
 }
 
 JSON_VALUES = st.recursive(

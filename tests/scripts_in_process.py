@@ -24,9 +24,13 @@ class Refused(Exception):
 
 @contextlib.contextmanager
 def _script(path: Path) -> Iterator[Callable[[list[str]], Any]]:
-    """Its `main`; inside, its flags are there beside those that were there before."""
+    """Its `main`; inside, its flags are there beside those of the libraries."""
     state = flags.FLAGS.__dict__
     before = {name: _copied(value) for name, value in state.items()}
+    for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
+        if module.startswith("scripts."):  # other tests may have imported one
+            for flag in defined:
+                delattr(flags.FLAGS, flag.name)
     mains: list[Callable[[list[str]], Any]] = []
     try:
         with mock.patch.object(errors, "run_script", mains.append):

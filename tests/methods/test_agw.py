@@ -205,7 +205,7 @@ def test_batches_are_random_identities_with_random_images():
     counts = np.bincount(np.concatenate([other.epoch(e).ravel() for e in range(300)]), minlength=144)
     assert abs(counts[:108].mean() - 300 * 4 * 8 / 12 * 4 / 9) < 1e-9
     assert counts[:108].std() < 2 * counts[:108].mean() ** 0.5
-    with pytest.raises(UserError, match="num_ids_per_batch=13"):
+    with pytest.raises(UserError, match="num_ids_per_batch = 13"):
         AGW(AGWSettings()).batch_plan(pids, modality, 13)
 
 
