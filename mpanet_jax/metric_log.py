@@ -72,7 +72,8 @@ class MetricLog:
             self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        """Writes how often the values come, in 64 bins, at `step`; nothing where there are none."""
+        """Writes how often the finite values come, in 64 bins, at `step`; nothing where there are none."""
+        values = values[np.isfinite(values)]
         if self._active and len(values):
             self._writer.add_histogram(name, values, step, bins=64)  # pyright: ignore[reportArgumentType]: an int may be
 
