@@ -27,7 +27,7 @@ const addressOf = (image, kind) =>
     ? (kind === "photo" ? images.photo : images.maps)[image]
     : `${encodeURIComponent(data.folder)}/${String(image).padStart(6, "0")}${kind === "photo" ? ".jpg" : "_maps.png"}`;
 const isRight = (query, image) =>
-  images.identity[queries.image[query]] >= 0 && images.identity[image] === images.identity[queries.image[query]];
+  images.identity[queries.image[query]] >= 0 && images.person[image] === images.person[queries.image[query]];
 const isScored = (query) => data.scored && queries.matches[query] > 0;
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
 

@@ -36,12 +36,20 @@ Maps = Callable[[Sequence[str]], np.ndarray]
 
 @dataclass(frozen=True)
 class Shown:
-    """An image that the page shows: its path, identity ('' is unknown), camera and modality (-1 is unknown)."""
+    """An image that the page shows.
+
+    Attributes:
+      path: of its file.
+      identity: what it is called; '' is unknown.
+      camera, modality: -1 is unknown.
+      person: the pid, by which images are right or wrong, for two people may have one name; -1 is unknown.
+    """
 
     path: str
     identity: str = ""
     camera: int = UNKNOWN
     modality: int = UNKNOWN
+    person: int = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class _Images:
             self._numbers[key] = len(self.shown)
             name = str(of.pids[row]) if of.pid_names is None else str(of.pid_names[row])
             modality = UNKNOWN if of.modality is None else int(of.modality[row])
-            self.shown.append(Shown(str(of.paths[row]), name, int(of.camids[row]), modality))
+            self.shown.append(Shown(str(of.paths[row]), name, int(of.camids[row]), modality, int(of.pids[row])))
         return self._numbers[key]
 
 
@@ -240,6 +248,7 @@ def _data(
     images = {
         "path": [image.path for image in page.images],
         "identity": [numbers.get(image.identity, -1) for image in page.images],
+        "person": [image.person for image in page.images],
         "camera": [image.camera for image in page.images],
         "modality": [image.modality for image in page.images],
         "missing": [int(image.path not in pictures) for image in page.images],
