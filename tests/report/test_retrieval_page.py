@@ -224,6 +224,18 @@ def test_page_in_a_browser(small, large, ranking, tmp_path):
         assert cards(page) == failures_first[20:40] and page.evaluate(focused) == str(failures_first[20])
         page.keyboard.press("ArrowLeft")
         assert cards(page) == failures_first[:20]
+        # No page before the first: the place stays. After a click the keys act on the card that was clicked.
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate(focused) == str(failures_first[1])
+        page.click("article:nth-of-type(4) h2")
+        page.keyboard.press("Enter")
+        assert page.query_selector("article:nth-of-type(4) .details") and len(page.query_selector_all(".details")) == 1
+        page.keyboard.press("Enter")
+        page.keyboard.press("ArrowDown")
+        assert page.evaluate(focused) == str(failures_first[4])
+        tab_comes_to = "[...document.querySelectorAll('article[tabindex=\"0\"]')].map((a) => a.dataset.query)"
+        assert page.evaluate(tab_comes_to) == [str(failures_first[4])]
         page.check("#maps")
         assert len(page.query_selector_all("article .query img.map")) == 6 * sum(
             str(ranking.query.paths[query]) not in MISSING for query in failures_first[:20]
