@@ -4,6 +4,7 @@ It needs Pillow and tensorboardX alone. Few images are shown, and they are compu
 so that the cost is bounded whatever the data set is.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from mpanet_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mpanet_jax.data.decode import pixels_of
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.embeddings import Embeddings
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog
 from mpanet_jax.modality import INFRARED, VISIBLE
@@ -118,13 +119,19 @@ class LogPictures:
         self._maps = jax.jit(partial(method.pattern_maps, method.build(train_split.num_ids)))
 
     def write(self, step: int, variables: Any, embeddings: Embeddings) -> None:
-        """Writes the pictures after `step` steps.
+        """Writes the pictures after `step` steps; where one cannot be made, a line says so and training goes on.
 
         Args:
           step: how many are done.
           variables: {params, batch_stats} after them.
           embeddings: of the images that are evaluated.
         """
+        try:
+            self._write(step, variables, embeddings)
+        except Exception as error:  # a damaged image, say, which a run with a cache never reads; it needs no pictures
+            print(f"no pictures at step {step}: {first_line(error)}", file=sys.stderr, flush=True)
+
+    def _write(self, step: int, variables: Any, embeddings: Embeddings) -> None:
         self._log.picture("batch_after_augmentation", self._batch(step - 1), step)
         if (sheet := self._pattern_maps(variables)) is not None:
             self._log.picture("pattern_maps", sheet, step)

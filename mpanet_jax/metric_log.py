@@ -1,5 +1,7 @@
 """Metrics: read while the device works on, to TensorBoard, and to the terminal beside the bar."""
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -44,7 +46,9 @@ class MetricLog:
             return
         # Points after the checkpoint that a killed run left behind are dropped, so that curves have no double parts:
         # from the step on that is named here.
-        self._writer = _summary_writer()(str(workdir / "logs"), purge_step=first_step + 1)
+        self._folder = workdir / "logs"
+        self._writer = _summary_writer()(str(self._folder), purge_step=first_step + 1)
+        self._events = self._writer.file_writer.event_writer
 
     def __enter__(self) -> "MetricLog":
         self._bar.__enter__()
@@ -52,28 +56,51 @@ class MetricLog:
 
     def __exit__(self, *error: object) -> None:
         self._bar.__exit__(*error)
-        if self._active:
+        if not self._active:
+            return
+        if self._events._worker.is_alive():
             self._writer.close()
+        else:  # nobody reads the queue any more: neither closing nor the end of the program may wait for that
+            self._events._event_queue.cancel_join_thread()
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step` done steps."""
         self._done = step
         self._bar.update(step)
 
+    def _require_writer(self) -> None:
+        """Returns when the next event can be written.
+
+        tensorboardX writes in a thread, which ends unseen where the disk is full. Once the thread's queue, of ten
+        events, is full as well, adding another would wait for ever.
+
+        Raises:
+          OSError: the thread has ended.
+        """
+        while self._events._worker.is_alive():
+            if not self._events._event_queue.full():
+                return
+            time.sleep(0.01)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes `values` under their names at `step`."""
         if self._active:
             for name, value in values.items():
+                self._require_writer()
                 self._writer.add_scalar(name, value, step)
 
     def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
         """Writes an image uint8[h, w, 3] at `step`."""
         if self._active:
+            self._require_writer()
             self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        """Writes how often the values come, in 64 bins, at `step`; nothing where there are none."""
+        """Writes how often the finite values come, in 64 bins, at `step`; nothing where there are none."""
+        values = values[np.isfinite(values)]
         if self._active and len(values):
+            self._require_writer()
             self._writer.add_histogram(name, values, step, bins=64)  # pyright: ignore[reportArgumentType]: an int may be
 
     def status(self, text: str) -> None:

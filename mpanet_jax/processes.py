@@ -15,6 +15,7 @@ from orbax.checkpoint import multihost
 
 from mpanet_jax.errors import AbsentProcessError, ArgumentError, UserError, first_line
 from mpanet_jax.lost_process import GO_ON, filter_standard_error, means_lost_process
+from mpanet_jax.progress import quiet
 
 # A process that is lost is noticed after this long; the others are then stopped.
 HEARTBEAT_SECONDS = 20
@@ -72,6 +73,8 @@ def start_processes(
             "HOST:PORT of process 0, num_processes and process_id to every process, or start them by a scheduler "
             "that JAX knows (Slurm, Open MPI)"
         ) from error
+    if not is_first_process():
+        quiet()
     wait_for_all_processes("the start")
 
 

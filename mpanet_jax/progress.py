@@ -18,7 +18,8 @@ class _Display:
     """The bars of all parts that are under way, drawn by one rich display; and when the last line was printed."""
 
     def __init__(self):
-        self._lock = threading.Lock()
+        # A generator that is thrown away ends its part wherever the garbage collector runs, in this lock too.
+        self._lock = threading.RLock()
         self._rich: Any = None
         self._last_line: float | None = None
 
@@ -26,22 +27,30 @@ class _Display:
         from rich.progress import BarColumn, Progress, TextColumn
 
         with self._lock:
-            if self._rich is None:
+            rich = self._rich
+            if rich is None:
                 columns = (TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[status]}"))
-                self._rich = Progress(*columns, console=console, transient=True)
-                self._rich.start()
-            return self._rich.add_task(description, total=total, status="")
+                # A stdout that goes to a file must not be sent to the terminal with the bar.
+                redirects = sys.stdout is not None and sys.stdout.isatty()
+                rich = Progress(*columns, console=console, transient=True, redirect_stdout=redirects)
+                rich.start()
+                self._rich = rich
+            return rich.add_task(description, total=total, status="")
 
     def update(self, task: Any, done: int, total: int | None, status: str) -> None:
         with self._lock:
-            if self._rich is not None:
+            # The part may have ended since, in another thread.
+            if self._rich is not None and task in self._rich.task_ids:
                 self._rich.update(task, completed=done, total=total, status=status)
 
     def remove(self, task: Any) -> None:
         with self._lock:
-            self._rich.remove_task(task)
-            if not self._rich.tasks:
-                self._rich.stop()
+            rich = self._rich
+            if rich is None or task not in rich.task_ids:
+                return
+            rich.remove_task(task)
+            if not rich.tasks:
+                rich.stop()
                 self._rich = None
 
     def line_is_due(self, now: float, since: float) -> bool:
@@ -55,6 +64,13 @@ class _Display:
 
 
 _DISPLAY = _Display()
+_quiet = False
+
+
+def quiet() -> None:
+    """Shows nothing from now on, as in all processes but the first."""
+    global _quiet
+    _quiet = True
 
 
 class Bar:
@@ -88,7 +104,7 @@ class Bar:
         self._description, self._total, self._unit, self._done = description, total, unit, done
         self._active, self._clock, self._console = active, clock, console
         self._note = ""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # as of `_Display`
         self._task: Any = None
         self._open = False
 
@@ -96,7 +112,7 @@ class Bar:
         # The first that is done may have waited for a compiler, so the rate is counted from there on.
         self._began, self._first = self._clock(), None
         self._timer = None
-        if not self._active:
+        if not self._active or _quiet:
             return self
         self._open = True
         if self.on_terminal:
@@ -156,8 +172,8 @@ class Bar:
                 from rich.console import Console
 
                 console = Console(stderr=True)
-            self._task = _DISPLAY.add(console, self._description, self._total)
-        _DISPLAY.update(self._task, self._done, self._total, self._status(self._clock()))
+            self._task = task = _DISPLAY.add(console, self._description, self._total)
+        _DISPLAY.update(task, self._done, self._total, self._status(self._clock()))
 
     def _status(self, now: float) -> str:
         """'1,200 of 3,803 images, 35/s, 1:14 left'."""

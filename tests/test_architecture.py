@@ -28,7 +28,7 @@ ALLOWED = {
     "nonfinite": {"errors", "files"},
     "metric_log": {"nonfinite", "progress"},
     "lost_process": set(),
-    "processes": {"errors", "lost_process"},
+    "processes": {"errors", "lost_process", "progress"},
     "datasets": {"errors", "settings", "embeddings", "protocol", "modality", "files", "progress"},
     "data": {"datasets", "modality", "settings", "processes", "errors", "cpus", "memory", "files", "progress"},
     "parallel": {"state", "errors", "processes"},

@@ -81,6 +81,45 @@ def test_a_short_part_and_another_process_s_say_nothing(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_quiet_process_says_nothing(clock, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_quiet", False)
+    progress.quiet()
+    with Bar("ranking", 200, clock=clock, console=console(False)) as bar:
+        steps(bar, clock, 200)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_report_that_comes_after_the_end_of_its_part_is_left_out(clock, monkeypatch):
+    screen, update = console(True), progress._Display.update
+    with Bar("training", 10, clock=clock, console=screen) as outer:
+        steps(outer, clock, 6)
+        with Bar("embedding", 10, clock=clock, console=screen) as inner:
+
+            def end_first(display, task, *rest):
+                inner.__exit__()
+                update(display, task, *rest)
+
+            monkeypatch.setattr(progress._Display, "update", end_first)
+            steps(inner, clock, 6)
+        assert [task.description for task in progress._DISPLAY._rich.tasks] == ["training"]
+
+
+def test_a_part_may_end_while_its_lock_is_held(clock):
+    with Bar("embedding", 10, clock=clock, console=console(True)) as bar:
+        steps(bar, clock, 6)
+        with progress._DISPLAY._lock, bar._lock:  # as when the garbage collector closes a generator there
+            bar.__exit__()
+    assert progress._DISPLAY._rich is None
+
+
+def test_output_to_a_file_stays_out_of_the_bar_s_terminal(clock, capsys):
+    screen = console(True)
+    with Bar("embedding", 10, clock=clock, console=screen) as bar:
+        steps(bar, clock, 6)
+        print("a result")
+    assert capsys.readouterr().out == "a result\n" and "a result" not in screen.file.getvalue()
+
+
 def test_track_gives_the_items_and_counts_their_size(clock, capsys, monkeypatch):
     monkeypatch.setattr(progress, "BAR_AFTER", 0.0)
     seen = []

@@ -9,6 +9,7 @@ from jaxtyping import Float64, Int
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.metrics import METRICS, l2_normalize
+from mpanet_jax.progress import Bar
 
 _ROUNDING = 2.0**-24  # unit roundoff of float32
 _BLOCK_BYTES, _BLOCK_ROWS = 2**28, 2**16  # of the gallery at once, at most
@@ -59,30 +60,32 @@ def top_k(
     nearest = [(np.empty(0, np.int64), np.empty(0))] * len(query)
     coarse_query = l2_normalize(query) if metric == "cosine" else exact_query
 
-    for place, start in enumerate(range(0, number, block)):
-        if uploaded is None:
-            rows = np.ascontiguousarray(gallery[start : start + block], np.float32)
-            _refuse_non_finite(rows, "gallery", start)
-            coarse, error = _coarse(coarse_query, query_norms, rows, metric)
-            length, below = coarse.shape[1], _below_of_matrix(coarse)
-        else:
-            rows, length = gallery[start : start + block], min(block, number - start)
-            below, error = _on_device(coarse_query, uploaded[place], length, k, start)
-        # The block's own k nearest lie within two rounding errors of its k-th coarse one.
-        limit = below(None, k) + 2 * error if length > k else np.full(len(query), np.inf)
-        for i in range(len(query)):
-            indices, distances = nearest[i]
-            if len(indices) == k:
-                limit[i] = min(limit[i], _coarse_value(distances[-1], query_norms[i], metric) + error[i])
-            candidates = below(i, limit[i])
-            for first in range(0, len(candidates), _EXACT_ROWS):
-                some = candidates[first : first + _EXACT_ROWS]
-                indices = np.concatenate([indices, start + some])
-                exact = _exact(exact_query[i], query_norms[i], rows[some], metric)
-                distances = np.concatenate([distances, exact])
-                best = np.lexsort((indices, distances))[:k]
-                indices, distances = indices[best], distances[best]
-            nearest[i] = indices, distances
+    with Bar("searching", number) as bar:
+        for place, start in enumerate(range(0, number, block)):
+            if uploaded is None:
+                rows = np.ascontiguousarray(gallery[start : start + block], np.float32)
+                _refuse_non_finite(rows, "gallery", start)
+                coarse, error = _coarse(coarse_query, query_norms, rows, metric)
+                length, below = coarse.shape[1], _below_of_matrix(coarse)
+            else:
+                rows, length = gallery[start : start + block], min(block, number - start)
+                below, error = _on_device(coarse_query, uploaded[place], length, k, start)
+            # The block's own k nearest lie within two rounding errors of its k-th coarse one.
+            limit = below(None, k) + 2 * error if length > k else np.full(len(query), np.inf)
+            for i in range(len(query)):
+                indices, distances = nearest[i]
+                if len(indices) == k:
+                    limit[i] = min(limit[i], _coarse_value(distances[-1], query_norms[i], metric) + error[i])
+                candidates = below(i, limit[i])
+                for first in range(0, len(candidates), _EXACT_ROWS):
+                    some = candidates[first : first + _EXACT_ROWS]
+                    indices = np.concatenate([indices, start + some])
+                    exact = _exact(exact_query[i], query_norms[i], rows[some], metric)
+                    distances = np.concatenate([distances, exact])
+                    best = np.lexsort((indices, distances))[:k]
+                    indices, distances = indices[best], distances[best]
+                nearest[i] = indices, distances
+            bar.advance(length)
     shape = (len(query), min(k, number))
     return (
         np.array([indices for indices, _ in nearest], np.int64).reshape(shape),

@@ -12,7 +12,7 @@ from mpanet_jax import datasets
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.data.pipeline import split_batches
 from mpanet_jax.datasets import EvaluationSet, Split
-from mpanet_jax.embeddings import Embeddings
+from mpanet_jax.embeddings import Embeddings, check_embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.extract import Embed, embed_of, extract_embeddings, track_batches
@@ -52,11 +52,11 @@ def evaluate_set(
 ) -> dict[str, dict[str, Any]]:
     """The metrics of all tests of a set; None leaves an option at the protocol's (or the settings') choice.
 
-    `on_embeddings` is told the embeddings of all images of the tests, each once.
+    `on_embeddings` is told the embeddings of all images of the tests, each once, if they are sound.
     """
     rows, embeddings = _embed_set(settings, tested, embed)
     if on_embeddings is not None:
-        on_embeddings(embeddings)
+        on_embeddings(check_embeddings(embeddings))
     results = {}
     for test in tested.evaluations:
         query, gallery = (embeddings.take(np.searchsorted(rows, part)) for part in (test.query, test.gallery))

@@ -27,7 +27,7 @@ const addressOf = (image, kind) =>
     ? (kind === "photo" ? images.photo : images.maps)[image]
     : `${encodeURIComponent(data.folder)}/${String(image).padStart(6, "0")}${kind === "photo" ? ".jpg" : "_maps.png"}`;
 const isRight = (query, image) =>
-  images.identity[queries.image[query]] >= 0 && images.identity[image] === images.identity[queries.image[query]];
+  images.identity[queries.image[query]] >= 0 && images.person[image] === images.person[queries.image[query]];
 const isScored = (query) => data.scored && queries.matches[query] > 0;
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
 
@@ -197,28 +197,32 @@ function draw() {
 function toggleDetails(place) {
   const query = shown[page * PER_PAGE + place];
   opened.has(query) ? opened.delete(query) : opened.add(query);
-  current = place;
   element("queries").children[place].replaceWith(card(query, place));
   focusCard(place);
 }
 
 function focusCard(place) {
   const cards = element("queries").children;
-  if (!cards.length) return;
+  if (cards.length) cards[Math.min(Math.max(place, 0), cards.length - 1)].focus();
+}
+
+// However a card got the focus, by a key or a click: it is the one that keys act on.
+function makeCurrent(focused) {
+  const cards = [...element("queries").children];
+  const place = cards.indexOf(focused);
+  if (place < 0) return;
   cards[current]?.setAttribute("tabindex", "-1");
-  current = Math.min(Math.max(place, 0), cards.length - 1);
-  cards[current].setAttribute("tabindex", "0");
-  cards[current].focus();
+  current = place;
+  focused.setAttribute("tabindex", "0");
 }
 
 function turn(by) {
-  const before = page;
+  const last = Math.max(0, Math.ceil(shown.length / PER_PAGE) - 1);
+  if (page + by < 0 || page + by > last) return; // nothing is drawn again: the focus stays
   page += by;
   draw();
-  if (page !== before) {
-    focusCard(0);
-    scrollTo(0, element("tools").offsetTop);
-  }
+  focusCard(0);
+  scrollTo(0, element("tools").offsetTop);
 }
 
 // ---- events ----
@@ -230,6 +234,7 @@ element("tools").addEventListener("submit", (event) => event.preventDefault());
 element("tools").addEventListener("reset", () => setTimeout(choose));
 element("previous").addEventListener("click", () => turn(-1));
 element("next").addEventListener("click", () => turn(1));
+element("queries").addEventListener("focusin", (event) => makeCurrent(event.target.closest("article")));
 document.addEventListener("keydown", (event) => {
   if (event.altKey || event.ctrlKey || event.metaKey) return;
   const inTools = event.target.closest("form, nav, button");

@@ -36,12 +36,20 @@ Maps = Callable[[Sequence[str]], np.ndarray]
 
 @dataclass(frozen=True)
 class Shown:
-    """An image that the page shows: its path, identity ('' is unknown), camera and modality (-1 is unknown)."""
+    """An image that the page shows.
+
+    Attributes:
+      path: of its file.
+      identity: what it is called; '' is unknown.
+      camera, modality: -1 is unknown.
+      person: the pid, by which images are right or wrong, for two people may have one name; -1 is unknown.
+    """
 
     path: str
     identity: str = ""
     camera: int = UNKNOWN
     modality: int = UNKNOWN
+    person: int = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,12 @@ class Page:
 
 
 def page_of_ranking(ranking: Ranking, title: str, more: Mapping[str, Any] | None = None) -> Page:
-    """The page of a trial; `more` is what `describe` may say beside: 'checkpoint', 'flip', 'dataset' …"""
+    """The page of a trial; `more` is what `describe` may say beside: 'checkpoint', 'flip', 'dataset' …
+
+    Raises:
+      UserError: a path of the queries and one of the gallery are the same, but their features are not.
+    """
+    _refuse_two_images_of_a_path(ranking.query, ranking.gallery)
     images = _Images()
     queries = []
     for row in range(len(ranking.query)):
@@ -120,6 +133,18 @@ def page_of_ranking(ranking: Ranking, title: str, more: Mapping[str, Any] | None
     )
 
 
+def _refuse_two_images_of_a_path(query: Embeddings, gallery: Embeddings) -> None:
+    """Photos are found by their paths alone."""
+    both, of_query, of_gallery = np.intersect1d(query.paths, gallery.paths, return_indices=True)
+    if query.features.shape[1] != gallery.features.shape[1]:
+        return
+    for path, one, other in zip(both, of_query, of_gallery, strict=True):
+        # The same image, embedded in another batch, differs by rounding.
+        large = np.abs(query.features[one]).max(initial=0)
+        if not np.allclose(query.features[one], gallery.features[other], rtol=0, atol=0.01 * large):
+            raise UserError(f"path {path} is in both files with different vectors; store distinct paths")
+
+
 class _Images:
     """The images of a page, each once, numbered as they come."""
 
@@ -133,7 +158,7 @@ class _Images:
             self._numbers[key] = len(self.shown)
             name = str(of.pids[row]) if of.pid_names is None else str(of.pid_names[row])
             modality = UNKNOWN if of.modality is None else int(of.modality[row])
-            self.shown.append(Shown(str(of.paths[row]), name, int(of.camids[row]), modality))
+            self.shown.append(Shown(str(of.paths[row]), name, int(of.camids[row]), modality, int(of.pids[row])))
         return self._numbers[key]
 
 
@@ -186,8 +211,6 @@ def write_page(path: str | os.PathLike, page: Page, photos: Photos, maps: Maps |
     strips, num_patterns = _strips([name for name in paths if name in pictures], maps)
     inline = 4 / 3 * (sum(map(len, pictures.values())) + sum(map(len, strips.values()))) <= INLINE_LIMIT
     folder = None if inline else f"{path.stem}_images"
-    if folder is not None:
-        _write_folder(path.parent / folder, paths, pictures, strips)
     data = _data(page, pictures, strips, num_patterns, folder)
     texts = {kind: files("mpanet_jax.report").joinpath(f"retrieval_page.{kind}").read_text("utf-8") for kind in _KINDS}
     notes = list(page.notes)
@@ -202,8 +225,11 @@ def write_page(path: str | os.PathLike, page: Page, photos: Photos, maps: Maps |
         script=Markup(texts["js"]),
         data=Markup(_json(data)),
     )
-    with write_whole(path) as file:
-        file.write(html)
+    content = html.encode("utf-8", "backslashreplace")  # a name of a file may be no UTF-8
+    if folder is not None:
+        _write_folder(path.parent / folder, paths, pictures, strips)
+    with write_whole(path, "wb") as file:
+        file.write(content)
     return Written(len(paths), missing)
 
 
@@ -224,8 +250,8 @@ def _policy(style: str, script: str) -> str:
 
 def _json(value: Any) -> str:
     """Compact JSON that may stand in a script element: no '<', '>' or '&' in it."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    for character in "<>&\u2028\u2029":
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
@@ -240,6 +266,7 @@ def _data(
     images = {
         "path": [image.path for image in page.images],
         "identity": [numbers.get(image.identity, -1) for image in page.images],
+        "person": [image.person for image in page.images],
         "camera": [image.camera for image in page.images],
         "modality": [image.modality for image in page.images],
         "missing": [int(image.path not in pictures) for image in page.images],

@@ -21,14 +21,15 @@ def page_of_search(path: str | os.PathLike, images: str | os.PathLike | None = N
 
     Args:
       path: the file.
-      images: the gallery's folder; None: where the file says it was. Queries are read where they were.
+      images: the gallery's folder, out of which no path leads then; None: where the file says it was. Queries are read
+        where they were.
 
     Raises:
       UserError: no such file, or it is no search's results.
     """
     tree = _read(Path(path))
     try:
-        return _page(tree, Path(images or tree["folder"]))
+        return _page(tree, Path(images or tree["folder"]), elsewhere=images is not None)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); search again") from error
 
@@ -46,7 +47,7 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _page(tree: dict[str, Any], folder: Path) -> tuple[Page, Photos]:
+def _page(tree: dict[str, Any], folder: Path, *, elsewhere: bool) -> tuple[Page, Photos]:
     modality = {name: number for number, name in MODALITY_NAMES.items()}
     shown: list[Shown] = []
     numbers: dict[tuple[str, bool], int] = {}
@@ -64,15 +65,17 @@ def _page(tree: dict[str, Any], folder: Path) -> tuple[Page, Photos]:
             raise ValueError("a distance is no number")
         top = [number(match["path"], False, match.get("modality", "")) for match in ranking["matches"]]
         queries.append(Query(number(ranking["path"], True, ""), top, distances))
+    # Queries, and images of a gallery that its list names outside its folder, are where the file says.
     asked = {image for image, is_query in numbers if is_query}
+    readable = {image for image, is_query in numbers if is_query or not elsewhere}
     gallery = photos_of_folder(folder)
 
     def photo(image: str) -> Image.Image | None:
         found = gallery(image)
-        if found is not None or image not in asked:
+        if found is not None or image not in readable:
             return found
         try:
-            return decode_rgb(read_image_file(image))
+            return decode_rgb(read_image_file(image if image in asked else folder / image))
         except BadImageError:
             return None
 

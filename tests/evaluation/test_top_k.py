@@ -3,6 +3,7 @@ import pytest
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.top_k import top_k, upload
+from mpanet_jax.progress import Bar
 
 
 def brute(query, gallery, k, metric):
@@ -62,3 +63,11 @@ def test_memory_mapped_gallery_and_bad_input(tmp_path):
         top_k(query, gallery, 5, "euclidean", 16, uploaded=[])
     with pytest.raises(ValueError, match="metric"):
         top_k(query, gallery, 5, "manhattan")
+
+
+def test_a_search_says_how_far_it_is(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Bar, "advance", lambda self, count=1: seen.append(count))
+    generator = np.random.default_rng(0)
+    top_k(generator.normal(size=(2, 4)), generator.normal(size=(25, 4)), 3, block=10)
+    assert seen == [10, 10, 5]

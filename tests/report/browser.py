@@ -3,17 +3,28 @@
 import contextlib
 import os
 import shutil
+import subprocess
 
 import pytest
 
 
+def works(program):
+    """Whether it is a browser, and not only a word on how to install one."""
+    try:
+        return subprocess.run([program, "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def browser_context(width, height):
-    """A playwright context without network; skips where there is no browser."""
+    """A playwright context without network; skips where there is no browser, but not where CHROMIUM names one."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright")
-    program = os.environ.get("CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+    if program := os.environ.get("CHROMIUM"):
+        assert works(program), f"CHROMIUM={program} does not work: `{program} --version` fails"
+    else:
+        found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+        program = next(filter(works, found), None)
     if program is None:
         pytest.skip("no Chromium: install chromium or google-chrome, or name the program in CHROMIUM")
     with sync_api.sync_playwright() as playwright:

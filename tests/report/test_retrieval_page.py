@@ -1,5 +1,6 @@
 """The retrieval page: what is in the file, and what a headless Chromium shows of it, filters and sorts."""
 
+import dataclasses
 import json
 import re
 
@@ -61,6 +62,37 @@ def test_file_holds_the_ranking_and_nothing_that_could_run(small, ranking):
     assert sorted(written.missing) == sorted(set(MISSING) & set(data["images"]["path"])) and written.missing
     assert sum(data["images"]["missing"]) == len(written.missing)
     assert f"{len(written.missing)} of {written.num_images} images are not there" in text
+
+
+def test_two_people_of_one_name_are_told_apart(ranking, tmp_path):
+    names = np.full(len(ranking.query), "Kim"), np.full(len(ranking.gallery), "Kim")
+    query, gallery = (
+        dataclasses.replace(of, pid_names=name)
+        for of, name in zip((ranking.query, ranking.gallery), names, strict=True)
+    )
+    page = page_of_ranking(dataclasses.replace(ranking, query=query, gallery=gallery), "Kim")
+    write_page(tmp_path / "report.html", page, lambda _: None)
+    data = data_of(tmp_path / "report.html")
+    of = dict(zip(data["images"]["path"], data["images"]["person"], strict=True))
+    known = {**dict(zip(query.paths, query.pids, strict=True)), **dict(zip(gallery.paths, gallery.pids, strict=True))}
+    assert of == {path: known[path] for path in of} and len(set(of.values())) == 8
+
+
+def test_one_path_of_two_images_is_refused(ranking):
+    paths = ranking.gallery.paths.copy()
+    paths[0] = ranking.query.paths[3]
+    with pytest.raises(UserError, match=str(paths[0])):
+        page_of_ranking(dataclasses.replace(ranking, gallery=dataclasses.replace(ranking.gallery, paths=paths)), "Page")
+
+
+def test_a_name_that_is_no_utf_8_is_written(ranking, tmp_path):
+    strange = b"query/\xff.jpg".decode("utf-8", "surrogateescape")
+    paths = ranking.query.paths.copy()
+    paths[0] = strange
+    query = dataclasses.replace(ranking.query, paths=paths)
+    page = page_of_ranking(dataclasses.replace(ranking, query=query), f"Page of {strange}")
+    write_page(tmp_path / "report.html", page, lambda _: None)
+    assert strange in data_of(tmp_path / "report.html")["images"]["path"]
 
 
 def test_pictures_of_a_large_set_lie_beside_the_page(large):
@@ -192,6 +224,18 @@ def test_page_in_a_browser(small, large, ranking, tmp_path):
         assert cards(page) == failures_first[20:40] and page.evaluate(focused) == str(failures_first[20])
         page.keyboard.press("ArrowLeft")
         assert cards(page) == failures_first[:20]
+        # No page before the first: the place stays. After a click the keys act on the card that was clicked.
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate(focused) == str(failures_first[1])
+        page.click("article:nth-of-type(4) h2")
+        page.keyboard.press("Enter")
+        assert page.query_selector("article:nth-of-type(4) .details") and len(page.query_selector_all(".details")) == 1
+        page.keyboard.press("Enter")
+        page.keyboard.press("ArrowDown")
+        assert page.evaluate(focused) == str(failures_first[4])
+        tab_comes_to = "[...document.querySelectorAll('article[tabindex=\"0\"]')].map((a) => a.dataset.query)"
+        assert page.evaluate(tab_comes_to) == [str(failures_first[4])]
         page.check("#maps")
         assert len(page.query_selector_all("article .query img.map")) == 6 * sum(
             str(ranking.query.paths[query]) not in MISSING for query in failures_first[:20]

@@ -40,6 +40,21 @@ def test_page_shows_what_was_found_in_its_order(results, tmp_path):
     assert WICKED not in text and '"scored":false' in text
 
 
+def test_images_outside_the_gallery_s_folder_are_shown_unless_another_folder_is_named(results, tmp_path):
+    (tmp_path / "far").mkdir()
+    photo("far").save(tmp_path / "far/1.jpg")
+    tree = json.loads(results.read_text())
+    for match, path in zip(tree["queries"][0]["matches"], (str(tmp_path / "far/1.jpg"), "../far/1.jpg"), strict=False):
+        match["path"] = path
+    results.write_text(json.dumps(tree))
+    _, photos = page_of_search(results)
+    assert photos(str(tmp_path / "far/1.jpg")) is not None and photos("../far/1.jpg") is not None
+    assert photos("../query.jpg") is None  # which the file does not name
+    _, photos = page_of_search(results, tmp_path / "gallery")
+    assert photos(str(tmp_path / "far/1.jpg")) is None and photos("../far/1.jpg") is None
+    assert photos(str(tmp_path / "query.jpg")) is not None
+
+
 @pytest.mark.parametrize("change", [{"version": 99}, {"queries": [{"path": "q"}]}, {"queries": 3}, {"folder": None}])
 def test_other_files_are_refused_by_name(results, change):
     results.write_text(json.dumps(json.loads(results.read_text()) | change))
