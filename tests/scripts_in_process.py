@@ -29,7 +29,7 @@ def _script(path: Path) -> Iterator[Callable[[list[str]], Any]]:
     before = {name: _copied(value) for name, value in state.items()}
     for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
         if module.startswith("scripts."):  # other tests may have imported one
-            for flag in defined:
+            for flag in list(defined):
                 delattr(flags.FLAGS, flag.name)
     mains: list[Callable[[list[str]], Any]] = []
     try:
