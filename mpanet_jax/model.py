@@ -23,6 +23,7 @@ from mpanet_jax.errors import ArgumentError, UserError, first_line
 from mpanet_jax.evaluation.calibration import Calibration
 from mpanet_jax.evaluation.extract import Embed, make_embed, whole_variables
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images, rows_of_images
+from mpanet_jax.evaluation.metrics import l2_normalize
 from mpanet_jax.evaluation.pair_score import PairScore, calibration_path, score_pair
 from mpanet_jax.files import write_whole, write_whole_folder
 from mpanet_jax.methods import make_method
@@ -178,7 +179,7 @@ class Model:
         blocks, skipped = self._rows(self._embed, images, modality, batch_size, errors)
         rows = np.concatenate([np.zeros((0, self.size), np.float32), *blocks])  # there may be no block
         if normalize:
-            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+            rows = l2_normalize(rows)
         return (rows, skipped) if errors == "skip" else rows
 
     def pattern_maps(

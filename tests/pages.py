@@ -1,16 +1,18 @@
 """The code of the pages in docs/, as tests run it."""
 
-import re
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from tests.docs_pages import ROOT, blocks
+
+
+def snippets(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return [block.text for block in blocks(ROOT / page) if block.is_python]
 
 
 def run_code(page: str, *numbers: int) -> dict[str, Any]:
     """What Python blocks of a page, by their places on it, define; one after the other, in the current folder."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
     names: dict[str, Any] = {}
     for number in numbers:
-        exec(compile(blocks[number], f"{page}, block {number}", "exec"), names)
+        exec(compile(snippets(page)[number], f"{page}, block {number}", "exec"), names)
     return names

@@ -128,17 +128,18 @@ class Index:
           UserError: there is none, it is damaged, or another model made it.
         """
         folder = Path(folder)
-        for is_last in (False, True):
+
+        def opened() -> "Index":
             files = read_index(folder)
             if files is None:
                 raise UserError(f"{folder}: no index; build one from its gallery, or name another index")
             _check_model(files, model, folder)
-            try:
-                return cls(model, folder, files)
-            except UserError:  # an update may have replaced the rows since index.json was read
-                if is_last:
-                    raise
-        raise AssertionError
+            return cls(model, folder, files)
+
+        try:
+            return opened()
+        except UserError:  # an update may have replaced the rows after index.json was read: once more
+            return opened()
 
     @classmethod
     def build(
