@@ -1,7 +1,9 @@
 """The files around the program: what they name exists, and the versions agree."""
 
+import os
 import re
 import shutil
+import sys
 import tomllib
 
 import pytest
@@ -47,7 +49,7 @@ def test_hooks_are_valid_and_call_the_tools_of_make_lint():
         ("pyright", "pyright --project"),
     ):
         assert tool in hooks[name]["entry"] and f"/{tool}" in lint
-        assert shutil.which(tool.split()[0])
+        assert shutil.which(tool.split()[0], path=os.path.dirname(sys.executable))
     for name, fault in (("whitespace", b"a \nb\n"), ("whitespace", b"a\r\n"), ("end-of-file", b"a\n\n")):
         flags = re.M if name == "whitespace" else 0
         assert re.search(hooks[name]["entry"].encode(), fault, flags)
