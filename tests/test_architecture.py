@@ -22,7 +22,8 @@ ALLOWED = {
     "files": {"errors"},
     "memory": set(),
     # The names of backbones and data sets, when settings are checked; and the settings of another method.
-    "settings": {"errors", "models", "datasets", "methods"},
+    "settings": {"settings_base", "models", "datasets", "methods"},
+    "settings_base": {"errors"},
     "embeddings": {"errors", "files", "memory", "modality"},
     "protocol": {"embeddings", "errors", "modality"},
     "nonfinite": {"errors", "files"},
