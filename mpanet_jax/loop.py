@@ -11,7 +11,8 @@ import jax
 
 from mpanet_jax import datasets
 from mpanet_jax.call_plan import cut_into_calls, stack_batches
-from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, is_finite
+from mpanet_jax.checkpoint import Checkpoints, has_checkpoint
+from mpanet_jax.checkpoint_check import is_finite
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.datasets.schema import Split

@@ -22,6 +22,7 @@ from configs import synthetic as synthetic_config
 from configs import sysu as sysu_config
 from mpanet_jax import checkpoint
 from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, load_model
+from mpanet_jax.checkpoint_check import model_shapes
 from mpanet_jax.checksums import CHECKSUMS_FILE
 from mpanet_jax.datasets.regdb import RegdbSettings
 from mpanet_jax.datasets.synthetic import write_dataset
@@ -208,7 +209,7 @@ def test_resumed_training_is_bit_identical(settings, tmp_path, monkeypatch, vers
             patch.setattr(checkpoint, "_items", old_items)
         with pytest.raises(KeyboardInterrupt):
             train(settings, tmp_path / "halves")
-    stored = set(checkpoint._stored_model(tmp_path / "halves/checkpoints/2"))
+    stored = set(model_shapes(tmp_path / "halves/checkpoints/2"))
     assert stored == {"params", "batch_stats", "mean_classifiers" if version == "0.1" else "averages"}
     if version == "0.1":
         config = OLD_CONFIG.replace("{source}", settings.dataset.source)
