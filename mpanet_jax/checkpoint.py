@@ -228,9 +228,9 @@ def _whole_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
 
 
-def latest_step(workdir: str | Path) -> int | None:
-    """The step of a run's newest whole checkpoint; None where there is none."""
-    return max(_whole_steps(Path(workdir) / FOLDERS["last"]), default=None)
+def latest_step(workdir: str | Path, which: str = "last") -> int | None:
+    """The step of a run's newest whole checkpoint, of its 'last' or its 'best' ones; None where there is none."""
+    return max(_whole_steps(Path(workdir) / FOLDERS[which]), default=None)
 
 
 def has_checkpoint(workdir: Path) -> bool:

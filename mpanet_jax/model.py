@@ -337,38 +337,43 @@ def _without_paths(settings: Settings) -> Settings:
     return replace(settings, changes)
 
 
-def _stored_metrics(path: Path) -> dict[str, Any] | None:
-    """What was measured with the weights at `path`: with a run's last checkpoint, or as a file's metadata say."""
+def _stored_metrics(path: Path, checkpoint: str) -> dict[str, Any] | None:
+    """The figures that were stored for weights: in a file's metadata, or beside a workdir's checkpoint of this step."""
     if path.is_file():
         return read_metadata(path, METRICS_KEY)
+    step = 0 if checkpoint == "untrained" else latest_step(path, checkpoint)
     try:
-        metrics = json.loads((path / METRICS_FILES["last"]).read_text())
-        is_current = all(values["step"] == latest_step(path) for values in metrics.values())
+        metrics = json.loads((path / METRICS_FILES[checkpoint]).read_text())
+        is_current = all(values["step"] == step for values in metrics.values())
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        return None  # there is none, or it was written by hand
+        return None  # there are none, or somebody wrote the file by hand
     return metrics if is_current else None
 
 
-def load(source: str | Path, *, dtype: str | None = None, settings: Settings | None = None) -> Model:
-    """A trained model, from wherever it is.
+def load(
+    source: str | Path, *, checkpoint: str = "last", dtype: str | None = None, settings: Settings | None = None
+) -> Model:
+    """Loads a trained model, wherever it is.
 
     Args:
-      source: a run's workdir (its last checkpoint), a `.safetensors` or `.pth` file, a folder that `Model.save` or
-        scripts/convert_weights.py wrote, or `hf:owner/name` for a repository on Hugging Face: its cache first, then the
-        network.
-      dtype: the precision of convolutions and matrix products, 'float32', 'bfloat16' or 'auto' (bfloat16 on
-        accelerators, float32 on CPU); None: as trained.
-      settings: of the network, for weights that carry none, such as the published program's; None takes the paper's.
+      source: a run's workdir, a `.safetensors` or `.pth` file, a folder that `Model.save` or scripts/convert_weights.py
+        wrote, or `hf:owner/name` for a repository on Hugging Face, from its cache or else from the network.
+      checkpoint: which one of a workdir: 'last', 'best' (kept with settings.eval.best), or 'untrained' for the network
+        before its first step. Other sources have no choice of checkpoints.
+      dtype: the precision of convolutions and matrix products: 'float32', 'bfloat16' or 'auto' (bfloat16 on
+        accelerators, float32 on CPUs); None: as trained.
+      settings: of the network, for weights that carry none, such as the published program's; None: the paper's.
 
     Raises:
-      UserError: it is not there, not readable, not of this network, or a backbone alone; the message says which, and
-        for a repository that cannot be reached the command that fetches it.
+      UserError: the weights are not there, not readable, not of this network, or of a backbone alone; the message says
+        which. For a repository that cannot be reached it has the command that fetches it.
+      ArgumentError: `checkpoint` is unknown, or is not 'last' for a source that is no workdir.
     """
     if not str(source).startswith("hf:") and not Path(source).exists():
         raise UserError(
             f"{source}: no such file or folder; expected a run's workdir, a .safetensors or .pth file, the folder of a "
             "saved model, or hf:owner/name"
         )
-    found, variables, _ = read_weights(source, settings=settings, drop_classifiers=True)
+    found, variables, _ = read_weights(source, settings=settings, checkpoint=checkpoint, drop_classifiers=True)
     found = found if dtype is None else replace(found, {"dtype": dtype})
-    return Model(found, variables, source, _stored_metrics(resolve(str(source))))
+    return Model(found, variables, source, _stored_metrics(resolve(str(source)), checkpoint))
