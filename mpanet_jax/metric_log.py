@@ -117,7 +117,7 @@ class MetricLog:
             print(text, file=sys.stderr, flush=True)  # above the bar, where there is one
 
 
-def time_when_ready(array: Any) -> float:
+def wait_until_ready(array: Any) -> float:
     """Waits for the array, and returns when it was there by `time.perf_counter`."""
     jax.block_until_ready(array)
     return time.perf_counter()
@@ -145,11 +145,11 @@ class MetricReader:
 
     def read_previous(self, before: int, after: int, metrics: Any) -> None:
         """Reads what was handed in last, and keeps the metrics of the steps before+1 … after for the next time."""
-        moment = self._clock.submit(time_when_ready, metrics["loss"])
-        self.finish()
+        moment = self._clock.submit(wait_until_ready, metrics["loss"])
+        self.read_last()
         self._unread = (before, after, metrics, moment)
 
-    def finish(self) -> None:
+    def read_last(self) -> None:
         """Reads what was handed in last."""
         if self._unread is None:
             return

@@ -41,6 +41,10 @@ ALLOWED = {
     "methods": {"datasets", "data", "models", "losses", "optim", "settings", "errors", "weights", "modality"},
     "step": {"methods", "models", "state"},
     "run_files": {"methods", "settings", "errors", "files"},
+    "run_setup": {
+        *("checkpoint", "data", "datasets", "evaluation", "methods", "parallel", "processes", "settings", "state"),
+        *("step", "weights"),
+    },
     "weights": {"methods", "models", "run_files", "checkpoint", "settings", "state", "errors", "files"},
     "evaluation": {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),

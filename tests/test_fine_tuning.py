@@ -22,11 +22,12 @@ from mpanet_jax.checkpoint import Checkpoints, load_model  # noqa: E402
 from mpanet_jax.datasets.synthetic import write_dataset  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
 from mpanet_jax.evaluation.extract import embed_of  # noqa: E402
-from mpanet_jax.loop import initial_state, train  # noqa: E402
+from mpanet_jax.loop import train  # noqa: E402
 from mpanet_jax.methods import METHODS, Entry, make_method, settings_of  # noqa: E402
 from mpanet_jax.methods.method import Method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings  # noqa: E402
 from mpanet_jax.run_files import check_init_from, load_settings, save_settings  # noqa: E402
+from mpanet_jax.run_setup import initial_state  # noqa: E402
 from mpanet_jax.settings import replace  # noqa: E402
 from mpanet_jax.state import init_variables  # noqa: E402
 from mpanet_jax.weights.convert import convert, initial_variables, start_from  # noqa: E402
