@@ -129,7 +129,10 @@ class SysuMm01Protocol(_SysuMm01Protocol):
 
 @dataclass(frozen=True)
 class SysuMm01RandomProtocol(_SysuMm01Protocol):
-    """As `SysuMm01Protocol`, but Python's generator, seeded with the trial, draws the galleries, in order of paths."""
+    """As `SysuMm01Protocol`, without the permutation file.
+
+    Python's generator, seeded with the trial, draws the galleries from the sorted paths.
+    """
 
     name = "sysu_mm01_random"
 
