@@ -1,4 +1,4 @@
-"""What a data set is: one class in one file, with everything that this program knows of it."""
+"""What a data set is: one class in one file, with everything that this program knows about it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +15,17 @@ from mpanet_jax.protocol import Protocol
 from mpanet_jax.settings import DatasetSettings
 
 SPLITS = ("train", "test")
-Images = Mapping[str, list[ImageRecord]]  # of each of the SPLITS
+Images = Mapping[str, list[ImageRecord]]  # split → its images
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One test on a split: the rows of its queries and of its gallery, and the protocol that compares them."""
+    """One test on a split.
+
+    Attributes:
+      query, gallery: the rows of the split that are its queries and its gallery.
+      protocol: compares them.
+    """
 
     query: Int[np.ndarray, " q"]
     gallery: Int[np.ndarray, " g"]
