@@ -100,8 +100,8 @@ class DatasetSettings:
     """Which data set, and where it is; a data set adds its own fields in its file, in a subclass."""
 
     name: str = setting("sysu_mm01", "the data set", _datasets)
-    source: str = setting("", "the raw folder; needed once, to prepare")
-    data_dir: str = setting("data", "where prepared data sets and caches live")
+    source: str = setting("", "the raw folder; needed once, to prepare the data set")
+    data_dir: str = setting("data", "the folder of prepared data sets and caches")
     validation: bool = setting(
         False, "hold the identities of the list 'val' out of training, and evaluate on them during training"
     )
@@ -128,12 +128,12 @@ class DataSettings:
     resize: str = setting("bilinear", "the filter of the resize, Pillow's", one_of("bilinear", "lanczos"))
     cache: str = setting(
         "auto",
-        "resized images in 'device' memory, 'host' memory map, 'none', or what fits: 'auto'",
+        "where resized images are kept: in 'device' memory, in a 'host' memory map, or not ('none'); 'auto': what fits",
         one_of("auto", "device", "host", "none"),
     )
     num_workers: int = setting(
         -1,
-        "processes that decode when nothing is cached; 0: threads of this one; -1: chosen",
+        "processes that decode if there is no cache; 0: threads of this process; -1: chosen for the machine",
         Rule("a number of processes up to 1024, 0 for threads, or -1 to choose", lambda value: -1 <= value <= 1024),
     )
 
@@ -151,9 +151,9 @@ class AugmentSettings:
     flip_probability: float = setting(0.5, "of the horizontal flip", between(0, 1))
     crop_padding: int = setting(0, "pixels added on every side before a random crop back; 0: no crop", between(0, 4096))
     crop_fill: int = setting(127, "the padding's value", Rule("a pixel's value, 0 to 255", lambda v: 0 <= v <= 255))
-    exchange_probability: float = setting(0.0, "of one channel, drawn at random, in place of all", between(0, 1))
-    grey_probability: float = setting(0.0, "of grey, where no channel was exchanged", between(0, 1))
-    mrle_probability: float = setting(0.0, "of a random mix of the channels in place of all (RLE)", between(0, 1))
+    exchange_probability: float = setting(0.0, "of replacing all channels by one, drawn at random", between(0, 1))
+    grey_probability: float = setting(0.0, "of grey, if no channel was exchanged", between(0, 1))
+    mrle_probability: float = setting(0.0, "of replacing all channels by a random mix of them (RLE)", between(0, 1))
     mrle_beta: float = setting(0.3, "β of the Beta(β, β) that the mix is drawn from", POSITIVE)
     rrle_probability: float = setting(0.0, "of random factors in random rectangles (RLE)", between(0, 1))
     rrle_beta: float = setting(0.4, "β of the Beta(β, β) that the factors are drawn from", POSITIVE)
@@ -187,7 +187,7 @@ class ModelSettings:
     width: int = setting(64, "channels of the stem", between(1, 1024))
     fused: str = setting(
         "auto",
-        "the fast form of the layers: 'on', 'off', or where it was measured to be faster: 'auto'",
+        "the fast form of the layers: 'on', 'off', or 'auto': where it was measured to be faster",
         one_of("auto", "on", "off"),
     )
 
@@ -213,15 +213,15 @@ class TrainSettings:
     num_epochs: int = setting(140, "of the whole run", at_least(1))
     eval_every_epochs: int = setting(20, "0: only at the end", at_least(0))
     checkpoint_every_epochs: int = setting(5, "0: only at the end", at_least(0))
-    keep_checkpoints: int = setting(2, "the last ones", at_least(1))
+    keep_checkpoints: int = setting(2, "how many of the last ones", at_least(1))
     log_every_steps: int = setting(50, "for TensorBoard and the terminal", at_least(1))
     # 15 divides the 915 steps of five epochs of SYSU-MM01, so there one program is enough for the whole run.
     steps_per_call: int = setting(
-        15, "steps sent to the device as one program, at most, where it holds the images (else 1)", at_least(1)
+        15, "the most steps in one program, if the device holds the images (else 1)", at_least(1)
     )
     on_nonfinite: str = setting(
         "stop",
-        "when loss, weights or moments are no numbers: 'stop', or 'skip' the step, up to 10 in a row",
+        "if loss, weights or moments are not finite: 'stop', or 'skip' the step, fewer than 10 in a row",
         one_of("stop", "skip"),
     )
 
@@ -252,19 +252,19 @@ class Settings:
     """
 
     seed: int = setting(0, "of initialisation, plan and augmentation", between(0, 2**32 - 1))
-    preset: str = setting(
-        "paper", "only recorded: what the config file made of it", one_of("paper", "official", "strong")
-    )
+    preset: str = setting("paper", "the config file's preset; only recorded", one_of("paper", "official", "strong"))
     method: str = setting("mpanet", "which method the other fields are of")
     dtype: str = setting(
         "auto",
-        "of convolutions and matrix products; auto: bfloat16 on accelerators, float32 on CPU",
+        "of convolutions and matrix products; 'auto': bfloat16 on accelerators, float32 on CPUs",
         one_of("auto", "float32", "bfloat16", "float64"),
     )
-    parallel: str = setting("pmap", "how several devices share a step; the same numbers", one_of("pmap", "shard_map"))
+    parallel: str = setting(
+        "pmap", "how a step is mapped over several devices; the numbers are the same", one_of("pmap", "shard_map")
+    )
     batch_scale: str = setting(
         "global",
-        "data.num_ids_per_batch is of the whole batch; 'per_device': of each device's share",
+        "'global': data.num_ids_per_batch is of the whole batch; 'per_device': of each device's share",
         one_of("global", "per_device"),
     )
     init_from: str = start_setting("")

@@ -58,7 +58,7 @@ def open_images(split: Split, data: DataSettings, cache_dir: str | os.PathLike |
     # All processes run the same program, so the one with the least room decides.
     cache = CACHE_MODES[max(gather(CACHE_MODES.index(chosen), "the choice of data.cache"))]
     if cache != chosen and is_first_process():
-        print(f"images: cache={cache}, for another process has less room", file=sys.stderr)
+        print(f"images: cache={cache}, because another process has less room", file=sys.stderr)
     if cache == "none":
         return cache, None
     if images is None and path is not None and (cache == "host" or _has_room(path.parent, math.prod(shape))):

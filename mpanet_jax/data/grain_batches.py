@@ -56,7 +56,7 @@ def choose_num_workers(num_workers: int, batch_bytes: int) -> int:
         return chosen
     short = f"{chosen} processes that decode need {needed >> 20} MiB of shared memory, {free >> 20} are free"
     if num_workers < 0:
-        print(f"images: decoded in threads, for {short} in /dev/shm (docker run --shm-size)", file=sys.stderr)
+        print(f"images: decoded in threads, because {short} in /dev/shm (docker run --shm-size)", file=sys.stderr)
         return 0
     raise SettingsError(
         f"data.num_workers = {num_workers}: {short} in /dev/shm; enlarge it (docker run --shm-size), or use 0"
