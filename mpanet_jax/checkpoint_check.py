@@ -46,7 +46,7 @@ def model_shapes(directory: Path) -> Any:
 
 
 def shape_difference(stored: Any, wanted: Any) -> str | None:
-    """The first array that the two trees do not both have in one shape, in words; None where they agree."""
+    """A line about the first array that is missing in one of two trees or differs in shape; None if there is none."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -207,7 +207,7 @@ class _Training:
             run.state, metrics = run.run_steps(
                 run.state, stack_batches(run.feed.batches, step - before), run.feed.images
             )
-            # The metrics of a call are read once the next one has been sent to the device, which so always has work.
+            # The metrics of the last call are read now, with this call on its way: the device always has work.
             self._reader.read_previous(before, step, metrics)
             self._checkpoints.raise_failure()
             is_last = step == run.total_steps

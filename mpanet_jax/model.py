@@ -97,7 +97,7 @@ class Model:
         return self._row_shape(self.method.embed)[0]
 
     def _row_shape(self, function: Callable[..., Any]) -> tuple[int, ...]:
-        """The shape of what `function`, as of `make_embed`, returns for one image."""
+        """The shape of a row that `function` (see `make_embed`) computes for an image."""
         data = self.settings.data
         images = jax.ShapeDtypeStruct((1, data.height, data.width, 3), jnp.uint8)
         modality = jax.ShapeDtypeStruct((1,), jnp.int32)

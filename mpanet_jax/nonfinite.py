@@ -66,7 +66,7 @@ class FiniteCheck:
 
         Args:
           step: which one, from 1.
-          what: is wrong, in words.
+          what: what is wrong, in words.
           terms: the step's metrics.
         """
         report = self._workdir / REPORT_FILE

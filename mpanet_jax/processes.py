@@ -147,7 +147,7 @@ def gather(value: int, what: str) -> list[int]:
 
     Args:
       value: of this process.
-      what: the number is, for the message if a process does not come.
+      what: what the number is, for the message if a process does not come.
 
     Returns:
       The values, in the order of the processes.

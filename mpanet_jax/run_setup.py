@@ -74,7 +74,7 @@ def initial_state(method: Method, variables: dict[str, Any], steps_per_epoch: in
 
     Args:
       method: its optimiser, its averages and its seed.
-      variables: {params, batch_stats}, as of `initial_variables`.
+      variables: {params, batch_stats}; see `starting_variables`.
       steps_per_epoch: for the learning rate's schedule.
     """
     _, run_key = random_keys(method.settings.seed)

@@ -24,7 +24,7 @@ cache_flag = flags.DEFINE_string(
 distributed_flag = flags.DEFINE_bool(
     "distributed",
     False,
-    "this is one of several processes; the scheduler (Slurm, Open MPI, …) or the flags below say more",
+    "join other processes, which a scheduler (Slurm, Open MPI, …) or the three flags below name",
 )
 coordinator_flag = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0")
 num_processes_flag = flags.DEFINE_integer("num_processes", None, "how many processes there are", lower_bound=1)

@@ -37,9 +37,7 @@ IMAGES = flags.DEFINE_string(
 )
 SPLIT = flags.DEFINE_string("split", "", "A part of images.csv: train, val, test, query or gallery; default: all.")
 OUT = flags.DEFINE_string("out", None, "The folder of the figures; for retrieval, the HTML file.")
-SEED = flags.DEFINE_integer(
-    "seed", 0, "Chooses people and images; the same seed gives the same picture.", lower_bound=0
-)
+SEED = flags.DEFINE_integer("seed", 0, "Draws people and images; the same seed gives the same picture.", lower_bound=0)
 NUM_IDENTITIES = flags.DEFINE_integer(
     "num_identities", None, "How many people are shown; default: 3, for tsne 10.", lower_bound=1
 )
