@@ -175,8 +175,8 @@ class Checkpoints:
                 return found
             self._set_aside(step, damaged)
         raise UserError(
-            f"{self._checkpointer.directory}: no sound checkpoint is left there to go on from; the same command again "
-            "starts the run from the beginning"
+            f"{self._checkpointer.directory}: no sound checkpoint is left to go on from; the same command, given "
+            "again, starts the run from the beginning"
         )
 
     def _set_aside(self, step: int, reason: DamagedCheckpoint | None) -> None:
@@ -186,7 +186,10 @@ class Checkpoints:
             free = (aside.with_name(f"{step}-{number}") for number in itertools.count(2))
             aside = next(free) if aside.exists() else aside
             self._folder(step).rename(aside)
-            print(f"{self._folder(step)}: damaged ({reason}), now {aside}; the one before is taken", file=sys.stderr)
+            print(
+                f"{self._folder(step)}: damaged ({reason}), moved to {aside}; the one before it is used",
+                file=sys.stderr,
+            )
         wait_for_all_processes("the choice of a checkpoint")
         self._checkpointer.reload()
 
@@ -199,8 +202,8 @@ class Checkpoints:
                 raise DamagedCheckpoint("it lacks the model")
             if missing:
                 raise UserError(
-                    f"{directory}: lacks the {' and '.join(sorted(missing))} that training goes on with; give another "
-                    "workdir (and, to start from weights alone, name them in init_from)"
+                    f"{directory}: lacks the {' and '.join(sorted(missing))}, which training needs to go on; give "
+                    "another workdir (to start from these weights alone, name them in init_from)"
                 )
             stored = model_shapes(directory)
             if difference := shape_difference(_renamed(stored, OLD_NAMES), items["model"]):
@@ -265,7 +268,7 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
         if directory.is_dir() and any(directory.iterdir()):
             raise UserError(
                 f"{directory}: its first checkpoint is still being written, or was cut off; "
-                "wait until it is there, or have that run go on"
+                "wait until it is there, or start that run again"
             )
         option = ", with eval.best = 'rank1'" if which == "best" else ""
         raise UserError(f"{directory}: no checkpoint here; train first{option}")
@@ -282,7 +285,7 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
             raise DamagedCheckpoint("it holds NaN or infinite numbers")
     except DamagedCheckpoint as error:
         raise UserError(
-            f"{newest}: this checkpoint is damaged ({error}); move it away, and the one before, if there is one, is "
-            "taken; training, started again, does so by itself"
+            f"{newest}: this checkpoint is damaged ({error}); move it away to use the one before it, if there is one, "
+            "or start training again, which does that by itself"
         ) from error
     return steps[-1], _renamed(model, OLD_NAMES)

@@ -334,7 +334,7 @@ class Model:
         if self.method.needs_modality and (numbers == UNKNOWN).any():
             raise ArgumentError(
                 "modality",
-                f"is missing: method {self.settings.method!r} has to know it; expected 'visible' or 'infrared', or a "
+                f"is missing, and method {self.settings.method!r} needs it; expected 'visible' or 'infrared', or a "
                 "list with one of them for each image",
             )
         size = self.settings.eval.batch_size if batch_size is None else batch_size

@@ -77,5 +77,5 @@ class FiniteCheck:
                 file.write(json.dumps(content, indent=2) + "\n")
         return UserError(
             f"step {step}: {what}; lower optim.learning_rate, or check the weights of init_from and the "
-            f"images that {report} names; the run stops, its last checkpoint is from before"
+            f"images that {report} names; the run stops, and its last checkpoint is from before this step"
         )

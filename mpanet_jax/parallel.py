@@ -182,8 +182,8 @@ def global_num_ids(num_ids_per_batch: int, num_devices: int, batch_scale: str) -
         above = -(-num_ids_per_batch // num_devices) * num_devices
         nearest = f"{above - num_devices} or {above}" if above > num_devices else f"{above}"
         raise SettingsError(
-            f"data.num_ids_per_batch = {num_ids_per_batch} identities do not divide over {num_devices} devices, "
-            f"each of which takes whole identities: use {nearest}, or fewer devices, or "
+            f"data.num_ids_per_batch = {num_ids_per_batch} identities do not divide over {num_devices} devices, and "
+            f"each device takes whole identities: use {nearest}, or fewer devices, or "
             f"batch_scale = 'per_device' for {num_ids_per_batch} on each"
         )
     return num_ids_per_batch

@@ -39,7 +39,7 @@ def make_feed(method: Method, split: Split, parallel: Parallel) -> TrainFeed:
     if plan.num_resampled and is_first_process():
         print(
             f"batches: {plan.num_resampled} of {split.num_ids} identities have fewer than K/2 = "
-            f"{plan.images_per_id // 2} images in a modality; theirs are drawn with replacement",
+            f"{plan.images_per_id // 2} images in a modality; their images are drawn with replacement",
             file=sys.stderr,
         )
     return train_feed(

@@ -214,7 +214,7 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
         start_from(str(tmp_path / "run"), SMALL, random_variables())
     assert str(error.value) == (
         f"init_from: {tmp_path}/run/checkpoints: its first checkpoint is still being written, or was cut off; "
-        "wait until it is there, or have that run go on"
+        "wait until it is there, or start that run again"
     )
     with pytest.raises(UserError, match=r"^init_from: \S+/none: no such weights file"):
         start_from(str(tmp_path / "none"), SMALL, random_variables())

@@ -71,8 +71,8 @@ class CacheCheck:
             for path in (self._cache, sums_path(self._cache)):
                 path.unlink(missing_ok=True)
             raise UserError(
-                f"{self._cache}: the image cache was damaged, and this run has trained on it; it is deleted, and the "
-                "same command again builds it anew (if that recurs, check the disk)"
+                f"{self._cache}: the image cache is damaged, and this run has trained on it; it has been deleted, and "
+                "the same command builds it anew (if that happens again, check the disk)"
             )
 
 
@@ -95,5 +95,5 @@ class CacheFile:
         for number, row in enumerate(map(int, index)):
             buffers: list[Any] = [images[number : number + 1]]  # NumPy's stubs hide that arrays are buffers
             if os.preadv(self._descriptor, buffers, self._offset + row * size) != size:
-                raise UserError(f"{self._path}: the image cache was cut off during the run; delete it and start again")
+                raise UserError(f"{self._path}: the image cache was cut off during the run; delete it, and start again")
         return images

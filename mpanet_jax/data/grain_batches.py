@@ -120,13 +120,13 @@ class ResumableBatches(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         if state["plan"] != self._plan:
             raise UserError(
-                f"the checkpoint's batches are those of ({state['plan']}), this run's of ({self._plan}); resume with "
+                f"the checkpoint has batches of the plan ({state['plan']}), this run of ({self._plan}); resume with "
                 "the same data.*, seed and data set (and as many devices, with batch_scale = "
                 "'per_device'), or start in a new workdir"
             )
         if not 0 <= state["next_index"] <= len(self._dataset):
             raise UserError(
-                f"the checkpoint stands before batch {state['next_index']}, this run has {len(self._dataset)}; "
+                f"the checkpoint's next batch is {state['next_index']}, but this run has {len(self._dataset)} batches; "
                 "raise train.num_epochs, or start in a new workdir"
             )
         self._stop(self._running, self._num_workers)

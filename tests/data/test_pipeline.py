@@ -272,7 +272,7 @@ def test_a_flipped_bit_in_the_cache_is_found_before_the_first_checkpoint(tmp_pat
     path.write_bytes(data)
     feed = toy_feed(split, cache=mode, cache_dir=tmp_path)
     next(feed.batches)
-    with pytest.raises(UserError, match=f"{path}: the image cache was damaged"):
+    with pytest.raises(UserError, match=f"{path}: the image cache is damaged"):
         feed.require_sound_images()
     np.testing.assert_array_equal(open_images(split, HOST, tmp_path)[1], expected)  # built anew
     toy_feed(split, cache=mode, cache_dir=tmp_path).require_sound_images()
