@@ -66,6 +66,7 @@ class MetricLog:
             self._writer.close()
         else:  # the thread has ended and reads no more events: nothing may wait for the queue to be empty
             self._events._event_queue.cancel_join_thread()
+            self._events._closed = True  # tensorboardX closes it again at exit, which would wait too
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step` steps done."""
