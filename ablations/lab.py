@@ -165,7 +165,8 @@ def train_row(work: Work, options: Options) -> Iterator[dict[str, Any]]:
     import jax
 
     from mpanet_jax.compilation import set_compilation_cache
-    from mpanet_jax.loop import Programs, train
+    from mpanet_jax.loop import train
+    from mpanet_jax.run_setup import Programs
 
     set_compilation_cache(options.compilation_cache)
     programs = Programs()

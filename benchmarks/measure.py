@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.evaluation import peak_memory_gib
 from benchmarks.provenance import commit, processor
 from mpanet_jax.files import write_whole
-from mpanet_jax.metric_log import time_when_ready
+from mpanet_jax.metric_log import wait_until_ready
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 # Reads and writes of every convolution's output in a training step where convolution, batch norm and ReLU are separate
@@ -57,7 +57,7 @@ def seconds_per_call(call: Callable[[], Any], num_calls: int, *, warm_up: int = 
     # In a thread, for sending a call off may take longer than the call before it.
     with ThreadPoolExecutor(1) as clock:
         for _ in range(1 + warm_up + num_calls):
-            finished.append(clock.submit(time_when_ready, call()))
+            finished.append(clock.submit(wait_until_ready, call()))
             if len(finished) > 1:
                 finished[-2].result()
     return np.diff([moment.result() for moment in finished])[warm_up:]

@@ -8,10 +8,10 @@ import numpy as np
 from mpanet_jax import datasets
 from mpanet_jax.call_plan import cut_into_calls, stack_batches
 from mpanet_jax.data.pipeline import TrainFeed
-from mpanet_jax.loop import initial_state, make_feed, make_train_steps
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.parallel import Parallel, all_devices
+from mpanet_jax.run_setup import initial_state, make_feed, make_train_steps
 from mpanet_jax.settings import Settings, replace
 from mpanet_jax.weights.convert import initial_variables
 

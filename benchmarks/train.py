@@ -13,10 +13,11 @@ from benchmarks import measure
 from benchmarks.step import benchmark_step
 from mpanet_jax import datasets
 from mpanet_jax.errors import UserError
-from mpanet_jax.loop import make_feed, train
+from mpanet_jax.loop import train
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import compute_dtype
 from mpanet_jax.parallel import all_devices
+from mpanet_jax.run_setup import make_feed
 from mpanet_jax.settings import Settings, replace
 
 RECIPE_IMAGES = 140 * 183 * 128  # SYSU-MM01: epochs, steps, images a step

@@ -1,6 +1,7 @@
-"""The paper's recipe as a config: `MPANetSettings()` says every field, once, with its default, meaning and rule.
+"""The paper's recipe as a config, and what the other configs share.
 
-Any scalar can be set on the command line: `--config=configs/sysu.py --config.optim.learning_rate=1e-3`.
+`MPANetSettings()` holds every field once, with its default, meaning and rule. The command line sets any scalar:
+`--config=configs/sysu.py --config.optim.learning_rate=1e-3`.
 """
 
 from ml_collections import ConfigDict
@@ -11,9 +12,9 @@ from mpanet_jax.settings import Settings, to_dict
 
 
 def config_of(settings: Settings) -> ConfigDict:
-    """The settings of a method as a config."""
+    """The settings of a method as a config, with the own fields of every data set, so that `--config` knows them."""
     config = ConfigDict(to_dict(settings))
-    # What only one data set has, such as RegDB's trial, at its default; `--config` knows the fields of all.
+    # RegDB's trial, for example, at its default.
     for name, dataset in own_fields().items():
         config.dataset[name] = getattr(dataset.settings_class(), name)
     return config
@@ -23,12 +24,22 @@ def get_config() -> ConfigDict:
     return config_of(MPANetSettings())
 
 
-def apply_preset(config: ConfigDict, preset: str) -> ConfigDict:
-    """Sets the fields in which a recipe differs from the paper's; `paper` changes nothing.
+def refuse_options(options: str) -> None:
+    """Raises `ValueError` for options after the file's name, of a recipe that has none."""
+    if options:
+        raise ValueError(f"config option {options!r}: this recipe has none")
 
-    `official`: the published program. It also kept the best model on the test set, from evaluations every 5 epochs.
-    That is left to the user: --config.eval.best=rank1 --config.train.eval_every_epochs=5
-    `strong`: `official` with the augmentations of RLE (Tan et al., NeurIPS 2024), its erasing among them.
+
+def apply_preset(config: ConfigDict, preset: str) -> ConfigDict:
+    """Sets the fields in which a recipe of MPANet differs from the paper's, and returns the config.
+
+    `paper` (or ''): none.
+    `official`: the published program's. That program also kept the model that was best on the test set, evaluated every
+      5 epochs; add --config.eval.best=rank1 --config.train.eval_every_epochs=5 for that.
+    `strong`: `official` with the augmentations of RLE (Tan et al., NeurIPS 2024), which include another random erasing.
+
+    Raises:
+      ValueError: another name.
     """
     if preset not in ("", "paper", "official", "strong"):
         raise ValueError(
@@ -47,7 +58,7 @@ def apply_preset(config: ConfigDict, preset: str) -> ConfigDict:
         config.augment.erase_aspect = (0.3, 1 / 0.3)
         config.augment.erase_log_aspect = False
         config.augment.erase_attempts = 100
-        # RLE fills with these before it normalises.
+        # RLE fills rectangles with these values before it normalises the image.
         filled = zip((0.4914, 0.4822, 0.4465), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
         config.augment.erase_fill = tuple((value - mean) / deviation for value, mean, deviation in filled)
     return config

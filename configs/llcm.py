@@ -1,4 +1,4 @@
-"""LLCM, with the recipe of SYSU-MM01 (the paper has no figures for it).
+"""LLCM, with the recipe for SYSU-MM01 (the paper has no figures on LLCM).
 
 python scripts/train.py --config=configs/llcm.py --config.dataset.source=/path/to/LLCM
 """
@@ -14,5 +14,5 @@ def get_config(preset: str = "paper") -> ConfigDict:
     config.dataset.name = "llcm"
     apply_preset(config, preset)
     if preset == "strong":
-        config.augment.grey_probability = 0.5  # RLE's on LLCM
+        config.augment.grey_probability = 0.5  # as RLE does on LLCM
     return config

@@ -5,13 +5,12 @@ python scripts/train.py --config=configs/llcm_agw.py --config.dataset.source=/pa
 
 from ml_collections import ConfigDict
 
-from configs.default import config_of
+from configs.default import config_of, refuse_options
 from mpanet_jax.methods.agw import AGWSettings
 
 
 def get_config(options: str = "") -> ConfigDict:
-    if options:
-        raise ValueError(f"config option {options!r}: this recipe has none")
+    refuse_options(options)
     config = config_of(AGWSettings())
     config.dataset.name = "llcm"
     return config

@@ -5,13 +5,12 @@ python scripts/train.py --config=configs/llcm_caj.py --config.dataset.source=/pa
 
 from ml_collections import ConfigDict
 
-from configs.default import config_of
+from configs.default import config_of, refuse_options
 from mpanet_jax.methods.caj import CAJSettings
 
 
 def get_config(options: str = "") -> ConfigDict:
-    if options:
-        raise ValueError(f"config option {options!r}: this recipe has none")
+    refuse_options(options)
     config = config_of(CAJSettings())
     config.dataset.name = "llcm"
     return config

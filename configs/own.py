@@ -1,7 +1,8 @@
-"""Your own cameras: a folder of images with images.csv (docs/data.md), with the recipe of SYSU-MM01.
+"""Your own cameras: a folder of images with images.csv (docs/data.md), with the recipe for SYSU-MM01.
 
 python scripts/train.py --config=configs/own.py --config.dataset.source=/path/to/folder
-To start from a trained model: --config.init_from=runs/sysu. Few identities: a smaller --config.data.num_ids_per_batch.
+To start from a trained model, add --config.init_from=runs/sysu. With few identities, lower
+--config.data.num_ids_per_batch.
 """
 
 from ml_collections import ConfigDict

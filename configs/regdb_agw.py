@@ -1,7 +1,7 @@
 """AGW on RegDB. Published Rank-1 / mAP / mINP: 70.05 / 66.37 / 50.19 (visible to infrared).
 
 python scripts/train.py --config=configs/regdb_agw.py:split=3 --config.dataset.source=/path/to/RegDB
-`split=N` picks the trial, 1 to 10.
+`split=N` chooses the trial, 1 to 10.
 """
 
 from ml_collections import ConfigDict

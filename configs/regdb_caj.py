@@ -1,7 +1,7 @@
 """CAJ on RegDB. Published Rank-1 / mAP / mINP: 85.03 / 79.14 / 65.33 (visible to infrared).
 
 python scripts/train.py --config=configs/regdb_caj.py:split=3 --config.dataset.source=/path/to/RegDB
-`split=N` picks the trial, 1 to 10.
+`split=N` chooses the trial, 1 to 10.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The built-in synthetic data set and a small ResNet of the same code: minutes on two CPU cores, no licensed data.
+"""The built-in synthetic data set and a small ResNet: trains in minutes on two CPU cores, without licensed data.
 
 python scripts/make_synthetic.py --layout sysu_mm01 --out runs/demo/raw
 python scripts/train.py --config=configs/synthetic.py --config.dataset.source=runs/demo/raw --workdir=runs/demo
@@ -15,11 +15,11 @@ def get_config(preset: str = "paper") -> ConfigDict:
     config.init_from = ""
     config.dataset.data_dir = "data/synthetic"
     config.data.height, config.data.width = 128, 48
-    # Its identities have about seven visible and three or four infrared images: two pairs are a group.
+    # The identities have about seven visible and three or four infrared images each: enough for groups of two pairs.
     config.data.images_per_id = 4
     config.model.stage_sizes = (1, 1, 1, 1)
     config.model.width = 16
-    # Trained from scratch in few steps: a greater learning rate than fine-tuning takes, the crop, and no erasing.
+    # Training from scratch in few steps: a higher learning rate than for fine-tuning, random crops, no erasing.
     config.augment.erase_probability = 0.0
     config.optim.learning_rate = 4e-3
     config.optim.milestones = (29, 38)
@@ -27,5 +27,5 @@ def get_config(preset: str = "paper") -> ConfigDict:
     config.train.eval_every_epochs = 11
     config.train.checkpoint_every_epochs = 11
     apply_preset(config, preset)
-    config.augment.crop_padding = 6  # in both presets
+    config.augment.crop_padding = 6  # whatever the preset
     return config

@@ -1,8 +1,8 @@
 """SYSU-MM01, the paper's recipe: 140 epochs, P = 16, K = 8, 384×128. Rank-1 / mAP, all-search: 70.58 / 68.24.
 
 python scripts/train.py --config=configs/sysu.py --config.dataset.source=/path/to/SYSU-MM01
-`--config=configs/sysu.py:official` follows the published program instead of the paper; `:strong` is that with RLE's
-augmentations, which was not measured on SYSU-MM01 here.
+`--config=configs/sysu.py:official` follows the published program instead of the paper. `:strong` adds RLE's
+augmentations to that; nobody has measured it on SYSU-MM01 here.
 """
 
 from ml_collections import ConfigDict

@@ -5,12 +5,10 @@ python scripts/train.py --config=configs/sysu_agw.py --config.dataset.source=/pa
 
 from ml_collections import ConfigDict
 
-from configs.default import config_of
+from configs.default import config_of, refuse_options
 from mpanet_jax.methods.agw import AGWSettings
 
 
 def get_config(options: str = "") -> ConfigDict:
-    if options:
-        raise ValueError(f"config option {options!r}: this recipe has none")
-    config = config_of(AGWSettings())
-    return config
+    refuse_options(options)
+    return config_of(AGWSettings())

@@ -5,12 +5,10 @@ python scripts/train.py --config=configs/sysu_caj.py --config.dataset.source=/pa
 
 from ml_collections import ConfigDict
 
-from configs.default import config_of
+from configs.default import config_of, refuse_options
 from mpanet_jax.methods.caj import CAJSettings
 
 
 def get_config(options: str = "") -> ConfigDict:
-    if options:
-        raise ValueError(f"config option {options!r}: this recipe has none")
-    config = config_of(CAJSettings())
-    return config
+    refuse_options(options)
+    return config_of(CAJSettings())

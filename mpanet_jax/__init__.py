@@ -27,7 +27,7 @@ __all__ = [
     "train",
 ]
 
-# Where the public names are; importing this package imports none of these modules, nor JAX.
+# Where the public names are. Importing this package imports none of these modules, and not JAX.
 _HOMES = {
     "Embeddings": "embeddings.Embeddings",
     "Index": "evaluation.search.Index",

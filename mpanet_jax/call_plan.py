@@ -1,4 +1,4 @@
-"""How the steps of a run are cut into calls of the compiled program, and the batches of a call."""
+"""Cuts the steps of a run into calls of the compiled program, and stacks the batches of a call."""
 
 import math
 from collections.abc import Iterator
@@ -9,13 +9,21 @@ import numpy as np
 def cut_into_calls(
     first_step: int, total_steps: int, steps_per_call: int, stops: tuple[int, ...]
 ) -> Iterator[tuple[int, int]]:
-    """How the steps are cut into calls: pairs (steps done before the call, steps done after it).
+    """Cuts steps into calls, so that few programs are compiled: each length of a call is a program of its own.
 
-    No call runs past the end or past a multiple of one of the `stops` (0: none). The most that a call can take is
-    `steps_per_call` or, if that is less, the shortest way between two stops of a kind. All calls have one length, the
-    largest up to that which divides end and stops, so one program is compiled. Where that is less than a third of the
-    most, calls take the most, and one step where so many do not fit: two programs. What a call holds depends on its
-    place alone, so a run resumed at a stop goes on with the same programs.
+    A call takes at most L steps: the least of `steps_per_call`, the `stops` and `total_steps`. If a length greater than
+    1 and at least L/3 divides the total and the stops, all calls have the greatest such length: one program. Otherwise
+    calls take L steps, and single steps where L do not fit before the next stop: two programs. The calls after a stop
+    do not depend on those before it, so a resumed run uses the same programs.
+
+    Args:
+      first_step: the steps done before.
+      total_steps: the steps done at the end.
+      steps_per_call: the most steps of a call.
+      stops: no call runs past a multiple of any of them; 0: no stops of this kind.
+
+    Yields:
+      (steps done before the call, steps done after it).
     """
     stops = (total_steps, *(every for every in stops if every))
     at_most = min(steps_per_call, *stops)
@@ -30,8 +38,8 @@ def cut_into_calls(
 
 
 def stack_batches(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
-    """The next `count` batches, stacked."""
+    """The next `count` batches as one dict of arrays [count, …]."""
     taken = [next(batches) for _ in range(count)]
-    if count == 1:  # without a copy of the images
+    if count == 1:  # a view: stacking would copy the images
         return {name: rows[None] for name, rows in taken[0].items()}
     return {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}

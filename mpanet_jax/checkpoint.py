@@ -1,38 +1,43 @@
 """Checkpoints with orbax: the model, the rest of the training state, and the data iterator, saved together.
 
 A checkpoint holds three items: `model` (params, batch_stats, averages: all that evaluation and export need),
-`training` (opt_state, step, rng) and `data` (the position of the batch iterator). Saving is asynchronous and atomic;
-once a checkpoint is whole, checksums of its files are added, by which damage is found before anything is taken from it.
-Nothing in it depends on the devices or processes that wrote it: arrays are saved once, as one device would hold them,
-and the position is the same in all processes (grain's own handler writes, and asks for, one file for each process).
+`training` (opt_state, step, rng) and `data` (the position of the batch iterator). Saving is asynchronous and atomic.
+Once a checkpoint is whole, the checksums of its files are added; reading it checks them first.
+
+Nothing in a checkpoint depends on the devices or processes that wrote it. Arrays are saved once, as one device would
+hold them, and the position is the same in all processes (grain's own handler needs one file for each process).
 """
 
 import contextlib
-import functools
 import itertools
-import logging
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
-from absl import logging as absl_logging
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from mpanet_jax.checksums import damage, write_checksums
-from mpanet_jax.errors import UserError, first_line, lacks_room
+from mpanet_jax.checkpoint_check import (
+    DamagedCheckpoint,
+    check_files,
+    is_finite,
+    model_shapes,
+    quiet_orbax,
+    readable,
+    shape_difference,
+)
+from mpanet_jax.checksums import write_checksums
+from mpanet_jax.errors import UserError, lacks_room
 from mpanet_jax.processes import gather, is_first_process, wait_for_all_processes
 from mpanet_jax.state import TrainState
 
 MODEL_FIELDS = ("params", "batch_stats", "averages")
 TRAINING_FIELDS = ("opt_state", "step", "rng")
 OLD_NAMES = {"mean_classifiers": "averages"}  # of items' fields in checkpoints up to version 0.1
-# Which checkpoint a report is about → the folder it lies in.
+# Which checkpoint → its folder in the workdir.
 FOLDERS = {"last": "checkpoints", "best": "checkpoints_best"}
 DAMAGED_FOLDER = "checkpoints_damaged"
 
@@ -44,27 +49,31 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     }
 
 
-class _Damaged(Exception):
-    """A checkpoint that nothing can go on from; the message says why."""
-
-
 class Checkpoints:
-    """The checkpoints of one run, `WORKDIR/checkpoints/STEP`; a context manager that waits for the last save."""
+    """The checkpoints of one run, `WORKDIR/checkpoints/STEP`; a context manager that waits for the last save.
+
+    Args:
+      workdir: of the run.
+      keep: how many are kept, the latest ones.
+      which: 'last', or 'best' for those that `keep_best` chooses, in WORKDIR/checkpoints_best.
+
+    Raises:
+      UserError: there is a file where the folder of checkpoints would be.
+    """
 
     def __init__(self, workdir: Path, keep: int, which: str = "last"):
-        """Of the run in `workdir`; the latest `keep` stay. `which` = 'best': those that `keep_best` chooses."""
-        _quiet_orbax()
+        quiet_orbax()
         if (workdir / FOLDERS[which]).exists() and not (workdir / FOLDERS[which]).is_dir():
             raise UserError(f"{workdir / FOLDERS[which]}: not a folder; move it away, checkpoints go there")
         self._workdir = workdir
         self._checkpointer = ocp.training.Checkpointer(
             str((workdir / FOLDERS[which]).resolve()),
-            # orbax's protocol and its policies name different types for what a policy is shown.
+            # orbax's protocol and its policies name different types for a policy's argument.
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
         self._finishing = ThreadPoolExecutor(1)
-        self._saving: Future[None] | None = None  # the last save, until it was waited for
+        self._saving: Future[None] | None = None  # the last save, until somebody has waited for it
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -76,7 +85,7 @@ class Checkpoints:
             failed = kind is not None
         finally:
             self._finishing.shutdown()
-            with contextlib.suppress(*[Exception] if failed else []):  # orbax says a failed save again
+            with contextlib.suppress(*[Exception] if failed else []):  # orbax raises a failed save a second time
                 self._checkpointer.close()
 
     @property
@@ -86,8 +95,17 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
-        """Starts saving; returns once the device's arrays are copied, so that the next step may donate them."""
-        self.wait()  # as orbax would do
+        """Starts to save; returns once the arrays are copied off the device, so that the next step may donate them.
+
+        Args:
+          step: how many steps are done; the checkpoint's name.
+          state: after them.
+          batches: the iterator; its position is saved.
+
+        Raises:
+          UserError: there was no room for the save before this one.
+        """
+        self.wait()  # orbax would wait too, but not raise a `UserError`
         items = {**_items(state), "data": batches.get_state()}
         saving = self._checkpointer.save_checkpointables_async(step, items, force=True)
         self._saving = self._finishing.submit(self._finish, step, saving)
@@ -104,10 +122,10 @@ class Checkpoints:
         return Path(self._checkpointer.directory) / str(step)
 
     def wait(self) -> None:
-        """Returns once everything saved so far is on disk.
+        """Waits until the last save is on disk.
 
         Raises:
-          UserError: there is no room for it; the checkpoints before stay.
+          UserError: there is no room for it; the checkpoints before it stay.
         """
         if self._saving is None:
             return
@@ -123,7 +141,7 @@ class Checkpoints:
             ) from error
 
     def raise_failure(self) -> None:
-        """Raises what the save under way has failed with, if it has; waits for nothing."""
+        """Raises the error of the last save if that has failed already; does not wait for it."""
         if self._saving is not None and self._saving.done():
             self.wait()
 
@@ -131,54 +149,64 @@ class Checkpoints:
         return max(_whole_steps(Path(self._checkpointer.directory)), default=0)
 
     def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
-        """The newest sound checkpoint as a state like `state` (shapes, types, placement); moves `batches` to its place.
+        """Reads the newest sound checkpoint.
 
-        Newer ones that are damaged, or hold NaN, go to WORKDIR/checkpoints_damaged; a line on stderr says so.
+        A checkpoint that is damaged or holds NaN is moved to WORKDIR/checkpoints_damaged, with a line on stderr, and
+        the one before it is tried.
+
+        Args:
+          state: of a new run; its shapes, types and devices are those of the result.
+          batches: the iterator; it is moved to the checkpoint's position.
+
+        Returns:
+          The state that was saved.
 
         Raises:
-          UserError: none is sound, or it does not fit the model of the config.
+          UserError: no checkpoint is sound, or the newest sound one does not fit the model.
         """
         while (step := self.latest_step) is not None:
             found = damaged = None
             try:
                 found = self._restore(step, state, batches)
-            except _Damaged as error:
+            except DamagedCheckpoint as error:
                 damaged = error
             if not any(gather(int(damaged is not None), "the choice of a checkpoint")):
                 assert found is not None
                 return found
             self._set_aside(step, damaged)
         raise UserError(
-            f"{self._checkpointer.directory}: no sound checkpoint is left there to go on from; the same command again "
-            "starts the run from the beginning"
+            f"{self._checkpointer.directory}: no sound checkpoint is left to go on from; the same command, given "
+            "again, starts the run from the beginning"
         )
 
-    def _set_aside(self, step: int, reason: _Damaged | None) -> None:
+    def _set_aside(self, step: int, reason: DamagedCheckpoint | None) -> None:
         aside = self._workdir / DAMAGED_FOLDER / str(step)
         if is_first_process():
             aside.parent.mkdir(exist_ok=True)
             free = (aside.with_name(f"{step}-{number}") for number in itertools.count(2))
             aside = next(free) if aside.exists() else aside
             self._folder(step).rename(aside)
-            print(f"{self._folder(step)}: damaged ({reason}), now {aside}; the one before is taken", file=sys.stderr)
+            print(
+                f"{self._folder(step)}: damaged ({reason}), moved to {aside}; the one before it is used",
+                file=sys.stderr,
+            )
         wait_for_all_processes("the choice of a checkpoint")
         self._checkpointer.reload()
 
     def _restore(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
         items, directory = _items(state), self._folder(step)
-        with _readable(directory):
-            # Looked at first: what orbax says, from several threads, buries the reason.
-            _check_files(directory)
+        with readable(directory):
+            check_files(directory)  # first: orbax's errors, from several threads, would bury the reason
             missing = {*items, "data"} - set(ocp.checkpointables_metadata(str(directory)).metadata)
             if "model" in missing:
-                raise _Damaged("it lacks the model")
+                raise DamagedCheckpoint("it lacks the model")
             if missing:
                 raise UserError(
-                    f"{directory}: lacks the {' and '.join(sorted(missing))} that training goes on with; give another "
-                    "workdir (and, to start from weights alone, name them in init_from)"
+                    f"{directory}: lacks the {' and '.join(sorted(missing))}, which training needs to go on; give "
+                    "another workdir (to start from these weights alone, name them in init_from)"
                 )
-            stored = _stored_model(directory)
-            if difference := _difference(_renamed(stored, OLD_NAMES), items["model"]):
+            stored = model_shapes(directory)
+            if difference := shape_difference(_renamed(stored, OLD_NAMES), items["model"]):
                 raise UserError(
                     f"{directory}: the checkpoint does not fit these settings ({difference}); "
                     "continue with the settings it was trained with, or give another workdir"
@@ -187,97 +215,34 @@ class Checkpoints:
             items["model"] = _renamed(items["model"], written)
             items = self._checkpointer.load_checkpointables(step, {**items, "data": None})
         if not is_finite((items["model"], items["training"])):
-            raise _Damaged("it holds NaN or infinite numbers")
+            raise DamagedCheckpoint("it holds NaN or infinite numbers")
         if int(items["training"]["step"]) != step:
-            raise _Damaged(f"it is of step {int(items['training']['step'])}")
+            raise DamagedCheckpoint(f"it is of step {int(items['training']['step'])}")
         batches.set_state(items["data"])
         return TrainState(**_renamed(items["model"], OLD_NAMES), **items["training"])
-
-
-class _Unsaid(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR or "orbax" not in record.pathname
-
-
-@functools.cache
-def _quiet_orbax() -> None:
-    """orbax logs an exception in each of the threads that it passes through, with tracebacks, before it raises it."""
-    absl_logging.get_absl_logger().addFilter(_Unsaid())
-
-
-def is_finite(tree: Any) -> bool:
-    """Whether all numbers of a tree of arrays are finite."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return all(jax.device_get(list(map(_all_finite, leaves))))
-
-
-# An array at a time: one program for all of them would take long to compile.
-_all_finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
-
-
-def _check_files(directory: Path) -> None:
-    if not any(directory.iterdir()):
-        raise _Damaged("it is an empty folder")
-    if fault := damage(directory):
-        raise _Damaged(fault)
 
 
 def _renamed(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in fields.items()}
 
 
-@contextlib.contextmanager
-def _readable(directory: Path) -> Iterator[None]:
-    """Whatever orbax and the libraries under it raise for files that are cut off or gone becomes `_Damaged`."""
-    try:
-        yield
-    except (UserError, _Damaged):
-        raise
-    except Exception as error:
-        while error.__cause__ is not None:  # the innermost one says what is wrong
-            error = error.__cause__
-        raise _Damaged(f"it cannot be read: {first_line(error)[:200]}") from error
-
-
-def _stored_model(directory: Path) -> Any:
-    """The item `model` of one checkpoint as a tree of shapes and types."""
-    stored = ocp.metadata(str(directory), checkpointable_name="model").metadata
-    if not jax.tree.leaves(stored):
-        raise ValueError("its list of arrays is empty")
-    return stored
-
-
-def _difference(stored: Any, wanted: Any) -> str | None:
-    """The first array that is not the same in both trees, in words; None where there is none."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-    stored, wanted = shapes(stored), shapes(wanted)
-    for name in wanted | stored:
-        if stored.get(name) != wanted.get(name):
-            return f"{name}: {stored.get(name, 'nothing')} stored, {wanted.get(name, 'nothing')} in the config's model"
-    return None
-
-
 def _whole_steps(directory: Path) -> list[int]:
-    """The steps of the whole checkpoints in a folder of checkpoints; one that is being written has another name."""
+    """The steps of the whole checkpoints in a folder, ascending; orbax gives unfinished ones other names."""
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
 
 
-def latest_step(workdir: str | Path) -> int | None:
-    """The step of a run's newest whole checkpoint; None where there is none."""
-    return max(_whole_steps(Path(workdir) / FOLDERS["last"]), default=None)
+def latest_step(workdir: str | Path, which: str = "last") -> int | None:
+    """The step of a run's newest whole checkpoint, of its 'last' or its 'best' ones; None where there is none."""
+    return max(_whole_steps(Path(workdir) / FOLDERS[which]), default=None)
 
 
 def has_checkpoint(workdir: Path) -> bool:
-    """Whether there is a whole checkpoint from which the run in `workdir` goes on."""
+    """Whether the run in `workdir` has a whole checkpoint to go on from."""
     return bool(_whole_steps(workdir / FOLDERS["last"]))
 
 
 def _alone() -> ocp.Context:
-    """In this context orbax waits for no other process, which may have another thing to do."""
+    """A context in which orbax waits for no other process: the others may not be reading."""
     context, this = ocp.Context(), jax.process_index()
     context.multiprocessing.primary_host = this
     context.multiprocessing.active_processes = {this}
@@ -286,36 +251,41 @@ def _alone() -> ocp.Context:
 
 
 def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]:
-    """The last (or best) checkpoint's step and model {params, batch_stats, averages}, on this process's first device.
+    """Reads the model of a run's newest checkpoint; each of several processes reads for itself and waits for no other.
 
-    Of several processes each reads for itself, and waits for no other.
+    Args:
+      workdir: of the run.
+      which: 'last' or 'best'.
+
+    Returns:
+      The checkpoint's step, and {params, batch_stats, averages} on this process's first device.
 
     Raises:
-      UserError: the workdir has no such checkpoint, or not yet, or it is damaged.
+      UserError: the workdir has no such checkpoint, or no whole one yet, or the newest is damaged.
     """
     directory = (Path(workdir) / FOLDERS[which]).resolve()
     if not (steps := _whole_steps(directory)):
         if directory.is_dir() and any(directory.iterdir()):
             raise UserError(
                 f"{directory}: its first checkpoint is still being written, or was cut off; "
-                "wait until it is there, or have that run go on"
+                "wait until it is there, or start that run again"
             )
         option = ", with eval.best = 'rank1'" if which == "best" else ""
         raise UserError(f"{directory}: no checkpoint here; train first{option}")
     newest = directory / str(steps[-1])
     device = SingleDeviceSharding(jax.local_devices()[0])
-    _quiet_orbax()
+    quiet_orbax()
     try:
-        with _readable(newest), _alone():
-            _check_files(newest)
-            stored = _stored_model(newest)
+        with readable(newest), _alone():
+            check_files(newest)
+            stored = model_shapes(newest)
             abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
             model = ocp.load_checkpointables(str(newest), {"model": abstract})["model"]
         if not is_finite(model):
-            raise _Damaged("it holds NaN or infinite numbers")
-    except _Damaged as error:
+            raise DamagedCheckpoint("it holds NaN or infinite numbers")
+    except DamagedCheckpoint as error:
         raise UserError(
-            f"{newest}: this checkpoint is damaged ({error}); move it away, and the one before, if there is one, is "
-            "taken; training, started again, does so by itself"
+            f"{newest}: this checkpoint is damaged ({error}); move it away to use the one before it, if there is one, "
+            "or start training again, which does that by itself"
         ) from error
     return steps[-1], _renamed(model, OLD_NAMES)

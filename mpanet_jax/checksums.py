@@ -1,4 +1,4 @@
-"""Checksums of the files of a folder, kept in it: whether it is still what was written."""
+"""Checksums of a folder's files, kept in the folder: they show whether the files are still what was written."""
 
 import json
 import zlib
@@ -27,7 +27,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes CHECKSUMS_FILE, whole or not at all: {file: [size, CRC-32]} of all files below `folder`."""
+    """Writes `folder`/CHECKSUMS_FILE, whole or not at all: {file: [size in bytes, CRC-32]} of all files below."""
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = dict(zip(files, pool.map(checksum, files.values()), strict=True))
@@ -35,8 +35,11 @@ def write_checksums(folder: Path) -> None:
         json.dump(sums, file, indent=1)
 
 
-def damage(folder: Path) -> str | None:
-    """What has changed in `folder` since `write_checksums`, in words; None where nothing has, or it has no checksums.
+def find_damage(folder: Path) -> str | None:
+    """Compares the files of `folder` with its checksums.
+
+    Returns:
+      The first difference in words, such as 'model/a is missing'; None where there is none, or no CHECKSUMS_FILE.
 
     Raises:
       OSError: a file cannot be read.

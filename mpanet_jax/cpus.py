@@ -1,4 +1,4 @@
-"""How many CPUs there are to work with."""
+"""The number of CPUs."""
 
 import os
 

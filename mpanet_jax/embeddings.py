@@ -23,11 +23,11 @@ class Embeddings:
 
     Attributes:
       features: float32[N, D], finite.
-      pids, camids: int[N], as the data set numbers them; a camid of -1 is unknown.
-      paths: str[N]; only their order is read, where a protocol draws from the sorted files of an identity and camera.
+      pids, camids: int[N], identities and cameras as the data set numbers them; a camid of -1 is unknown.
+      paths: str[N]; only their order matters, to protocols that draw from an identity's images in a camera.
       modality: int[N], 0 visible, 1 infrared, -1 unknown; None: all unknown.
-      pid_names: str[N], what the data set calls the pids, where these are numbers of this program's making; else None.
-      source: what error messages call these embeddings, usually the file they came from.
+      pid_names: str[N], the identities' names, if this program has numbered them; else None.
+      source: the name of these embeddings in messages, usually their file.
     """
 
     features: Float32[np.ndarray, "n d"]
@@ -42,20 +42,21 @@ class Embeddings:
         return len(self.pids)
 
     def take(self, rows: np.ndarray) -> "Embeddings":
-        """The images `rows`, int[M] or bool[N]."""
+        """The embeddings of the images that `rows`, int[M] or bool[N], choose."""
         optional = {name: None if (column := getattr(self, name)) is None else column[rows] for name in OPTIONAL}
         required = (getattr(self, name)[rows] for name in REQUIRED)
         return Embeddings(*required, **optional, source=self.source)
 
 
 def load_embeddings(path: str | os.PathLike) -> Embeddings:
-    """Read an `.npz` of any framework: `features` float[N, D], `pids` int[N], `camids` int[N], `paths` str[N].
+    """Reads an `.npz` file of embeddings, of any framework.
 
-    `modality` int[N] and `pid_names` str[N] are read where they are in it.
+    It holds the arrays `features` float[N, D], `pids` int[N], `camids` int[N] and `paths` str[N], and may hold
+    `modality` int[N] and `pid_names` str[N]. Others are ignored.
 
     Raises:
-      UserError: names the file: missing, not readable, without one of the arrays, or with one of another shape or type;
-        NaN or infinite features.
+      UserError: the file is missing or not readable, lacks an array or has one of another shape or type, or features
+        are not finite; the message names the file.
     """
     path = Path(path)
     fix = "expected an .npz with features float[N,D], pids int[N], camids int[N] and paths str[N]"
@@ -66,7 +67,9 @@ def load_embeddings(path: str | os.PathLike) -> Embeddings:
                 raise UserError(f"{path}: no array named {', '.join(missing)}; {fix}")
             unpacked = sum(entry.file_size for entry in archive.zip.infolist())
             if unpacked > (free := free_ram()):
-                raise UserError(f"{path}: unpacks to {unpacked >> 20} MiB of which {free >> 20} are free; split it")
+                raise UserError(
+                    f"{path}: needs {unpacked >> 20} MiB of memory, {free >> 20} MiB are free; split the file"
+                )
             arrays = {}
             for name in (*REQUIRED, *(name for name in OPTIONAL if name in archive)):
                 try:
@@ -93,7 +96,7 @@ def load_embeddings(path: str | os.PathLike) -> Embeddings:
 
 
 def _warn_of_oddities(embeddings: Embeddings) -> None:
-    """Says on stderr what makes a table worthless without being wrong by itself."""
+    """Warns on stderr of features that are zero and of paths that come twice: valid, but probably a mistake."""
     zero = np.flatnonzero(~embeddings.features.any(axis=1))
     if len(zero):
         what = f"{len(zero)} rows of features are all zero, first that of {embeddings.paths[zero[0]]}"
@@ -106,10 +109,14 @@ def _warn_of_oddities(embeddings: Embeddings) -> None:
 
 
 def check_embeddings(embeddings: Embeddings) -> Embeddings:
-    """The embeddings with float32 features, int64 ids and a modality, -1 where it is unknown.
+    """Checks embeddings against the contract of `Embeddings`.
+
+    Returns:
+      The same with float32 features, int64 pids and camids, and a modality, which is -1 where it is unknown.
 
     Raises:
-      UserError: they break the contract.
+      UserError: an array has another shape or type, a modality is none of the three, or features are not finite; the
+        message names the source and the row.
     """
     source, features = embeddings.source, np.asarray(embeddings.features)
     if features.ndim != 2 or features.dtype.kind not in "fiu":
@@ -142,7 +149,7 @@ def check_embeddings(embeddings: Embeddings) -> Embeddings:
             f"expected {VISIBLE} (visible), {INFRARED} (infrared) or {UNKNOWN} (unknown)"
         )
     pid_names = None if embeddings.pid_names is None else column("pid_names", "UT", "str")
-    # A row's sum is not finite, or overflows, only where a value is not finite or is too large to square.
+    # A row's sum of squares is not finite only if a value is not finite, or too large to square.
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.einsum("nd,nd->n", features, features)
     for row in np.flatnonzero(~np.isfinite(norms)):
@@ -155,7 +162,7 @@ def check_embeddings(embeddings: Embeddings) -> Embeddings:
 
 
 def save_embeddings(path: str | os.PathLike, embeddings: Embeddings) -> None:
-    """Write `embeddings` as an uncompressed `.npz`; the file appears whole or not at all."""
+    """Writes embeddings as an uncompressed `.npz` file, which appears whole or not at all."""
     modality = embeddings.modality
     arrays = {
         "features": np.asarray(embeddings.features, np.float32),

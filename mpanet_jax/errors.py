@@ -1,4 +1,4 @@
-"""The one exception that means "your input is wrong, here is the fix", and how scripts end on it."""
+"""The exceptions that mean "your input is wrong, and this is the fix", and how scripts end on them."""
 
 import errno
 import os
@@ -13,39 +13,42 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from mpanet_jax.lost_process import lost_process_is_said
+from mpanet_jax.lost_process import suppress_abort_line
 
 
 class UserError(Exception):
-    """A mistake in a flag, a config field or a file that the user can mend.
+    """A mistake in an argument, a setting or a file, which the user can correct.
 
-    The message is one line: it names the field or file, says what was expected and gives the fix.
+    The message is one line: it names the argument, setting or file, and says what was expected and what the fix is.
     Scripts print it without a traceback and exit with code 2.
     """
 
 
 class SettingsError(UserError):
-    """A field of the settings that cannot be as it is; the message begins with the field's path, `data.height`."""
+    """A field of the settings has a value that it cannot have; the message begins with its path, `data.height`."""
 
 
 class ArgumentError(UserError):
-    """An argument of a function that cannot be as it is; a script's flag has the same name."""
+    """An argument of a function has a value that it cannot have; the message begins with its name.
+
+    A script that passes the argument on has a flag of the same name.
+    """
 
     def __init__(self, argument: str, message: str):
         super().__init__(f"{argument} {message}")
 
 
 class AbsentProcessError(UserError):
-    """Another process of the run did not come in time.
+    """Another process of the run did not arrive in time.
 
-    Scripts end at once then: JAX would wait for that process once more, and abort this one with a stack trace.
+    Scripts then end at once: JAX would wait for that process again, and abort this one with a stack trace.
     """
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was asked to stop, by a signal, and did.
+    """A signal has asked a run to stop, and it has stopped.
 
-    Scripts print the message, if there is one, and exit with `exit_code`: 128 + the signal's number, as shells say it.
+    Scripts print the message, if there is one, and exit with `exit_code`: 128 + the signal's number, as in shells.
     """
 
     def __init__(self, message: str, exit_code: int):
@@ -54,14 +57,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, as one line."""
+    """The first line of an exception's message; the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def lacks_room(error: BaseException) -> bool:
-    """Whether something could not be written for lack of room: a full disk, a quota, a limit of file sizes.
+    """Whether an error means that there was no room for a file: a full disk, a quota, a limit of file sizes.
 
-    Libraries wrap the system's error in exceptions of their own, which keep its words at best.
+    Libraries wrap the system's error in their own exceptions, which at best repeat its words; these are looked for.
     """
     words = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
     return any(said in str(cause) for cause in _chain(error) for said in words)
@@ -70,7 +73,7 @@ def lacks_room(error: BaseException) -> bool:
 def _fail(message: object) -> NoReturn:
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     if isinstance(message, AbsentProcessError):
-        lost_process_is_said()
+        suppress_abort_line()
         sys.stdout.flush()
         os._exit(2)
     _silence()
@@ -78,7 +81,7 @@ def _fail(message: object) -> NoReturn:
 
 
 def _silence() -> None:
-    """What threads and coroutines that were cut short would still say would bury the last line."""
+    """Silences threads and coroutines that are cut short: their messages would bury the last line."""
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = lambda _: None
     warnings.simplefilter("ignore")
@@ -88,7 +91,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         positional = flags.FLAGS(argv)
         if getattr(flags.FLAGS, "config", None) is not None:
-            # ml_collections keeps a config file's failure to load to itself until a field is read.
+            # ml_collections raises a config file's failure to load only when a field is read.
             getattr(flags.FLAGS.config, "seed", None)
         return positional
     except (AttributeError, KeyError) as error:  # what ml_collections raises for a field that the config lacks
@@ -100,7 +103,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         name = path[1] if path else re.findall(r"\w+", text)[0]
         _fail(f"unknown config field '{name}'" + (f"; did you mean '{close[1]}'?" if close else ""))
     except (flags.Error, TypeError, ValueError, OSError) as error:
-        # A config file that refuses its option arrives as the text of a traceback; its last line is the message.
+        # If a config file refuses its option, the error's text is a traceback, whose last line is the message.
         text = str(error)
         if "Failed loading config file" in text:  # ends in "No such file or directory: 'NAME'"
             _fail(f"--config: {text.splitlines()[-1].partition('] ')[2]}; expected configs/NAME.py")
@@ -116,7 +119,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _fail_config(error: Exception) -> NoReturn:
-    """Ends with whatever a file raised that is no config, or no Python at all."""
+    """Ends the script with what a file raised that is no config, or no Python."""
     reason = f"{type(error).__name__}: {first_line(error)}"
     _fail(f"--config: cannot be read as a config ({reason}); expected configs/NAME.py")
 
@@ -128,11 +131,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
-    """Parse absl's flags, run `main(positional arguments)` and exit.
+    """Parses absl's flags, runs `main(positional arguments)` and exits.
 
-    The exit code is 0 or what `main` returns; 2, with one line on stderr, for a flag or config field that cannot be
-    parsed, for a `UserError`, and for a file or folder that the system refuses (missing, no permission, disk full);
-    130 after Ctrl-C and 143 after a SIGTERM that was caught.
+    The exit code is 0, or what `main` returns. It is 2, with one line on stderr, for a flag or config field that cannot
+    be parsed, for a `UserError`, and for a file or folder that the system refuses (missing, no permission, disk full).
+    It is 130 after Ctrl-C, and 143 after a SIGTERM that was caught.
     """
 
     def guarded(argv: list[str]) -> int:
@@ -159,6 +162,6 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
                 raise
             _fail(f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}); name another place")
 
-    # Beside the folder of scripts lie configs/, benchmarks/ and ablations/, which are not installed.
+    # configs/, benchmarks/ and ablations/ are not installed; they lie beside the folder of scripts.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     app.run(guarded, flags_parser=_parse_flags)

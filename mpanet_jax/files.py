@@ -13,9 +13,13 @@ from mpanet_jax.errors import UserError
 
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write (`mode` "w", UTF-8, or "wb") that takes the place of `path` when the block ends without an error.
+    """Opens a temporary file for writing, which replaces `path` if the block ends without an error.
 
-    Until then, and after an error or a kill, whatever stood there stays. The folder is made if need be.
+    Until then, and after an error or a kill, an earlier file at `path` stays. The folder is made if need be.
+
+    Args:
+      path: of the file.
+      mode: "w" (UTF-8) or "wb".
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,10 +42,10 @@ def write_whole(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def write_whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """An empty folder to fill, which takes the name `path` when the block ends without an error; else nothing is left.
+    """Makes an empty folder, which is renamed to `path` if the block ends without an error, and else removed.
 
     Raises:
-      UserError: there is something at `path` already, which an empty folder is not.
+      UserError: there is a file, or a folder that is not empty, at `path`.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

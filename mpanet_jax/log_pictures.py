@@ -1,7 +1,7 @@
-"""What TensorBoard shows at every evaluation beside the curves: a batch, pattern maps, and a histogram of distances.
+"""The pictures that TensorBoard shows at every evaluation: a batch, pattern maps, and a histogram of distances.
 
-It needs Pillow and tensorboardX alone. Few images are shown, and they are computed by programs that are compiled once,
-so that the cost is bounded whatever the data set is.
+They need Pillow and tensorboardX only. They show few images, and their programs are compiled once, so they cost little
+whatever the data set is.
 """
 
 import sys
@@ -24,18 +24,18 @@ from mpanet_jax.modality import INFRARED, VISIBLE
 from mpanet_jax.state import random_keys
 
 NUM_BATCH = 16  # images of the augmented batch
-NUM_PEOPLE = 4  # people whose pattern maps are shown, a visible and an infrared image of each
-MAX_DISTANCES = 1000  # images whose distances are counted, at most
+NUM_PEOPLE = 4  # people whose pattern maps are shown, with a visible and an infrared image each
+MAX_DISTANCES = 1000  # the most images whose distances are counted
 
 
-def visible_again(normalised: Any) -> UInt8[np.ndarray, "b h w 3"]:
-    """Normalised images as bytes."""
+def denormalize(normalised: Any) -> UInt8[np.ndarray, "b h w 3"]:
+    """Undoes `augment.normalize`, and rounds to uint8."""
     pixels = np.asarray(normalised, np.float32) * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN)
     return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
 
 
-def tiled(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Images in rows of `columns`, with white lines between them; the last row is filled up with white."""
+def tile_images(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Puts images into one, row by row of `columns` images, with white lines between them; empty places are white."""
     number, height, width, _ = images.shape
     rows = -(-number // columns)
     sheet = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, np.uint8)
@@ -45,10 +45,10 @@ def tiled(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> UInt8[np.ndarra
     return sheet
 
 
-def overlaid(
+def overlay_maps(
     images: UInt8[np.ndarray, "n h w 3"], maps: Float[np.ndarray, "n l h2 w2"]
 ) -> UInt8[np.ndarray, "n2 h w 3"]:
-    """Each image, and behind it the image as each of its l maps lights it: M_k ⊙ image, M_k scaled from 0.15 to 1."""
+    """Each image, followed by l copies of it that its maps light: M_k ⊙ image, with M_k scaled to 0.15 … 1."""
     height, width = images.shape[1:3]
     shown = []
     for image, own in zip(images, maps, strict=True):
@@ -62,8 +62,16 @@ def overlaid(
     return np.stack(shown)
 
 
-def drawn_people(split: Split, seed: int) -> np.ndarray:
-    """The rows of a visible and an infrared image of each of `NUM_PEOPLE` identities, or fewer, drawn by the seed."""
+def choose_people(split: Split, seed: int) -> np.ndarray:
+    """Draws up to `NUM_PEOPLE` identities, and a visible and an infrared image of each.
+
+    Args:
+      split: the images.
+      seed: of the draws.
+
+    Returns:
+      int[2n]: the images' rows; visible, infrared, visible, …
+    """
     generator = np.random.default_rng(seed)
     of = {modality: split.modality == modality for modality in (VISIBLE, INFRARED)}
     both = np.intersect1d(split.pids[of[VISIBLE]], split.pids[of[INFRARED]])
@@ -73,9 +81,12 @@ def drawn_people(split: Split, seed: int) -> np.ndarray:
 
 
 def cross_modality_distances(embeddings: Embeddings, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """1 − cosine between visible and infrared images: of one identity, and of two.
+    """The distances, 1 − cosine, between visible and infrared images.
 
-    Of more than `MAX_DISTANCES` images so many are drawn by the seed.
+    If there are more than `MAX_DISTANCES` images, so many are drawn by the seed.
+
+    Returns:
+      The distances of pairs of one identity, and those of pairs of two: float[number of pairs] each.
     """
     number = len(embeddings)
     rows = np.arange(number)
@@ -92,15 +103,15 @@ def cross_modality_distances(embeddings: Embeddings, seed: int) -> tuple[np.ndar
 
 
 class LogPictures:
-    """The pictures of a run, one set at each evaluation.
+    """Writes a run's pictures, one set at each evaluation.
 
     Args:
-      log: where they are written to.
+      log: the log that they are written to.
       method: of the run.
       train_split: the training images.
-      rows: (step, from 0) → int[b], the images of its batch.
-      watched: the split whose people are shown: the test images, or the validation identities'. The people, and of each
-        a visible and an infrared image, are drawn once, by the seed.
+      rows: step (from 0) → int[b], the rows of the images in its batch.
+      watched: the split whose people are shown: the test images, or the validation identities'. The people and their
+        images are drawn once, by the run's seed.
     """
 
     def __init__(
@@ -114,21 +125,21 @@ class LogPictures:
         self._log, self._method, self._train, self._rows_of, self._watched = log, method, train_split, rows, watched
         seed = method.settings.seed
         self._key = random_keys(seed)[1]
-        self._people = drawn_people(watched, seed)
+        self._people = choose_people(watched, seed)
         self._views = jax.jit(lambda key, images, known: method.views(key, images, known, 0)[0])
         self._maps = jax.jit(partial(method.pattern_maps, method.build(train_split.num_ids)))
 
     def write(self, step: int, variables: Any, embeddings: Embeddings) -> None:
-        """Writes the pictures after `step` steps; where one cannot be made, a line says so and training goes on.
+        """Writes the pictures of a step. If that fails, a line on stderr says so, and training goes on.
 
         Args:
-          step: how many are done.
+          step: how many steps are done.
           variables: {params, batch_stats} after them.
           embeddings: of the images that are evaluated.
         """
         try:
             self._write(step, variables, embeddings)
-        except Exception as error:  # a damaged image, say, which a run with a cache never reads; it needs no pictures
+        except Exception as error:  # such as a damaged image, which a run with a cache would not notice
             print(f"no pictures at step {step}: {first_line(error)}", file=sys.stderr, flush=True)
 
     def _write(self, step: int, variables: Any, embeddings: Embeddings) -> None:
@@ -140,16 +151,16 @@ class LogPictures:
         self._log.histogram("distance/two_identities", different, step)
 
     def _batch(self, step: int) -> np.ndarray:
-        """What the network saw of the first images of a step's batch: whole identities, `NUM_BATCH` images or so."""
+        """The first images of a step's batch as the network saw them: whole identities, about `NUM_BATCH` images."""
         data = self._method.settings.data
         rows = self._rows_of(step)[: max(1, NUM_BATCH // data.images_per_id) * data.images_per_id]
         images = np.stack([pixels_of(self._train, int(row), data) for row in rows])
         known = {"labels": self._train.labels[rows], "modality": self._train.modality[rows]}
         views = self._views(jax.random.fold_in(self._key, step), images, known)  # the key as in `step.train_step`
-        return tiled(visible_again(views), data.images_per_id)
+        return tile_images(denormalize(views), data.images_per_id)
 
     def _pattern_maps(self, variables: Any) -> np.ndarray | None:
-        """The people and their maps; None where the network makes none, or there are no people."""
+        """The people and their pattern maps; None if the network makes no maps, or there are no people."""
         if not len(self._people):
             return None
         data = self._method.settings.data
@@ -158,4 +169,4 @@ class LogPictures:
             maps = self._maps(variables, images, self._watched.modality[self._people])
         except UserError:
             return None
-        return tiled(overlaid(images, np.asarray(maps, np.float32)), 1 + maps.shape[1])
+        return tile_images(overlay_maps(images, np.asarray(maps, np.float32)), 1 + maps.shape[1])

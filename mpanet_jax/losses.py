@@ -1,11 +1,10 @@
 """The five losses of MPANet, eq. 7–13.
 
-Every function returns *this device's share* of the loss: the shares of all devices of `axis_name` add up to the loss
-of the global batch, because every denominator is global. On one device (`axis_name=None`) the share is the loss.
-Differentiating the share and summing the gradients over the devices (`step.total_gradients`) gives the gradient of the
-global loss.
+Every function returns *this device's share* of the loss: every denominator is global, so the shares of all devices of
+`axis_name` add up to the loss of the global batch. On one device (`axis_name=None`) the share is the loss. The sum of
+the shares' gradients over the devices (`step.total_gradients`) is the gradient of the global loss.
 
-A batch is identity-major: B = P·K, image b belongs to identity slot b // K (docs/method.md, "A train batch").
+A batch holds B = P·K images; image b belongs to identity slot b // K (docs/method.md, "A train batch").
 """
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-VISIBLE = 0  # the value of `modality` for visible images; infrared ones have 1
+VISIBLE = 0  # the value of `modality` for visible images; infrared images have 1
 
 
 def _total(values: Array, axis_name: str | None) -> Array:
@@ -49,7 +48,10 @@ def identity_loss(
     per_modality: bool = True,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    """L_id, eq. 12: cross-entropy, the mean over visible plus the mean over infrared images (or one mean)."""
+    """L_id, eq. 12: cross-entropy; the mean over visible plus the mean over infrared images.
+
+    Without `per_modality` it is one mean over all images.
+    """
     values = _cross_entropy(logits, labels)
     return _modality_means(values, modality, axis_name) if per_modality else _batch_mean(values, axis_name)
 
@@ -62,13 +64,13 @@ def modality_identity_loss(
     *,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    """L_sid, eq. 8: cross-entropy of each image under its own modality's classifier; two means, summed."""
+    """L_sid, eq. 8: cross-entropy of each image under the classifier of its own modality; averaged as L_id."""
     own = _of_own_modality(modality, visible_logits, infrared_logits)
     return _modality_means(_cross_entropy(own, labels), modality, axis_name)
 
 
 def separation_loss(maps: Float[Array, "b positions l"], *, axis_name: str | None = None) -> Float[Array, ""]:
-    """L_sep, eq. 7: per image Σ_{i<j} (MᵀM)_ij · 2/(l(l−1)), then the batch mean; 0 where l < 2."""
+    """L_sep, eq. 7: the batch mean of Σ_{i<j} (MᵀM)_ij · 2/(l(l−1)) over each image's l pattern maps; 0 if l < 2."""
     num_patterns = maps.shape[-1]
     if num_patterns < 2:
         return jnp.zeros((), maps.dtype)
@@ -88,11 +90,11 @@ def _norm(x: Float[Array, "... d"]) -> Float[Array, "..."]:
 def center_cluster_loss(
     features: Float[Array, "b d"], *, images_per_id: int, margin: float, axis_name: str | None = None
 ) -> Float[Array, ""]:
-    """L_cc, eq. 13, of the features before the neck.
+    """L_cc, eq. 13, of the features before the neck; `margin` is ρ.
 
-    First term: the mean L2 distance of an image to its identity's centre h. Second: the mean over the P(P−1)/2 pairs of
-    identities of [ρ − ‖h_k − h_j‖]₊. A slot of K images lies wholly on one device; the centres of all devices are
-    gathered for the pairs.
+    The first term is the mean L2 distance of an image to its identity's centre h, the second the mean of
+    [ρ − ‖h_k − h_j‖]₊ over the P(P−1)/2 pairs of identities. The K images of an identity are on one device; the centres
+    of all devices are gathered for the pairs.
     """
     slots = features.reshape(-1, images_per_id, features.shape[-1])
     centers = slots.mean(1)
@@ -122,10 +124,10 @@ def mutual_mean_loss(
     student_first: bool = False,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    """L_MM, eq. 10: the mean classifier of the *other* modality teaches the image's own classifier.
+    """L_MM, eq. 10: the mean classifier of the *other* modality teaches the classifier of the image's own modality.
 
-    KL(mean ‖ own) with the mean over visible plus the mean over infrared images; with `student_first`, the published
-    program's KL(own ‖ mean) in one mean over the batch. No gradient flows through the mean classifiers' prediction.
+    It is KL(mean ‖ own), averaged as L_id. With `student_first` it is the published program's KL(own ‖ mean), in one
+    mean over the batch. No gradient flows through the mean classifiers' prediction.
     """
     own = jax.nn.log_softmax(_of_own_modality(modality, visible_logits, infrared_logits))
     other = _of_own_modality(modality, mean_infrared_logits, mean_visible_logits)

@@ -1,9 +1,9 @@
-"""What a process says when another one of its run is lost: one line.
+"""One line on standard error in place of JAX's stack traces, when another process of the run is lost.
 
-JAX's coordination service then aborts the process from C++: about a hundred lines of stack traces, which Python can
-neither catch nor follow up (`missed_heartbeat_callback` of jaxlib 0.10 ends in std::bad_cast before it calls Python).
-So what C++ writes to standard error goes through a small process of its own, this file run as a script, which outlives
-the abort, drops those lines and says what happened. What Python writes goes where it always went.
+JAX's coordination service then aborts this process from C++ with about a hundred lines of stack traces. Python can
+neither catch that nor add to it (`missed_heartbeat_callback` of jaxlib 0.10 ends in std::bad_cast before it calls
+Python). So what C++ writes to standard error goes through a small process, this file run as a script. That outlives the
+abort, drops those lines and says what has happened. What Python writes does not go through it.
 """
 
 import os
@@ -13,14 +13,18 @@ import subprocess
 import sys
 
 GO_ON = "start all of them again with the same command: the run goes on from its last checkpoint"
-# Whatever comes from this line on ends in the abort.
+# From such a line on, everything belongs to the abort.
 _BEGINS = re.compile(rb"^[EF]\d{4} .*coordination_service|Terminating process because the JAX distributed service")
 _SAID = b"\0said\n"
 _ABORTS = b"Terminating process because the JAX distributed service"
 
 
 def filter_standard_error(process_id: int | None) -> None:
-    """Sends what C++ writes to standard error through the other process from now on; to be called once."""
+    """Starts the filter: from now on what C++ writes to standard error goes through it. Call this once.
+
+    Args:
+      process_id: the number of this process in the run, for the line; None: unknown.
+    """
     sys.stderr.flush()
     python_writes = os.dup(2)
     reading, writing = os.pipe()
@@ -36,21 +40,21 @@ def filter_standard_error(process_id: int | None) -> None:
     sys.stderr = os.fdopen(python_writes, "w", buffering=1, errors="backslashreplace")
 
 
-def lost_process_is_said() -> None:
-    """Tells the filter that Python has said it, in case JAX aborts the process nevertheless."""
+def suppress_abort_line() -> None:
+    """Tells the filter that Python has printed the line already, in case JAX still aborts the process."""
     os.write(2, _SAID)
 
 
 def means_lost_process(error: BaseException) -> bool:
-    """Whether a runtime error of JAX says that another process does not answer."""
+    """Whether a runtime error of JAX means that another process does not answer."""
     signs = r"gloo|connection (closed|reset|refused)|socket closed|UNAVAILABLE|heartbeat|task died|unhealthy"
     return re.search(signs, str(error), re.I) is not None
 
 
-def line(process_id: str, lost: str) -> str:
-    """The one line: `lost` says who, if that is known."""
+def loss_message(process_id: str, lost: str) -> str:
+    """The line that process `process_id` ('': unknown) prints; `lost` names the process that was lost."""
     this = f"process {process_id}" if process_id else "this process"
-    return f"error: {this} ends, for {lost} was lost; see what it printed, and {GO_ON}"
+    return f"error: {this} ends because {lost} was lost; see what it printed, and {GO_ON}"
 
 
 def _filter(lines, output, process_id: str) -> None:
@@ -66,12 +70,12 @@ def _filter(lines, output, process_id: str) -> None:
     if _ABORTS in held:
         lost = re.search(rb"task:(\d+)", held)
         who = f"process {lost[1].decode()}" if lost else "process 0" if b"Socket closed" in held else "another process"
-        held = b"" if said else line(process_id, who).encode() + b"\n"
+        held = b"" if said else loss_message(process_id, who).encode() + b"\n"
     output.write(held)
     output.flush()
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends with the process that it reads from
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the end of its input ends it
         signal.signal(number, signal.SIG_IGN)
     _filter(sys.stdin.buffer, sys.stderr.buffer, sys.argv[1])

@@ -1,10 +1,10 @@
-"""How much memory there is to work with."""
+"""The amount of free memory."""
 
 import os
 
 
 def free_ram() -> int:
-    """Bytes that programs may still take."""
+    """Bytes of RAM that programs can still take."""
     try:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

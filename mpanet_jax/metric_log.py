@@ -1,4 +1,4 @@
-"""Metrics: read while the device works on, to TensorBoard, and to the terminal beside the bar."""
+"""Reads metrics while the device works on, and writes them to TensorBoard and to the terminal."""
 
 import errno
 import os
@@ -17,10 +17,10 @@ from mpanet_jax.progress import Bar
 
 
 def _summary_writer() -> Any:
-    """tensorboardX's SummaryWriter, imported without PyTorch.
+    """tensorboardX's class SummaryWriter, imported without PyTorch.
 
-    Where PyTorch is installed tensorboardX imports it, for the graphs of PyTorch models; that takes seconds in which
-    the accelerator waits.
+    tensorboardX imports PyTorch if it is installed, for the graphs of PyTorch models. That takes seconds, in which the
+    accelerator waits.
     """
     absent: dict[str, Any] = {"torch": None} if "torch" not in sys.modules else {}
     sys.modules.update(absent)
@@ -33,9 +33,13 @@ def _summary_writer() -> Any:
 
 
 class MetricLog:
-    """Writes scalars and pictures under `workdir/logs` and shows the bar; a context manager.
+    """Writes scalars and pictures for TensorBoard, and shows the bar; a context manager.
 
-    Silent where `active` is False.
+    Args:
+      workdir: of the run; the files go into its folder logs.
+      total_steps: the steps of the whole run.
+      first_step: the steps that are done already.
+      active: False writes and shows nothing, as in all processes but the first.
     """
 
     def __init__(self, workdir: Path, total_steps: int, first_step: int, *, active: bool = True):
@@ -44,8 +48,8 @@ class MetricLog:
         self._done = first_step
         if not active:
             return
-        # Points after the checkpoint that a killed run left behind are dropped, so that curves have no double parts:
-        # from the step on that is named here.
+        # A run that was killed may have written points after its last checkpoint. TensorBoard drops them, from
+        # `purge_step` on, so that no part of a curve is there twice.
         self._folder = workdir / "logs"
         self._writer = _summary_writer()(str(self._folder), purge_step=first_step + 1)
         self._events = self._writer.file_writer.event_writer
@@ -60,19 +64,20 @@ class MetricLog:
             return
         if self._events._worker.is_alive():
             self._writer.close()
-        else:  # nobody reads the queue any more: neither closing nor the end of the program may wait for that
+        else:  # the thread has ended and reads no more events: nothing may wait for the queue to be empty
             self._events._event_queue.cancel_join_thread()
+            self._events._closed = True  # tensorboardX closes it again at exit, which would wait too
 
     def advance(self, step: int) -> None:
-        """Moves the bar to `step` done steps."""
+        """Moves the bar to `step` steps done."""
         self._done = step
         self._bar.update(step)
 
     def _require_writer(self) -> None:
-        """Returns when the next event can be written.
+        """Waits until the next event can be written.
 
-        tensorboardX writes in a thread, which ends unseen where the disk is full. Once the thread's queue, of ten
-        events, is full as well, adding another would wait for ever.
+        tensorboardX writes in a thread, which ends silently if the disk is full. Once its queue of ten events is full
+        too, adding another one would wait for ever.
 
         Raises:
           OSError: the thread has ended.
@@ -84,7 +89,7 @@ class MetricLog:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes `values` under their names at `step`."""
+        """Writes values under their names, at `step`."""
         if self._active:
             for name, value in values.items():
                 self._require_writer()
@@ -97,34 +102,43 @@ class MetricLog:
             self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        """Writes how often the finite values come, in 64 bins, at `step`; nothing where there are none."""
+        """Writes a histogram of the finite values, in 64 bins, at `step`; nothing if there are none."""
         values = values[np.isfinite(values)]
         if self._active and len(values):
             self._require_writer()
             self._writer.add_histogram(name, values, step, bins=64)  # pyright: ignore[reportArgumentType]: an int may be
 
     def status(self, text: str) -> None:
-        """Shows `text` beside the bar, or in the next of its lines."""
+        """Shows `text` beside the bar, or in the next line where there is no bar."""
         self._bar.update(self._done, note=text)
 
     def evaluation(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """Writes an evaluation's figures, and shows those of the protocol's first setting."""
+        """Writes the figures of an evaluation, {setting: {figure: value}}, and prints those of the first setting."""
         for setting, values in results.items():
             self.scalars(step, {f"eval/{setting}/{name}": values[name] for name in ("rank1", "mAP", "mINP")})
         setting, values = next(iter(results.items()))
         if self._active:
             text = f"step {step} {setting}: Rank-1 {values['rank1']:.1f} % mAP {values['mAP']:.1f} %"
-            print(text, file=sys.stderr, flush=True)  # above the bar, where there is one
+            print(text, file=sys.stderr, flush=True)  # above the bar, if there is one
 
 
-def time_when_ready(array: Any) -> float:
-    """Waits for the array, and returns when it was there by `time.perf_counter`."""
+def wait_until_ready(array: Any) -> float:
+    """Waits until the array has been computed; returns the time then, by `time.perf_counter`."""
     jax.block_until_ready(array)
     return time.perf_counter()
 
 
 class MetricReader:
-    """Reads a call's metrics while the next call is under way, and logs every `every`-th step of them."""
+    """Reads the metrics of a call of the compiled steps while the next call is under way, and logs some of them.
+
+    Args:
+      log: where they are written to.
+      every: every so many steps one is logged.
+      steps_per_epoch: for the epoch in the log.
+      batch_size: for the images a second in the log.
+      on_steps: called with the steps done, and the time by `time.perf_counter` when the device had done them.
+      finite: checks the metrics of every step.
+    """
 
     def __init__(
         self,
@@ -138,19 +152,27 @@ class MetricReader:
         self._log, self._every, self._on_steps, self._finite = log, every, on_steps, finite
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._unread = None
-        self._timed = None  # what was read last: the step, and when the device had finished it
-        # Sending a call off may take until the device is nearly through with it, and the call before is read after
-        # that: late by as long as this one takes, which may be of one step or of many.
+        self._timed = None  # (step, when the device had finished it) of the last reading
+        # A thread notes when a call is finished. The loop itself may be sending the next call off then, which can take
+        # nearly as long as the call.
         self._clock = ThreadPoolExecutor(1)
 
     def read_previous(self, before: int, after: int, metrics: Any) -> None:
-        """Reads what was handed in last, and keeps the metrics of the steps before+1 … after for the next time."""
-        moment = self._clock.submit(time_when_ready, metrics["loss"])
-        self.finish()
+        """Reads the metrics of the previous call, and keeps those of this one.
+
+        Args:
+          before, after: the steps done before this call and after it.
+          metrics: {name: array of after − before values} on the device.
+
+        Raises:
+          UserError: the run has to stop; see `FiniteCheck.check`.
+        """
+        moment = self._clock.submit(wait_until_ready, metrics["loss"])
+        self.read_last()
         self._unread = (before, after, metrics, moment)
 
-    def finish(self) -> None:
-        """Reads what was handed in last."""
+    def read_last(self) -> None:
+        """Reads the metrics of the last call, if they have not been read; see `read_previous`."""
         if self._unread is None:
             return
         before, after, metrics, moment = self._unread
@@ -167,7 +189,7 @@ class MetricReader:
             self._write(step, {name: float(value[step - before - 1]) for name, value in metrics.items()}, rate)
 
     def restart_timer(self, step: int) -> None:
-        """Leaves the time until now out of the images a second; after `finish`."""
+        """Leaves the time since the last reading out of the images a second; call this after `read_last`."""
         self._timed = (step, time.perf_counter())
 
     def _images_per_second(self, step: int, finished_at: float) -> float | None:

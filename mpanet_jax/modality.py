@@ -1,4 +1,4 @@
-"""The two modalities, as every array of this program numbers them."""
+"""The two modalities, and their numbers in all arrays of this program."""
 
 from collections.abc import Sequence
 
@@ -9,22 +9,25 @@ from mpanet_jax.errors import ArgumentError
 
 VISIBLE = 0
 INFRARED = 1
-UNKNOWN = -1  # of an image whose modality (or pid, or camid) nothing says
+UNKNOWN = -1  # also for an unknown pid or camid
 MODALITY_NAMES = {VISIBLE: "visible", INFRARED: "infrared"}
 
-# What callers may say of images: of all of them one name or number, or one for each.
+# How callers give the modality of images: one name or number for all images, or one for each.
 Modality = str | int | Sequence[str | int] | np.ndarray
 
 
 def modality_numbers(modality: Modality | None, count: int) -> Int32[np.ndarray, " n"]:
-    """int32[count]: the modality of `count` images, -1 where nothing says it (None).
+    """The modality of images as numbers.
 
     Args:
-      modality: 'visible' or 'infrared', or its number, of all images; or a sequence of them, one for each.
-      count: of the images.
+      modality: 'visible' or 'infrared', or its number, for all images; or a sequence with one for each. None: unknown.
+      count: how many images there are.
+
+    Returns:
+      int32[count]: 0 visible, 1 infrared, -1 unknown.
 
     Raises:
-      ArgumentError: another name or number, or another count.
+      ArgumentError: another name or number, or a sequence of another length.
     """
     if modality is None or isinstance(modality, str | int | np.integer):
         return np.full(count, UNKNOWN if modality is None else _number(modality, ""), np.int32)

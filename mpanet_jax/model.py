@@ -37,7 +37,7 @@ from mpanet_jax.weights.files import METRICS_KEY, read_metadata, write_state_dic
 from mpanet_jax.weights.hub import CALIBRATION_FILE, MODEL_FILE, resolve
 from mpanet_jax.weights.names import Variables, to_state_dict
 
-NUM_IDS = 1  # that the classifiers of a model tell apart: they are not used
+NUM_IDS = 1  # identities of a model's classifiers, which nothing uses
 
 
 class Model:
@@ -49,10 +49,10 @@ class Model:
 
     Attributes:
       settings: of the run that trained it.
-      source: where it comes from.
-      method: the method that the settings are of.
+      source: where the weights come from; messages and model cards name it.
+      method: the method that it was trained by.
       variables: {"params", "batch_stats"} of `network`; the classifiers, which only training needs, are zeros.
-      metrics: what was measured with these weights, as a run's metrics.json has it; None: nothing, or nobody stored it.
+      metrics: the figures that were measured with these weights, in the form of a run's metrics.json; None: unknown.
     """
 
     def __init__(
@@ -62,13 +62,17 @@ class Model:
         source: str | Path,
         metrics: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        """Of a network's variables, with or without classifiers; `load` reads them.
+        """Makes a model from variables; `load` reads them from files.
+
+        Args:
+          settings, source, metrics: as the attributes.
+          variables: {"params", "batch_stats"}, with or without classifiers.
 
         Raises:
-          UserError: they are of a backbone alone, which has no embedding.
+          UserError: the variables are those of a backbone alone, which has no embedding.
         """
         self.settings, self.source, self.metrics = settings, str(source), metrics
-        self._calibration_path = calibration_path(source)  # now: the current folder may be another one later
+        self._calibration_path = calibration_path(source)  # absolute, as the current folder may change
         self.method: Method = make_method(settings)
         names = self.method.names()
         flat: dict[tuple[str, ...], Any] = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
@@ -84,7 +88,7 @@ class Model:
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network that `variables` are of, for one identity, in the form that `settings.model.fused` asks for."""
+        """The network of the `variables`, for one identity, in the plain or fused form that the settings ask for."""
         return self.method.build(NUM_IDS)
 
     @cached_property
@@ -93,7 +97,7 @@ class Model:
         return self._row_shape(self.method.embed)[0]
 
     def _row_shape(self, function: Callable[..., Any]) -> tuple[int, ...]:
-        """The shape of what `make_embed` gives for one image."""
+        """The shape of a row that `function` (see `make_embed`) computes for an image."""
         data = self.settings.data
         images = jax.ShapeDtypeStruct((1, data.height, data.width, 3), jnp.uint8)
         modality = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -101,10 +105,10 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all that decides an embedding but the precision.
+        """A SHA-256, in hex, of everything that decides an embedding except the precision.
 
-        That is the arrays without the classifiers, the method, `settings.model` but `fused`, the size of the images,
-        the filter of their resize, and `settings.eval.flip`. A run and what `save` made of it have the same.
+        That is the arrays without the classifiers, the method, `settings.model` without `fused`, the images' size, the
+        filter of their resize, and `settings.eval.flip`. A run and a model that was saved from it have the same one.
         """
         settings = to_dict(self.settings)
         decides = {
@@ -120,7 +124,7 @@ class Model:
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The arrays by PyTorch's names, without the classifiers."""
+        """The arrays by the published program's names in PyTorch, without the classifiers."""
         names = self.method.names()
         arrays = to_state_dict(self.variables, names)
         return {name: array for name, array in arrays.items() if not names.is_classifier(name)}
@@ -156,25 +160,26 @@ class Model:
         batch_size: int | None = None,
         errors: str = "raise",
     ) -> Float32[np.ndarray, "n d"] | tuple[Float32[np.ndarray, "n d"], list[SkippedImage]]:
-        """The embeddings of images, one row an image, in their order.
+        """Embeds images: one row for each, in their order.
 
         Args:
-          images: any number of them, also none, each a path, an image of Pillow's or an array uint8[H, W, 3] or
-            uint8[H, W], of any size; grey ones are taken as three equal channels. They are resized as in training.
-          modality: 'visible' or 'infrared' of all images, or a list with one for each. MPANet does not need it; AGW and
-            CAJ do.
-          normalize: give rows of length 1, whose products are cosines. False: as the network gives them.
+          images: any number of images, also none. Each is a path, one of Pillow's images, or an array uint8[H, W, 3]
+            (RGB) or uint8[H, W] (grey), of any size. They are resized as in training; grey becomes three equal
+            channels.
+          modality: 'visible' or 'infrared' for all images, or a list with one for each. AGW and CAJ need it; MPANet
+            does not.
+          normalize: make rows of length 1, whose products are cosines; False: as the network outputs them.
           batch_size: images at once; None: `settings.eval.batch_size`.
           errors: what to do with images that cannot be read: 'raise' an error, or 'skip' them.
 
         Returns:
-          float32[N, D]; with errors='skip' a pair of that, for the images that could be read, and the list of the
-          others: (position, name, reason) of each.
+          float32[N, D]. With errors='skip', a pair: float32[M, D] for the images that could be read, and a list with
+          the (position, name, reason) of each of the others.
 
         Raises:
-          UserError: with errors='raise', an image cannot be read; the message names it.
-          ArgumentError: `images` is not a list of images, `modality` is missing where the method needs it, or an
-            argument has a value that there isn't.
+          UserError: an image cannot be read, with errors='raise'; the message names it.
+          ArgumentError: `images` is not a list of images, the method needs a `modality` and there is none, or another
+            argument has a value that it cannot have.
         """
         blocks, skipped = self._rows(self._embed, images, modality, batch_size, errors)
         rows = np.concatenate([np.zeros((0, self.size), np.float32), *blocks])  # there may be no block
@@ -185,16 +190,17 @@ class Model:
     def pattern_maps(
         self, images: Iterable[GivenImage], *, modality: Modality | None = None
     ) -> Float32[np.ndarray, "n l h w"]:
-        """The pattern maps of images: where each of the L patterns looks, from 0 to 1 (eq. 4 of the paper).
+        """Computes the pattern maps of images: where each of the L patterns looks (eq. 4 of the paper).
 
         Args:
-          images, modality: as of `embed`.
+          images, modality: as in `embed`.
 
         Returns:
-          float32[N, L, H', W'], at the resolution of the network's last stage, a sixteenth of the resized image.
+          float32[N, L, H', W'], values from 0 to 1. The resolution is that of the network's last stage, a sixteenth of
+          the resized image's.
 
         Raises:
-          UserError: the network makes none, or an image cannot be read.
+          UserError: the network makes no maps, or an image cannot be read.
           ArgumentError: as `embed`.
         """
         shape = self._row_shape(self.method.pattern_maps)
@@ -210,15 +216,18 @@ class Model:
         prior: float | None = None,
         calibration: Calibration | str | os.PathLike | None = None,
     ) -> PairScore:
-        """Whether two images show the same person: the similarity, and with a calibration a probability.
+        """Compares two images: their similarity and, if the model is calibrated, the probability of one person.
 
         Args:
-          a, b: each as one of `embed`.
-          modality: of both images, or a pair. A calibration differs between pairs of one modality and of two, so there
-            is no probability without it.
-          prior: the share of pairs of the same person that is assumed; None: the calibration's.
-          calibration: of this model, or its file; None: calibration.json in the model's folder, or beside its file, if
-            it is there (scripts/calibrate.py writes it).
+          a, b: the images, each as in `embed`.
+          modality: of both images, or a pair. Pairs of one modality and of two are calibrated separately, so without it
+            there is no probability.
+          prior: the assumed share of pairs that show one person; None: the calibration's.
+          calibration: a calibration of this model, or its file; None: calibration.json in the model's folder or beside
+            its file, where scripts/calibrate.py writes it, if it is there.
+
+        Returns:
+          The similarity, from −1 to 1, and the probability, or why there is none.
 
         Raises:
           UserError: an image or the calibration cannot be read, or the calibration is of another model.
@@ -235,28 +244,31 @@ class Model:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the model into a new folder, which `load` reads: model.safetensors and a model card, README.md.
+        """Writes the model into a new folder, which `load` reads; whole or not at all.
 
-        With them goes calibration.json, if the model has one. The settings are in the file's metadata, but for the
-        paths of this machine. All of it is written, or nothing.
+        The folder has model.safetensors, a model card, README.md, and the model's calibration.json if there is one. The
+        settings are in the first file's metadata, without this machine's paths.
 
         Raises:
-          UserError: the folder is there and is not empty, or the calibration cannot be read.
+          UserError: the folder exists and is not empty, or the calibration cannot be read.
         """
         with write_whole_folder(folder) as whole:
             name = Path(folder).resolve().name
             self._write(whole, name, name)
 
     def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Puts what `save` writes into a repository on Hugging Face, which is made if need be, and returns its address.
+        """Uploads what `save` writes to a repository on Hugging Face, which is made if need be.
 
         Args:
-          repository: 'owner/name'; `load("hf:owner/name")` reads it from there.
-          private: whether a new repository is for its owner alone; None: as the owner's account has it.
-          token: of an account that may write there; None: that of `hf auth login`, or of HF_TOKEN.
+          repository: 'owner/name'; `load("hf:owner/name")` reads the model from there.
+          private: whether a new repository is private; None: the owner's default.
+          token: of an account that may write there; None: that of `hf auth login`, or HF_TOKEN.
+
+        Returns:
+          The repository's address.
 
         Raises:
-          ArgumentError: no such name can be.
+          ArgumentError: `repository` is not of the form 'owner/name'.
           UserError: it cannot be reached, or the account may not write there.
         """
         repository = repository.removeprefix("hf:")
@@ -273,9 +285,9 @@ class Model:
                     repo_id=repository,
                     folder_path=folder,
                     commit_message="Upload model",
-                    delete_patterns=[CALIBRATION_FILE],  # that of other weights, where these have none
+                    delete_patterns=[CALIBRATION_FILE],  # an old one may be of other weights
                 )
-            except Exception as error:  # no network, no token, no permission: libraries under it raise many types
+            except Exception as error:  # no network, no token, no permission: many types
                 raise UserError(
                     f"{repository}: cannot be pushed to ({type(error).__name__}: {first_line(error)}); give a token "
                     "that may write there, or log in with: hf auth login"
@@ -298,7 +310,7 @@ class Model:
             file.write(card)
         if self._calibration_path.is_file():
             calibration = Calibration.read(self._calibration_path)
-            if calibration.fingerprint == self.fingerprint:  # not of weights that have been trained on since
+            if calibration.fingerprint == self.fingerprint:  # it may be of the run's weights from before
                 dataclasses.replace(calibration, model=name).write(folder / CALIBRATION_FILE)
 
     @cached_property
@@ -322,7 +334,7 @@ class Model:
         if self.method.needs_modality and (numbers == UNKNOWN).any():
             raise ArgumentError(
                 "modality",
-                f"is missing: method {self.settings.method!r} has to know it; expected 'visible' or 'infrared', or a "
+                f"is missing, and method {self.settings.method!r} needs it; expected 'visible' or 'infrared', or a "
                 "list with one of them for each image",
             )
         size = self.settings.eval.batch_size if batch_size is None else batch_size
@@ -330,45 +342,50 @@ class Model:
 
 
 def _without_paths(settings: Settings) -> Settings:
-    """The settings without the paths of the machine that they come from; of weights there the name stays."""
+    """The settings without this machine's paths; `init_from` keeps the name of a file or folder."""
     changes = {"dataset.source": "", "dataset.data_dir": type(settings)().dataset.data_dir}
     if not settings.init_from.startswith("hf:"):
         changes["init_from"] = Path(settings.init_from).name
     return replace(settings, changes)
 
 
-def _stored_metrics(path: Path) -> dict[str, Any] | None:
-    """What was measured with the weights at `path`: with a run's last checkpoint, or as a file's metadata say."""
+def _stored_metrics(path: Path, checkpoint: str) -> dict[str, Any] | None:
+    """The figures that were stored for weights: in a file's metadata, or beside a workdir's checkpoint of this step."""
     if path.is_file():
         return read_metadata(path, METRICS_KEY)
+    step = 0 if checkpoint == "untrained" else latest_step(path, checkpoint)
     try:
-        metrics = json.loads((path / METRICS_FILES["last"]).read_text())
-        is_current = all(values["step"] == latest_step(path) for values in metrics.values())
+        metrics = json.loads((path / METRICS_FILES[checkpoint]).read_text())
+        is_current = all(values["step"] == step for values in metrics.values())
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        return None  # there is none, or it was written by hand
+        return None  # there are none, or somebody wrote the file by hand
     return metrics if is_current else None
 
 
-def load(source: str | Path, *, dtype: str | None = None, settings: Settings | None = None) -> Model:
-    """A trained model, from wherever it is.
+def load(
+    source: str | Path, *, checkpoint: str = "last", dtype: str | None = None, settings: Settings | None = None
+) -> Model:
+    """Loads a trained model, wherever it is.
 
     Args:
-      source: a run's workdir (its last checkpoint), a `.safetensors` or `.pth` file, a folder that `Model.save` or
-        scripts/convert_weights.py wrote, or `hf:owner/name` for a repository on Hugging Face: its cache first, then the
-        network.
-      dtype: the precision of convolutions and matrix products, 'float32', 'bfloat16' or 'auto' (bfloat16 on
-        accelerators, float32 on CPU); None: as trained.
-      settings: of the network, for weights that carry none, such as the published program's; None takes the paper's.
+      source: a run's workdir, a `.safetensors` or `.pth` file, a folder that `Model.save` or scripts/convert_weights.py
+        wrote, or `hf:owner/name` for a repository on Hugging Face, from its cache or else from the network.
+      checkpoint: which one of a workdir: 'last', 'best' (kept with settings.eval.best), or 'untrained' for the network
+        before its first step. Other sources have no choice of checkpoints.
+      dtype: the precision of convolutions and matrix products: 'float32', 'bfloat16' or 'auto' (bfloat16 on
+        accelerators, float32 on CPUs); None: as trained.
+      settings: of the network, for weights that carry none, such as the published program's; None: the paper's.
 
     Raises:
-      UserError: it is not there, not readable, not of this network, or a backbone alone; the message says which, and
-        for a repository that cannot be reached the command that fetches it.
+      UserError: the weights are not there, not readable, not of this network, or of a backbone alone; the message says
+        which. For a repository that cannot be reached it has the command that fetches it.
+      ArgumentError: `checkpoint` is unknown, or is not 'last' for a source that is no workdir.
     """
     if not str(source).startswith("hf:") and not Path(source).exists():
         raise UserError(
             f"{source}: no such file or folder; expected a run's workdir, a .safetensors or .pth file, the folder of a "
             "saved model, or hf:owner/name"
         )
-    found, variables, _ = read_weights(source, settings=settings, drop_classifiers=True)
+    found, variables, _ = read_weights(source, settings=settings, checkpoint=checkpoint, drop_classifiers=True)
     found = found if dtype is None else replace(found, {"dtype": dtype})
-    return Model(found, variables, source, _stored_metrics(resolve(str(source))))
+    return Model(found, variables, source, _stored_metrics(resolve(str(source)), checkpoint))

@@ -1,4 +1,4 @@
-"""The model card, README.md, of a saved model: what it is, what it was trained on and how well it does."""
+"""The model card, README.md, of a saved model: what it is, what it was trained on, and how accurate it is."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,24 +30,25 @@ def model_card(
     fingerprint: str,
     metrics: Mapping[str, Mapping[str, Any]] | None,
 ) -> str:
-    """The card's text.
+    """Writes the text of a model card, in Markdown.
 
     Args:
       name: the title.
-      settings: of the run.
-      source: how `load` finds the model.
-      size, fingerprint: of the model.
-      needs_modality: whether its method has to know each image's modality.
-      metrics: of the weights, as metrics.json has them; None: nothing was measured.
+      settings: of the run that trained the model.
+      source: what to pass to `load` to get the model.
+      size: D, the length of an embedding.
+      needs_modality: whether the method needs each image's modality.
+      fingerprint: of the model.
+      metrics: the figures of the weights, in the form of metrics.json; None: unknown.
     """
     data, dataset = settings.data, make_dataset(settings.dataset)
     modality = ', modality=["visible", "infrared"]' if needs_modality else ""
     return f"""{HEADER}
 # {name}
 
-It turns images of people, visible or infrared, into vectors of {size:,} numbers; the cosine of two of them says how
-much the people look alike. It was trained with mpanet_jax, by method
-`{settings.method}`, and sees images of {data.height}×{data.width} pixels, to which any image is resized.
+This model turns images of people, visible or infrared, into vectors of {size:,} numbers. The cosine of two vectors says
+how much the people look alike. It was trained with mpanet_jax, by the method `{settings.method}`. Images of any size
+are resized to {data.height}×{data.width} pixels.
 
 ## Use
 
@@ -61,8 +62,8 @@ similarity = embeddings @ embeddings.T
 
 ## Data
 
-Trained on data set `{dataset.title}`, as its settings name it. {dataset.licence}
-The weights come from these images: look there for what may be done with them.
+The model was trained on the data set that its settings call `{dataset.title}`. {dataset.licence}
+What may be done with the weights depends on the terms of that data set.
 
 ## Figures
 
@@ -81,7 +82,7 @@ identities, and the settings in its metadata. `model.fingerprint` is `{fingerpri
 
 def _figures(metrics: Mapping[str, Mapping[str, Any]] | None) -> str:
     if not metrics:
-        return "Nothing was measured with these weights, or nobody stored it."
+        return "No figures are stored with these weights."
     titles = list(FIGURES.values())
     lines, described = [], None
     for setting, values in metrics.items():

@@ -1,4 +1,4 @@
-"""What a run does when its loss is no number any more: it stops, with a report, or skips the step."""
+"""What a run does when its loss is not finite any more: it stops and writes a report, or skips the step."""
 
 import json
 import math
@@ -13,30 +13,36 @@ from mpanet_jax.errors import UserError
 from mpanet_jax.files import write_whole
 
 REPORT_FILE = "nonfinite.json"
-MOST_IN_A_ROW = 10  # skipped steps
+MOST_IN_A_ROW = 10  # so many skipped steps in a row stop the run
 
 
 class FiniteCheck:
-    """Looks at the metrics of every step, once the host has them.
+    """Checks the metrics of every step, once the host has them.
+
+    Args:
+      mode: settings.train.on_nonfinite: 'stop' or 'skip'.
+      workdir: of the run; the report goes there.
+      paths: step (from 1) → str[b], the paths of the images in its batch.
+      writes: whether this process writes the report.
 
     Attributes:
-      skipped: how many steps have been skipped since the run was started.
+      skipped: how many steps have been skipped since this process started.
     """
 
     def __init__(self, mode: str, workdir: Path, paths: Callable[[int], np.ndarray], *, writes: bool = True):
-        """Of a run.
-
-        Args:
-          mode: settings.train.on_nonfinite.
-          workdir: of the run, for the report.
-          paths: step (from 1) → the paths of the images in its batch.
-          writes: whether this process writes the report.
-        """
         self._mode, self._workdir, self._paths, self._writes = mode, workdir, paths, writes
         self.skipped = self._in_a_row = 0
 
     def check(self, before: int, metrics: Mapping[str, Any]) -> None:
-        """Reads the metrics of the steps before+1, …; raises `UserError` where the run has to stop."""
+        """Checks the metrics of some steps.
+
+        Args:
+          before: the steps done before them.
+          metrics: {name: array with a value for each of the steps before+1, before+2, …}.
+
+        Raises:
+          UserError: the run has to stop; the report is written.
+        """
         if self._mode == "skip":
             for number, skipped in enumerate(jax.device_get(metrics["skipped"])):
                 self.skipped += int(skipped)
@@ -56,7 +62,13 @@ class FiniteCheck:
         return self.error(step, what, terms)
 
     def error(self, step: int, what: str, terms: Mapping[str, float]) -> UserError:
-        """Writes the report of a step after which the run cannot go on, and returns what to raise."""
+        """Writes the report of a step after which the run cannot go on; returns the exception to raise.
+
+        Args:
+          step: which one, from 1.
+          what: what is wrong, in words.
+          terms: the step's metrics.
+        """
         report = self._workdir / REPORT_FILE
         if self._writes:
             shown = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
@@ -65,5 +77,5 @@ class FiniteCheck:
                 file.write(json.dumps(content, indent=2) + "\n")
         return UserError(
             f"step {step}: {what}; lower optim.learning_rate, or check the weights of init_from and the "
-            f"images that {report} names; the run stops, its last checkpoint is from before"
+            f"images that {report} names; the run stops, and its last checkpoint is from before this step"
         )

@@ -1,4 +1,4 @@
-"""Adam and SGD with L2 weight decay, and the schedule of their learning rate."""
+"""Adam and SGD with L2 weight decay, and the learning rate's schedule."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +12,14 @@ from jaxtyping import Array
 def step_decay(
     learning_rate: float, milestones: Sequence[int], decay: float, steps_per_epoch: int, warmup_epochs: int = 0
 ) -> optax.Schedule:
-    """Step decay: `learning_rate`, times `decay` once each of the `milestones` (in epochs) has been trained.
+    """The learning rate as a function of the step: step decay, after a linear warm-up.
 
-    In epoch e of the first E = `warmup_epochs`, counted from 0, times (e + 1)/E.
+    Args:
+      learning_rate: at the start.
+      milestones: after each of these epochs the rate is multiplied by `decay`.
+      decay: the factor.
+      steps_per_epoch: steps in an epoch.
+      warmup_epochs: E; in epoch e < E, counted from 0, the rate is multiplied by (e + 1)/E.
     """
     boundaries = {epoch * steps_per_epoch: decay for epoch in milestones}
     schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
@@ -28,9 +33,9 @@ def step_decay(
 
 
 def adam(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTransformation:
-    """Adam as torch.optim.Adam(weight_decay=…): the decay is *L2*, added to the gradient before the moments.
+    """Adam, as torch.optim.Adam(weight_decay=…): the decay is *L2*, added to the gradient before the moments.
 
-    It decays every parameter; the BN neck's bias, which is not trained, is not a parameter here.
+    Every parameter is decayed. The BN neck's bias, which is not trained, is not a parameter here.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
@@ -45,15 +50,15 @@ def sgd(
     momentum: float,
     rate_factor: Callable[[Sequence[Any]], float] = lambda path: 1.0,
 ) -> optax.GradientTransformation:
-    """SGD as torch.optim.SGD(weight_decay=…, momentum=…, nesterov=True), with a rate for every parameter.
+    """SGD, as torch.optim.SGD(weight_decay=…, momentum=…, nesterov=True), with a learning rate for each parameter.
 
-    The decay is *L2*, added to the gradient before the momentum; the rate does not enter the momentum.
+    The decay is *L2*, added to the gradient before the momentum. The momentum does not contain the learning rate.
 
     Args:
-      learning_rate: by step.
+      learning_rate: a number, or a function of the step.
       weight_decay: of every parameter.
       momentum: Nesterov's.
-      rate_factor: by the path of a parameter, a factor of the learning rate.
+      rate_factor: path of a parameter → the factor of its learning rate.
     """
 
     def scale(updates: Any, params: Any = None) -> Any:

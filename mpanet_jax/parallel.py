@@ -1,8 +1,8 @@
-"""Per-device code on many devices: `jit` on one, `pmap` or `shard_map` on several, of one process or of many.
+"""Runs per-device code: by `jit` on one device, by `pmap` or `shard_map` on several, of one process or of many.
 
-Outside the mapped functions every array is logically what it would be on one device: the state is replicated and has no
-device axis, a batch is the whole batch (on many hosts: this process's rows of it). So checkpoints do not know how many
-devices wrote them, and only this file knows how the work is spread.
+Outside the mapped functions every array is what it would be on one device: the state is replicated and has no device
+axis, and a batch is the whole batch (on several hosts, this process's rows of it). So checkpoints do not depend on the
+number of devices, and only this file knows how the work is spread.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ AXIS = "devices"
 
 @dataclass(frozen=True)
 class Parallel:
-    """Some devices and the way a function is mapped over them.
+    """Some devices, and how functions are mapped over them.
 
     Attributes:
-      devices: in the order of the batch: those of process 0, then those of process 1, …
-      mapping: 'pmap' or 'shard_map'; both give the same program, and one device needs neither.
+      devices: in the order in which they take the rows of a batch: those of process 0, those of process 1, …
+      mapping: 'pmap' or 'shard_map'; both make the same program. One device needs neither.
     """
 
     devices: tuple[jax.Device, ...]  # pyright: ignore[reportInvalidTypeForm]: jaxlib has no stubs
@@ -37,17 +37,17 @@ class Parallel:
 
     @property
     def num_devices(self) -> int:
-        """Of all processes."""
+        """How many devices there are, over all processes."""
         return len(self.devices)
 
     @property
     def axis_name(self) -> str | None:
-        """The axis that the per-device code reduces over; None on one device."""
+        """The name of the mapped axis, over which per-device code reduces; None on one device."""
         return AXIS if self.num_devices > 1 else None
 
     @cached_property
     def _mesh(self) -> Mesh:
-        # Not jax.make_mesh, which may reorder the devices: the batch's rows follow this order.
+        # jax.make_mesh might reorder the devices; the rows of a batch follow this order.
         return Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
 
     @cached_property
@@ -61,7 +61,11 @@ class Parallel:
         return NamedSharding(self._mesh, PartitionSpec())
 
     def replicate(self, tree: Any) -> Any:
-        """A copy of every array (NumPy's or JAX's, the same in all processes) on each device."""
+        """Copies every array of a tree to each device.
+
+        Args:
+          tree: of NumPy or JAX arrays, the same in all processes.
+        """
         if self._num_local == self.num_devices:
             return jax.device_put(tree, self._everywhere)
         return jax.tree.map(self._replicate_over_processes, tree)
@@ -74,27 +78,27 @@ class Parallel:
         return jax.make_array_from_callback(leaf.shape, self._everywhere, lambda _: leaf)
 
     def map_steps(self, steps: Steps, *, on_compiled: Callable[[], None] = lambda: None) -> Steps:
-        """Compiles per-device iterations `(state, batches, images) → (state, metrics)`; the state is donated.
+        """Maps and compiles the per-device code of training, `(state, batches, images) → (state, metrics)`.
 
         Args:
-          steps: per-device code that reduces over `axis_name`, so that all it returns is the same on every device.
-          on_compiled: over several processes, called between a program's compilation (one for every number of steps)
-            and its first call, for some processes compile faster than others.
+          steps: per-device code. It reduces over `axis_name`, so that it returns the same on every device.
+          on_compiled: with several processes, called after the compilation of a program (one for every number of
+            steps) and before its first call, because some processes compile faster than others.
 
         Returns:
-          The same function of a replicated state, NumPy batches [steps, rows, …] (on several hosts this process's rows)
-          and replicated images (or None).
+          The same function on all devices, of a replicated state, which is donated, NumPy batches [steps, rows, …] (on
+          several hosts, of this process's rows), and replicated images or None.
         """
         if self.num_devices == 1:
             return jax.jit(steps, donate_argnums=0)
         if self.mapping == "pmap":
-            # None: the state is one array on all devices, going in and coming out, not one with a device axis.
+            # None: the state has no device axis, neither as an argument nor as a result.
             mapped = jax.pmap(
                 steps, AXIS, in_axes=(None, 1, None), out_axes=None, devices=self.devices, donate_argnums=0
             )
         else:
             everywhere, split = PartitionSpec(), PartitionSpec(None, AXIS)
-            # check_vma=False: psum's transpose is psum, as in pmap; the losses are written for that (see losses.py).
+            # check_vma=False makes psum the transpose of psum, as in pmap; losses.py relies on that.
             mapped = jax.jit(
                 jax.shard_map(
                     steps,
@@ -109,7 +113,7 @@ class Parallel:
 
         def run(state: TrainState, batches: dict[str, np.ndarray], images: Any) -> tuple[TrainState, Any]:
             arguments = state, {name: self._split_rows(rows) for name, rows in batches.items()}, images
-            # Not ahead of the call where it need not be: JAX_ENABLE_PGLE has jit compile again, by a profile.
+            # One process does not compile ahead of the call: with JAX_ENABLE_PGLE jit compiles again, by a profile.
             if self._num_local == self.num_devices:
                 return mapped(*arguments)
             num_steps = len(next(iter(batches.values())))
@@ -121,13 +125,19 @@ class Parallel:
         return run
 
     def _split_rows(self, rows: np.ndarray) -> jax.Array:
-        """[steps, rows, …] of this process as one array [steps, all rows, …]; for pmap [steps, devices, rows, …]."""
+        """Puts this process's [steps, rows, …] on its devices, as part of an array [steps, rows of all processes, …].
+
+        For pmap the array is [steps, devices, rows of a device, …].
+        """
         if self.mapping == "pmap":
             rows = rows.reshape(len(rows), self._num_local, -1, *rows.shape[2:])
         return jax.make_array_from_process_local_data(NamedSharding(self._mesh, PartitionSpec(None, AXIS)), rows)
 
     def map_rows(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], jax.Array]:
-        """Compiles `(variables, rows) → rows` where no row depends on another; the number of rows must divide."""
+        """Maps and compiles `(variables, rows) → rows`, in which no row depends on another.
+
+        The number of rows must be a multiple of the number of devices, which share the rows.
+        """
         if self.num_devices == 1:
             return jax.jit(function)
         split = PartitionSpec(AXIS)
@@ -141,30 +151,30 @@ class Parallel:
 
 
 def all_devices(mapping: str = "pmap") -> Parallel:
-    """Every accelerator of every process."""
+    """All devices of all processes."""
     return Parallel(tuple(sorted(jax.devices(), key=lambda d: (d.process_index, d.id))), mapping)
 
 
 def local_devices() -> Parallel:
-    """This process's accelerators."""
+    """The devices of this process."""
     return Parallel(tuple(jax.local_devices()), "shard_map")
 
 
 def on_first_device(tree: Any) -> Any:
-    """Replicated arrays as arrays on this process's first device; no bytes are copied."""
+    """A tree of replicated arrays as arrays on this process's first device; nothing is copied."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def global_num_ids(num_ids_per_batch: int, num_devices: int, batch_scale: str) -> int:
-    """P of the batch of all devices.
+    """P of the whole batch, over all devices.
 
     Args:
-      num_ids_per_batch: data.num_ids_per_batch of the settings.
-      num_devices: each takes the same number of whole identities.
-      batch_scale: 'global': P is that of the whole batch; 'per_device': of every device's share.
+      num_ids_per_batch: settings.data.num_ids_per_batch.
+      num_devices: each gets the same number of whole identities.
+      batch_scale: 'global': `num_ids_per_batch` is P of the whole batch; 'per_device': of each device's share.
 
     Raises:
-      UserError: P does not divide over the devices; the message names the nearest that do.
+      UserError: P is no multiple of the number of devices; the message names the nearest that are.
     """
     if batch_scale == "per_device":
         return num_ids_per_batch * num_devices
@@ -172,8 +182,8 @@ def global_num_ids(num_ids_per_batch: int, num_devices: int, batch_scale: str) -
         above = -(-num_ids_per_batch // num_devices) * num_devices
         nearest = f"{above - num_devices} or {above}" if above > num_devices else f"{above}"
         raise SettingsError(
-            f"data.num_ids_per_batch = {num_ids_per_batch} identities do not divide over {num_devices} devices, "
-            f"each of which takes whole identities: use {nearest}, or fewer devices, or "
+            f"data.num_ids_per_batch = {num_ids_per_batch} identities do not divide over {num_devices} devices, and "
+            f"each device takes whole identities: use {nearest}, or fewer devices, or "
             f"batch_scale = 'per_device' for {num_ids_per_batch} on each"
         )
     return num_ids_per_batch

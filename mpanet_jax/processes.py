@@ -1,4 +1,4 @@
-"""The processes of a run over several hosts: how they start together, and what they tell one another."""
+"""The processes of a run over several hosts: how they start together, wait for one another, and share numbers."""
 
 import itertools
 import secrets
@@ -17,13 +17,13 @@ from mpanet_jax.errors import AbsentProcessError, ArgumentError, UserError, firs
 from mpanet_jax.lost_process import GO_ON, filter_standard_error, means_lost_process
 from mpanet_jax.progress import quiet
 
-# A process that is lost is noticed after this long; the others are then stopped.
+# After so long without a sign of life a process counts as lost, and the others are stopped.
 HEARTBEAT_SECONDS = 20
-# How long processes wait for one that is slower, at the start and later.
+# How long processes wait for a slower one, at the start and later.
 WAIT_SECONDS = 1800
 
 _wait_seconds = WAIT_SECONDS  # as `start_processes` was told
-_waits = itertools.count()  # every process counts the same
+_waits = itertools.count()  # numbers the barriers; all processes count alike
 
 
 def start_processes(
@@ -32,30 +32,30 @@ def start_processes(
     process_id: int | None,
     wait_seconds: int = WAIT_SECONDS,
 ) -> None:
-    """Joins the processes of a run over several hosts; to be called before anything else touches JAX.
+    """Joins the processes of a run over several hosts; call this before anything else uses JAX.
 
     Args:
-      coordinator_address: HOST:PORT of process 0; None, as for the others, takes what the cluster's scheduler says
+      coordinator_address: HOST:PORT of process 0.
+      num_processes: how many processes there are.
+      process_id: which one this is, from 0. None, for any of the three, takes the value of the cluster's scheduler
         (Slurm, Open MPI, Kubernetes, cloud TPU).
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-      wait_seconds: how long this process waits for the others, here and in `wait_for_all_processes`. JAX itself lets
-        them join within an hour.
+      wait_seconds: how long this process waits for the others, here and in `wait_for_all_processes`. JAX itself gives
+        them an hour to join.
 
     Raises:
-      UserError: not enough is known, process 0 cannot be reached, or a process does not come in time.
+      UserError: an argument is missing, process 0 cannot be reached, or a process does not arrive in time.
     """
     global _wait_seconds
     _wait_seconds = wait_seconds
     filter_standard_error(process_id)
-    # It would catch SIGTERM, by which schedulers end a run, and wait for somebody to act on it.
+    # The service would catch SIGTERM, with which schedulers end a run, and wait for somebody to react.
     jax.config.update("jax_enable_preemption_service", False)
     join = partial(
         jax.distributed.initialize,
         coordinator_address,
         num_processes,
         process_id,
-        initialization_timeout=wait_seconds + HEARTBEAT_SECONDS,  # at which it would abort the process
+        initialization_timeout=wait_seconds + HEARTBEAT_SECONDS,  # at this one JAX aborts the process
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=HEARTBEAT_SECONDS,
     )
@@ -79,19 +79,19 @@ def start_processes(
 
 
 def wait_for_all_processes(place: str) -> None:
-    """Returns when every process has come here; to be called between unequal work and a collective.
+    """Waits until every process has come here; call this after unequal work and before a collective operation.
 
     Args:
-      place: what the message calls it.
+      place: the name of this place in the message.
 
     Raises:
       UserError: another process has not come within the `wait_seconds` of `start_processes`.
     """
     if jax.process_count() == 1:
         return
-    # A barrier of JAX's coordination service. Collectives, multihost_utils.sync_global_devices among them, are no place
-    # to wait: on CPUs the first one of a group of devices fails when processes come to it more than 30 s apart, and no
-    # option changes that. JAX has no public function for the barrier; orbax has this one.
+    # A barrier of JAX's coordination service. Processes cannot wait in a collective operation, such as
+    # multihost_utils.sync_global_devices: on CPUs the first one of a group of devices fails if the processes come to it
+    # more than 30 s apart, and no option changes that. JAX has no public function for the barrier; orbax has one.
     barrier = multihost.get_barrier_sync_fn()
     key, milliseconds = f"mpanet_jax {next(_waits)}: {place}", _wait_seconds * 1000
     try:
@@ -107,23 +107,23 @@ def wait_for_all_processes(place: str) -> None:
 
 
 def raise_lost_process(error: Exception) -> None:
-    """Raises what is to be said instead of `error` where that means that another process is lost.
+    """Replaces an error of JAX that means that another process is lost; returns for any other error.
 
     Raises:
-      AbsentProcessError: it does.
+      AbsentProcessError: `error` means that.
     """
     if jax.process_count() > 1 and means_lost_process(error):
         raise AbsentProcessError(
-            f"process {jax.process_index()} ends, for another process was lost ({first_line(error)[:100]}); see what "
-            f"that printed, and {GO_ON}"
+            f"process {jax.process_index()} ends because another process was lost ({first_line(error)[:100]}); see "
+            f"what that one printed, and {GO_ON}"
         ) from error
 
 
 def _in_thread(function: Callable[[], None], seconds: float | None = None) -> None:
-    """Calls what waits outside of Python, in a thread, so that Ctrl-C ends the program meanwhile.
+    """Calls a function that waits outside of Python in a thread, so that Ctrl-C can end the program meanwhile.
 
     Raises:
-      TimeoutError: it takes more than so many seconds; it is left running.
+      TimeoutError: it takes more than `seconds`; it is left running.
     """
     raised: list[Exception] = []
 
@@ -143,7 +143,15 @@ def _in_thread(function: Callable[[], None], seconds: float | None = None) -> No
 
 
 def gather(value: int, what: str) -> list[int]:
-    """This number of every process; `what` it is, for the message where one does not come."""
+    """Collects a number from every process; all of them have to call this.
+
+    Args:
+      value: of this process.
+      what: what the number is, for the message if a process does not come.
+
+    Returns:
+      The values, in the order of the processes.
+    """
     if jax.process_count() == 1:
         return [value]
     wait_for_all_processes(what)
@@ -151,9 +159,9 @@ def gather(value: int, what: str) -> list[int]:
 
 
 def share_of_process(rows: np.ndarray) -> np.ndarray:
-    """This process's consecutive part of [n, …]: ceil(n / processes) rows.
+    """This process's share of an array [n, …]: ceil(n / processes) consecutive rows.
 
-    Where n does not divide, the last row is repeated; `gather_shares` drops the copies.
+    The last row is repeated until all shares are full; `gather_shares` drops the copies.
     """
     count = jax.process_count()
     missing = -len(rows) % count
@@ -162,7 +170,16 @@ def share_of_process(rows: np.ndarray) -> np.ndarray:
 
 
 def gather_shares(share: np.ndarray, num_rows: int, what: str) -> np.ndarray:
-    """The [num_rows, …] whose `share_of_process` every process holds; to be called by all. `what`: as in `gather`."""
+    """The inverse of `share_of_process`; all processes have to call this.
+
+    Args:
+      share: of this process, [ceil(num_rows / processes), …].
+      num_rows: of the whole array.
+      what: as in `gather`.
+
+    Returns:
+      The whole array, [num_rows, …].
+    """
     if jax.process_count() == 1:
         return share
     wait_for_all_processes(what)
@@ -170,15 +187,15 @@ def gather_shares(share: np.ndarray, num_rows: int, what: str) -> np.ndarray:
 
 
 def is_first_process() -> bool:
-    """Whether this process writes what is written once: logs, config.json, metrics.json."""
+    """Whether this process writes the files that a run writes once, such as logs, config.json and metrics.json."""
     return jax.process_index() == 0
 
 
 def check_same_workdir(workdir: Path) -> None:
-    """Refuses a `workdir` that is not one folder for all processes, in which the run would stop at its first save.
+    """Checks that `workdir` is the same folder for all processes; otherwise the run would fail at its first save.
 
     Raises:
-      UserError: names the processes that do not see what process 0 writes there.
+      UserError: names the processes that do not see a file that process 0 writes there.
     """
     if jax.process_count() == 1:
         return
@@ -200,7 +217,7 @@ def check_same_workdir(workdir: Path) -> None:
 
 
 def _appears(file: Path) -> bool:
-    """Whether `file` is there; a network drive may take a while to show it."""
+    """Whether `file` appears within ten seconds; a network drive may take a while to show it."""
     deadline = time.monotonic() + 10
     while not file.exists():
         if time.monotonic() > deadline:

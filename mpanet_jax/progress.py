@@ -1,4 +1,4 @@
-"""How far a long part of the work is: a bar on a terminal, and now and then a line where there is none."""
+"""The progress of long parts of the work: a bar on a terminal, and elsewhere a line now and then."""
 
 import os
 import sys
@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-BAR_AFTER = 5.0  # seconds: what is done sooner needs no bar
-# Seconds between two lines of this process, whatever part they are of.
+BAR_AFTER = 5.0  # seconds; shorter parts need no bar
+# The fewest seconds between two lines of this process, of any part.
 LINE_EVERY = float(os.environ.get("MPANET_LINE_EVERY", 60))
 
 Item = TypeVar("Item")
 
 
 class _Display:
-    """The bars of all parts that are under way, drawn by one rich display; and when the last line was printed."""
+    """The bars of all parts under way, drawn by one display of rich; and when the last line was printed."""
 
     def __init__(self):
-        # A generator that is thrown away ends its part wherever the garbage collector runs, in this lock too.
+        # Reentrant: the garbage collector may end a part, that of an abandoned generator, while this lock is held.
         self._lock = threading.RLock()
         self._rich: Any = None
         self._last_line: float | None = None
@@ -30,7 +30,7 @@ class _Display:
             rich = self._rich
             if rich is None:
                 columns = (TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[status]}"))
-                # A stdout that goes to a file must not be sent to the terminal with the bar.
+                # If stdout goes to a file, rich must not send it to the terminal.
                 redirects = sys.stdout is not None and sys.stdout.isatty()
                 rich = Progress(*columns, console=console, transient=True, redirect_stdout=redirects)
                 rich.start()
@@ -39,7 +39,7 @@ class _Display:
 
     def update(self, task: Any, done: int, total: int | None, status: str) -> None:
         with self._lock:
-            # The part may have ended since, in another thread.
+            # Another thread may have ended the part meanwhile.
             if self._rich is not None and task in self._rich.task_ids:
                 self._rich.update(task, completed=done, total=total, status=status)
 
@@ -68,26 +68,26 @@ _quiet = False
 
 
 def quiet() -> None:
-    """Shows nothing from now on, as in all processes but the first."""
+    """Turns all progress off in this process; all processes but the first call it."""
     global _quiet
     _quiet = True
 
 
 class Bar:
-    """The progress of one part of the work; a context manager, which several threads may advance.
+    """The progress of one part of the work; a context manager. Several threads may advance it.
 
-    On a terminal a bar appears when the part has taken `BAR_AFTER` seconds, with its rate and the time left, and goes
-    when the part ends. Where stderr is no terminal the part prints a line there at most every `LINE_EVERY` seconds.
-    Parts may lie within each other: each has its bar then.
+    On a terminal a bar, with the rate and the time left, appears once the part has taken `BAR_AFTER` seconds, and
+    disappears when it ends. If stderr is no terminal, a line is printed there at most every `LINE_EVERY` seconds. Parts
+    may be nested; each has its own bar.
 
     Args:
       description: what is done: 'embedding'.
-      total: how many there are to do, or None where that is not known.
-      unit: what they are: 'images'.
-      done: how many are done when it begins.
-      active: False shows nothing, as in all processes but one.
-      clock: seconds; for tests.
-      console: of rich, to draw on; for tests. None: stderr.
+      total: how many items there are to do; None: unknown.
+      unit: what the items are: 'images'.
+      done: how many are done at the beginning.
+      active: False shows nothing.
+      clock: returns seconds; for tests.
+      console: rich's, to draw on; for tests. None: stderr.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class Bar:
         self._description, self._total, self._unit, self._done = description, total, unit, done
         self._active, self._clock, self._console = active, clock, console
         self._note = ""
-        self._lock = threading.RLock()  # as of `_Display`
+        self._lock = threading.RLock()  # reentrant, as that of `_Display`
         self._task: Any = None
         self._open = False
 
     def __enter__(self) -> "Bar":
-        # The first that is done may have waited for a compiler, so the rate is counted from there on.
+        # The first item may have waited for a compilation, so the rate counts from its end on.
         self._began, self._first = self._clock(), None
         self._timer = None
         if not self._active or _quiet:
@@ -132,17 +132,23 @@ class Bar:
 
     @property
     def on_terminal(self) -> bool:
-        """Whether there is a terminal to draw on."""
+        """Whether the bar can be drawn: stderr is a terminal."""
         return self._console.is_terminal if self._console is not None else sys.stderr.isatty()
 
     def advance(self, count: int = 1) -> None:
-        """Says that `count` more are done."""
+        """Adds `count` items that are done."""
         with self._lock:
             self._done += count
         self._report()
 
     def update(self, done: int, *, total: int | None = None, note: str | None = None) -> None:
-        """Says that `done` are done, of `total` where that is known only now; `note` stands behind the rate."""
+        """Sets the number of items that are done.
+
+        Args:
+          done: how many are.
+          total: how many there are, if that is known only now.
+          note: a text to show after the rate; None keeps the last one.
+        """
         with self._lock:
             self._done = done
             self._total = self._total if total is None else total
@@ -176,7 +182,7 @@ class Bar:
         _DISPLAY.update(task, self._done, self._total, self._status(self._clock()))
 
     def _status(self, now: float) -> str:
-        """'1,200 of 3,803 images, 35/s, 1:14 left'."""
+        """The text beside the bar: '1,200 of 3,803 images, 35/s, 1:14 left'."""
         of = "" if self._total is None else f" of {self._total:,}"
         parts = [f"{self._done:,}{of} {self._unit}"]
         if self._first is not None and now > self._first[0] and self._done > self._first[1]:
@@ -196,7 +202,7 @@ def track(
     size: Callable[[Item], int] = lambda _: 1,
     active: bool = True,
 ) -> Iterator[Item]:
-    """The items, with a `Bar` that an item advances by `size(item)` when the next one is asked for."""
+    """Yields the items, and shows a `Bar`, which advances by `size(item)` once an item has been worked on."""
     with Bar(description, total, unit=unit, active=active) as bar:
         for item in items:
             yield item
@@ -204,7 +210,7 @@ def track(
 
 
 def duration(seconds: float) -> str:
-    """'0:07', '12:40', '3:05:00': minutes and seconds, with hours where there are any."""
+    """A time as minutes and seconds, with hours if there are any: '0:07', '12:40', '3:05:00'."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

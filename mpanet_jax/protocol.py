@@ -1,6 +1,6 @@
-"""What a test protocol is: who is compared with whom. Each data set's file has its own; they compute no distance.
+"""What a test protocol is: who is compared with whom. Each data set's file has its own; protocols compute no distances.
 
-Common to all: queries without a match left are dropped, and the figures of several galleries (trials) are averaged.
+All of them drop queries that have no match in the gallery, and average the figures over several galleries (trials).
 """
 
 import random
@@ -20,11 +20,11 @@ NUM_TRIALS = 10
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of a results table.
+    """One line of a table of results.
 
     Attributes:
-      name: 'sysu/all/single'.
-      galleries: one ascending int array of gallery rows for each trial.
+      name: such as 'sysu/all/single'.
+      galleries: int[g] for each trial: the rows of its gallery, ascending.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Settings that share queries, gallery and the rule of what a query may not be compared with.
+    """Settings that share their queries, their gallery, and the rule for images that a query does not meet.
 
     Attributes:
       query, gallery: the embeddings.
-      settings: lines of the table.
-      query_groups, gallery_groups: int[Q], int[G]; a query never meets a gallery image of its own group
-        (SYSU-MM01: the room a camera stands in; LLCM: identity and camera; RegDB: no such rule, all differ).
+      settings: the lines of the table.
+      query_groups, gallery_groups: int[Q], int[G]; a query does not meet gallery images of its own group. A group is
+        the room of a camera (SYSU-MM01), or identity and camera (LLCM); without such a rule (RegDB) all groups differ.
     """
 
     query: Embeddings
@@ -50,12 +50,12 @@ class Comparison:
 
 
 class Protocol:
-    """A rule by which two sets of embeddings are compared; a subclass says which comparisons it consists of.
+    """How two sets of embeddings are compared; each protocol is a subclass.
 
     Attributes:
-      name: what calls, tables and metrics.json call it.
-      metric: 'cosine' or 'euclidean', unless the caller says another.
-      cmc: 'identity' or 'image', unless the caller says another; see docs/protocols.md.
+      name: in arguments, tables and metrics.json.
+      metric: 'cosine' or 'euclidean', unless the caller chooses the other.
+      cmc: 'identity' or 'image', unless the caller chooses the other; see docs/protocols.md.
     """
 
     name: ClassVar[str]
@@ -63,16 +63,27 @@ class Protocol:
     cmc: ClassVar[str] = "identity"
 
     def comparisons(self, query: Embeddings, gallery: Embeddings) -> list[Comparison]:
-        """The comparisons of two sets that `check_pair` has let pass; raises `UserError` where they don't fit."""
+        """The comparisons of two sets.
+
+        Args:
+          query, gallery: embeddings that `check_pair` has accepted.
+
+        Raises:
+          UserError: they do not fit the protocol.
+        """
         raise NotImplementedError
 
     def places(self, embeddings: Embeddings) -> Int[np.ndarray, " n"]:
-        """int[N]: where each image was taken, by which verification leaves pairs out: the camera, -1 unknown."""
+        """int[N]: where each image was taken, -1 unknown: its camera. Verification leaves out pairs of one place."""
         return embeddings.camids
 
 
 def check_pair(query: Embeddings, gallery: Embeddings) -> None:
-    """Raise `UserError` for two sets that no protocol can compare: other lengths of vectors, unknown identities."""
+    """Checks that two sets can be compared.
+
+    Raises:
+      UserError: their vectors have different lengths, an identity is unknown, or a pid has two names.
+    """
     if query.features.shape[1] != gallery.features.shape[1]:
         raise UserError(
             f"{query.source} has {query.features.shape[1]}-dimensional features, {gallery.source} "
@@ -99,12 +110,12 @@ def check_pair(query: Embeddings, gallery: Embeddings) -> None:
 
 
 def compare_all(query: Embeddings, gallery: Embeddings, settings: list[Setting]) -> Comparison:
-    """A comparison in which every query may meet every gallery image."""
+    """A comparison in which every query meets every gallery image."""
     return Comparison(query, gallery, settings, np.zeros(len(query), int), np.ones(len(gallery), int))
 
 
 def compare_across_cameras(query: Embeddings, gallery: Embeddings, settings: list[Setting]) -> Comparison:
-    """A comparison in which no query meets an image of its own identity and camera; an unknown camera is no camera."""
+    """A comparison in which a query meets no image of its own identity and camera, if its camera is known."""
     pairs = np.stack([np.concatenate([query.pids, gallery.pids]), np.concatenate([query.camids, gallery.camids])], 1)
     groups = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
     groups = np.where(pairs[:, 1] == UNKNOWN, -1 - np.arange(len(groups)), groups)  # a group of its own
@@ -115,7 +126,7 @@ def compare_across_cameras(query: Embeddings, gallery: Embeddings, settings: lis
 
 
 def images_by_identity_and_camera(embeddings: Embeddings) -> dict[tuple[int, int], Int[np.ndarray, " n"]]:
-    """{(pid, camid): rows in the order of their paths}, the keys in ascending order."""
+    """{(pid, camid): rows of the images, in the order of their paths}, by ascending keys."""
     paths = np.char.replace(np.asarray(embeddings.paths, np.str_), "\\", "/")
     ranked = np.lexsort((paths, embeddings.camids, embeddings.pids))
     keys = np.stack([embeddings.pids[ranked], embeddings.camids[ranked]], axis=1)
@@ -127,7 +138,7 @@ def images_by_identity_and_camera(embeddings: Embeddings) -> dict[tuple[int, int
 
 
 def one_image_each(embeddings: Embeddings) -> list[Int[np.ndarray, " g"]]:
-    """Ten galleries with one image of each identity and camera; trial t draws with Python's generator seeded with t."""
+    """Draws ten galleries of one image of each identity and camera; trial t uses Python's generator, seeded with t."""
     images, galleries = images_by_identity_and_camera(embeddings), []
     for trial in range(NUM_TRIALS):
         generator = random.Random(trial)
@@ -136,7 +147,7 @@ def one_image_each(embeddings: Embeddings) -> list[Int[np.ndarray, " g"]]:
 
 
 def everything(embeddings: Embeddings) -> list[Int[np.ndarray, " g"]]:
-    """One gallery of all images."""
+    """A single gallery, which has all images."""
     return [np.arange(len(embeddings))]
 
 
@@ -144,10 +155,17 @@ def everything(embeddings: Embeddings) -> list[Int[np.ndarray, " g"]]:
 
 
 def known_modality(embeddings: Embeddings, cameras: Mapping[int, int]) -> Int[np.ndarray, " n"]:
-    """int[N]: the modality of each image, as stored, or where it is unknown as `cameras` {camid: modality} say.
+    """The modality of each image: the stored one, or that of its camera where none is stored.
+
+    Args:
+      embeddings: the images.
+      cameras: {camid: modality} for cameras that have one modality.
+
+    Returns:
+      int[N]: VISIBLE or INFRARED.
 
     Raises:
-      UserError: it is unknown and so is the camera's, or the two differ.
+      UserError: neither tells an image's modality, or the two differ.
     """
     assert embeddings.modality is not None  # see `check_embeddings`
     by_camera = np.array([cameras.get(camid, UNKNOWN) for camid in embeddings.camids.tolist()])
@@ -171,10 +189,14 @@ def known_modality(embeddings: Embeddings, cameras: Mapping[int, int]) -> Int[np
 def visible_and_infrared(
     first: Embeddings, second: Embeddings, cameras: Mapping[int, int]
 ) -> tuple[Embeddings, Embeddings]:
-    """Two sets of one modality each as (visible, infrared), whichever comes first; see `known_modality`.
+    """Orders two sets, of one modality each, as (visible, infrared).
+
+    Args:
+      first, second: the sets, in any order.
+      cameras: as in `known_modality`.
 
     Raises:
-      UserError: a set holds both modalities, or both sets hold the same.
+      UserError: a set holds both modalities, both sets hold the same one, or a modality is unknown.
     """
     found = []
     for embeddings in (first, second):
@@ -190,6 +212,6 @@ def visible_and_infrared(
 
 
 def both_directions(visible: Embeddings, infrared: Embeddings) -> Iterator[tuple[str, Embeddings, Embeddings]]:
-    """('visible_to_infrared', query, gallery), and the other way."""
+    """Yields ('visible_to_infrared', query, gallery), then ('infrared_to_visible', query, gallery)."""
     yield "visible_to_infrared", visible, infrared
     yield "infrared_to_visible", infrared, visible

@@ -1,4 +1,4 @@
-"""The files of a run's folder: which there are, and config.json, from which everything else rebuilds the run."""
+"""The names of a run's files, and config.json, which holds the run's settings."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,12 @@ from mpanet_jax.methods import settings_of
 from mpanet_jax.settings import Settings, differences, to_dict
 
 CONFIG_FILE = "config.json"
-# Where the metrics of each `checkpoint` that can be evaluated are written.
+# Checkpoint that can be evaluated → the file of its metrics.
 METRICS_FILES = {"last": "metrics.json", "best": "metrics_best.json", "untrained": "metrics_untrained.json"}
-# The validation figures by which a run with dataset.validation chose its best checkpoint.
+# The validation figures by which a run with dataset.validation has chosen its best checkpoint.
 VALIDATION_FILE = "metrics_best_validation.json"
-# Fields, and groups of them, that a resumed run may change: its length, its reports, and what alters no number of it.
+# Fields, and groups of them, that may change when a run is resumed: its length, its reports, and fields that do not
+# change its numbers.
 FREE_TO_CHANGE = (
     *("train.", "eval.", "parallel", "init_from", "model.fused"),
     *("data.cache", "data.num_workers", "dataset.source", "dataset.data_dir"),
@@ -28,10 +29,10 @@ def save_settings(settings: Settings, workdir: Path) -> None:
 
 
 def load_settings(workdir: str | Path) -> Settings:
-    """The settings that `workdir` was trained with.
+    """Reads the settings of a run from its config.json.
 
     Raises:
-      UserError: the folder holds no readable config.json.
+      UserError: the folder has no readable config.json.
     """
     path = Path(workdir) / CONFIG_FILE
     try:
@@ -47,10 +48,10 @@ def load_settings(workdir: str | Path) -> Settings:
 
 
 def check_init_from(init_from: str, workdir: Path) -> None:
-    """Refuses a run that is to start from its own `workdir`.
+    """Checks that a run does not start from its own workdir.
 
     Raises:
-      UserError: it is.
+      SettingsError: `init_from` is `workdir`.
     """
     if init_from and Path(init_from).resolve() == workdir.resolve():
         raise SettingsError(
@@ -60,17 +61,17 @@ def check_init_from(init_from: str, workdir: Path) -> None:
 
 
 def recipe_differences(settings: Settings, others: Settings) -> dict[str, tuple[Any, Any]]:
-    """`differences`, but for FREE_TO_CHANGE."""
+    """The `differences` of two runs' settings, without the fields of FREE_TO_CHANGE."""
     return {
         name: values for name, values in differences(settings, others).items() if not name.startswith(FREE_TO_CHANGE)
     }
 
 
 def check_same_run(settings: Settings, workdir: Path) -> None:
-    """Refuses to go on with a run in `workdir` by settings under which it would be another.
+    """Checks that the run in `workdir`, if there is one, can go on with these settings.
 
     Raises:
-      UserError: names the fields that differ from the run's config.json and matter for its result.
+      UserError: names the fields that differ from the run's config.json and would change its numbers.
     """
     if not (workdir / CONFIG_FILE).exists():
         return

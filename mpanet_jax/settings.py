@@ -1,64 +1,76 @@
 """The settings of a run: frozen dataclasses whose fields say their type, default, meaning and rule.
 
-Here are the fields that all methods share. What a method adds lies in its own file, as a subclass of `Settings` whose
-defaults are its recipe (`methods/mpanet.py`: the paper's, on SYSU-MM01). Scripts read a config file (ml_collections)
-into these classes, and below them nothing knows of configs.
+These are the fields that all methods share. A method adds its own in its file, in a subclass of `Settings` whose
+defaults are the method's recipe (`methods/mpanet.py`: the paper's, on SYSU-MM01). Scripts turn a config file
+(ml_collections) into these classes; the rest of the package does not know configs.
 
     settings = MPANetSettings(data=DataSettings(height=288, width=144))
     settings = settings.replace({"seed": 1, "dataset.name": "regdb", "dataset.trial": 3})
+
+`settings_base.py` has the functions that declare, check, compare and change settings; they can be imported from here.
 """
 
 import dataclasses
-import difflib
-import functools
 import math
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-from mpanet_jax.errors import SettingsError
+from mpanet_jax.settings_base import (
+    Rule,
+    at_least,
+    between,
+    check,
+    differences,
+    expected_one_of,
+    flat,
+    from_dict,
+    group,
+    nested,
+    one_of,
+    replace,
+    setting,
+    to_dict,
+)
 
-
-class Rule(NamedTuple):
-    """What a value has to be, in words and as a test."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-
-
-def setting(default: Any, comment: str, rule: Rule | Callable[[], Iterable[str]] | None = None) -> Any:
-    """A field with its meaning and its rule; a function as the rule gives the names that are allowed."""
-    return dataclasses.field(default=default, metadata={"comment": comment, "rule": rule})
+__all__ = [
+    "IMAGENET",
+    "POSITIVE",
+    "POSITIVE_RANGE",
+    "RISING",
+    "SHARE_RANGE",
+    "AugmentSettings",
+    "DataSettings",
+    "DatasetSettings",
+    "EvalSettings",
+    "ModelSettings",
+    "OptimSettings",
+    "Rule",
+    "Settings",
+    "TrainSettings",
+    "at_least",
+    "between",
+    "check",
+    "differences",
+    "expected_one_of",
+    "flat",
+    "from_dict",
+    "group",
+    "one_of",
+    "replace",
+    "setting",
+    "start_setting",
+    "to_dict",
+]
 
 
 def start_setting(default: str) -> Any:
-    """The field `init_from`, of which each method's recipe has its own default."""
+    """The field `init_from`; each method's recipe gives it its own default."""
     return setting(
         default,
         "weights of a backbone or of a whole network: a .safetensors or .pth file, 'hf:owner/repository' or a workdir; "
         "'': random",
     )
-
-
-def group(cls: type, **defaults: Any) -> Any:
-    """A field that is a group of settings at their defaults, some of which may be others than the class has."""
-    return dataclasses.field(default_factory=functools.partial(cls, **defaults))
-
-
-def at_least(least: float) -> Rule:
-    """A finite number that is not below `least`."""
-    return Rule(f"at least {least}", lambda value: least <= value < math.inf)
-
-
-def between(least: float, most: float) -> Rule:
-    """A number of a closed range."""
-    return Rule(f"a number from {least} to {most}", lambda value: least <= value <= most)
-
-
-def one_of(*names: str) -> Callable[[], Iterable[str]]:
-    """One of some names."""
-    return lambda: names
 
 
 IMAGENET = "hf:timm/resnet50.tv_in1k"  # torchvision's ResNet-50
@@ -85,18 +97,18 @@ def _datasets() -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class DatasetSettings:
-    """Which data, and where they lie; a data set's own fields lie in its file, as a subclass."""
+    """Which data set, and where it is; a data set adds its own fields in its file, in a subclass."""
 
     name: str = setting("sysu_mm01", "the data set", _datasets)
-    source: str = setting("", "the raw folder; needed once, to prepare")
-    data_dir: str = setting("data", "where prepared data sets and caches live")
+    source: str = setting("", "the raw folder; needed once, to prepare the data set")
+    data_dir: str = setting("data", "the folder of prepared data sets and caches")
     validation: bool = setting(
         False, "hold the identities of the list 'val' out of training, and evaluate on them during training"
     )
-    trial: ClassVar[int | None] = None  # which of several splits; a field where a data set has them
+    trial: ClassVar[int | None] = None  # which of a data set's splits; a field in the subclass of a set with several
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """The data set's own class of settings, and what it can do."""
+        """(field, fault) where this is not the data set's own class, or it has no validation list; see `check`."""
         dataset = _datasets()[self.name]
         if not isinstance(self, dataset.settings_class):
             yield "name", f"its settings are a {dataset.settings_class.__name__}"
@@ -116,17 +128,17 @@ class DataSettings:
     resize: str = setting("bilinear", "the filter of the resize, Pillow's", one_of("bilinear", "lanczos"))
     cache: str = setting(
         "auto",
-        "resized images in 'device' memory, 'host' memory map, 'none', or what fits: 'auto'",
+        "where resized images are kept: in 'device' memory, in a 'host' memory map, or not ('none'); 'auto': what fits",
         one_of("auto", "device", "host", "none"),
     )
     num_workers: int = setting(
         -1,
-        "processes that decode when nothing is cached; 0: threads of this one; -1: chosen",
+        "processes that decode if there is no cache; 0: threads of this process; -1: chosen for the machine",
         Rule("a number of processes up to 1024, 0 for threads, or -1 to choose", lambda value: -1 <= value <= 1024),
     )
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """K's halves."""
+        """(field, fault) where K is odd; see `check`."""
         if self.images_per_id % 2:
             even = self.images_per_id - 1
             yield "images_per_id", f"K is half visible, half infrared; use an even number such as {even}"
@@ -134,14 +146,14 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """What is drawn for a training image, in this order; a probability or padding of 0 leaves an operation out."""
+    """The augmentation of a training image, in this order; a probability or padding of 0 leaves an operation out."""
 
     flip_probability: float = setting(0.5, "of the horizontal flip", between(0, 1))
     crop_padding: int = setting(0, "pixels added on every side before a random crop back; 0: no crop", between(0, 4096))
     crop_fill: int = setting(127, "the padding's value", Rule("a pixel's value, 0 to 255", lambda v: 0 <= v <= 255))
-    exchange_probability: float = setting(0.0, "of one channel, drawn at random, in place of all", between(0, 1))
-    grey_probability: float = setting(0.0, "of grey, where no channel was exchanged", between(0, 1))
-    mrle_probability: float = setting(0.0, "of a random mix of the channels in place of all (RLE)", between(0, 1))
+    exchange_probability: float = setting(0.0, "of replacing all channels by one, drawn at random", between(0, 1))
+    grey_probability: float = setting(0.0, "of grey, if no channel was exchanged", between(0, 1))
+    mrle_probability: float = setting(0.0, "of replacing all channels by a random mix of them (RLE)", between(0, 1))
     mrle_beta: float = setting(0.3, "β of the Beta(β, β) that the mix is drawn from", POSITIVE)
     rrle_probability: float = setting(0.0, "of random factors in random rectangles (RLE)", between(0, 1))
     rrle_beta: float = setting(0.4, "β of the Beta(β, β) that the factors are drawn from", POSITIVE)
@@ -175,13 +187,13 @@ class ModelSettings:
     width: int = setting(64, "channels of the stem", between(1, 1024))
     fused: str = setting(
         "auto",
-        "the fast form of the layers: 'on', 'off', or where it was measured to be faster: 'auto'",
+        "the fast form of the layers: 'on', 'off', or 'auto': where it was measured to be faster",
         one_of("auto", "on", "off"),
     )
 
     def __post_init__(self):
         if self.stage_sizes and self.stage_sizes == getattr(_backbones().get(self.backbone), "stage_sizes", None):
-            object.__setattr__(self, "stage_sizes", ())  # written out or not, it is the same run
+            object.__setattr__(self, "stage_sizes", ())  # the backbone's own sizes, written out: the same run
 
 
 @dataclass(frozen=True)
@@ -201,15 +213,15 @@ class TrainSettings:
     num_epochs: int = setting(140, "of the whole run", at_least(1))
     eval_every_epochs: int = setting(20, "0: only at the end", at_least(0))
     checkpoint_every_epochs: int = setting(5, "0: only at the end", at_least(0))
-    keep_checkpoints: int = setting(2, "the last ones", at_least(1))
+    keep_checkpoints: int = setting(2, "how many of the last ones", at_least(1))
     log_every_steps: int = setting(50, "for TensorBoard and the terminal", at_least(1))
-    # 15 divide five epochs of SYSU-MM01, so there one program does for the whole run.
+    # 15 divides the 915 steps of five epochs of SYSU-MM01, so there one program is enough for the whole run.
     steps_per_call: int = setting(
-        15, "steps sent to the device as one program, at most, where it holds the images (else 1)", at_least(1)
+        15, "the most steps in one program, if the device holds the images (else 1)", at_least(1)
     )
     on_nonfinite: str = setting(
         "stop",
-        "when loss, weights or moments are no numbers: 'stop', or 'skip' the step, up to 10 in a row",
+        "if loss, weights or moments are not finite: 'stop', or 'skip' the step, fewer than 10 in a row",
         one_of("stop", "skip"),
     )
 
@@ -232,25 +244,27 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every method's run is made from.
+    """The settings that every method has.
 
-    Raises `SettingsError` when it is made with a value of another type, out of range, or that fits no other.
+    Raises:
+      SettingsError: a value has the wrong type, is out of range, or contradicts another field; the message names the
+        field.
     """
 
     seed: int = setting(0, "of initialisation, plan and augmentation", between(0, 2**32 - 1))
-    preset: str = setting(
-        "paper", "only recorded: what the config file made of it", one_of("paper", "official", "strong")
-    )
+    preset: str = setting("paper", "the config file's preset; only recorded", one_of("paper", "official", "strong"))
     method: str = setting("mpanet", "which method the other fields are of")
     dtype: str = setting(
         "auto",
-        "of convolutions and matrix products; auto: bfloat16 on accelerators, float32 on CPU",
+        "of convolutions and matrix products; 'auto': bfloat16 on accelerators, float32 on CPUs",
         one_of("auto", "float32", "bfloat16", "float64"),
     )
-    parallel: str = setting("pmap", "how several devices share a step; the same numbers", one_of("pmap", "shard_map"))
+    parallel: str = setting(
+        "pmap", "how a step is mapped over several devices; the numbers are the same", one_of("pmap", "shard_map")
+    )
     batch_scale: str = setting(
         "global",
-        "data.num_ids_per_batch is of the whole batch; 'per_device': of each device's share",
+        "'global': data.num_ids_per_batch is of the whole batch; 'per_device': of each device's share",
         one_of("global", "per_device"),
     )
     init_from: str = start_setting("")
@@ -267,13 +281,16 @@ class Settings:
         check(self)
 
     def replace(self, changes: Mapping[str, Any]) -> "Settings":
-        """These settings with some fields changed: `settings.replace({"data.height": 288, "seed": 1})`.
+        """A copy of the settings with some fields changed: `settings.replace({"data.height": 288, "seed": 1})`.
 
-        Another `method` or `dataset.name` brings the fields and the defaults of that method or data set; what was
-        changed before stays.
+        A new `method` or `dataset.name` brings the fields and the defaults of that method or data set; fields that
+        differ from their defaults keep their values.
+
+        Args:
+          changes: {field's path: value}; the value of a group may be a dataclass.
 
         Raises:
-          SettingsError: no such field, or a value that cannot be.
+          SettingsError: there is no such field, or it refuses the value.
         """
         from mpanet_jax.methods import settings_of  # imports this module
 
@@ -284,144 +301,4 @@ class Settings:
             for name, value in flat(to_dict(self)).items()
             if default.get(name) != value and not dataclasses.is_dataclass(changes.get(name.partition(".")[0]))
         }
-        return settings_of(_nested({"method": self.method} | kept | flat(plain)))
-
-
-def check(settings: Any, prefix: str = "") -> None:
-    """Raise `SettingsError` for the first field, of the settings or of a group, that cannot be as it is."""
-    for path, message in _faults(settings, prefix):
-        raise SettingsError(f"{path} {message}")
-
-
-def _faults(settings: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """(path, "= value: what is expected") of every field that cannot be as it is."""
-    hints = typing.get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        value, path, rule = getattr(settings, field.name), prefix + field.name, field.metadata.get("rule")
-        if not _is_a(value, hints[field.name]):
-            yield path, f"= {value!r}: expected {_type_name(hints[field.name])}"
-        elif dataclasses.is_dataclass(value):
-            yield from _faults(value, path + ".")
-        elif isinstance(rule, Rule):
-            if not rule.holds(value):
-                yield path, f"= {value!r}: expected {rule.expected}"
-        elif rule is not None and value not in (names := tuple(rule())):
-            yield path, expected_one_of(value, names)
-    for name, message in settings.check() if hasattr(settings, "check") else ():
-        value = settings
-        for part in name.split("."):
-            value = getattr(value, part)
-        yield prefix + name, f"= {value!r}: {message}"
-
-
-def expected_one_of(value: Any, names: Iterable[str]) -> str:
-    """What an error says, behind the field's path, of a value that is none of some names."""
-    names = list(names)
-    return f"= {value!r}: expected one of {', '.join(map(repr, names))}{_nearest(str(value), names)}"
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)
-        if not isinstance(value, tuple):
-            return False
-        if inner[-1] is Ellipsis:
-            return all(_is_a(v, inner[0]) for v in value)
-        return len(value) == len(inner) and all(map(_is_a, value, inner))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)
-        numbers = "whole numbers" if inner[0] is int else "numbers"
-        return f"a tuple of {numbers}" if inner[-1] is Ellipsis else f"{len(inner)} {numbers}"
-    return names.get(hint, f"a {getattr(hint, '__name__', hint)}")
-
-
-def to_dict(settings: Any) -> dict[str, Any]:
-    """The settings as nested dicts of plain values."""
-    return dataclasses.asdict(settings)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one: {"data.height": 384, …}."""
-    leaves = {}
-    for name, value in tree.items():
-        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return leaves
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat`."""
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        *groups, name = path.split(".")
-        branch = tree
-        for group_name in groups:
-            branch = branch.setdefault(group_name, {})
-            if not isinstance(branch, dict):
-                raise unknown_field(path, leaves)
-        branch[name] = value
-    return tree
-
-
-def differences(settings: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    """{"data.height": (384, 288), …}: the fields that differ, with both values; None where a field is missing."""
-    ours, theirs = flat(to_dict(settings)), flat(to_dict(other))
-    pairs = {name: (ours.get(name), theirs.get(name)) for name in ours | theirs}
-    return {name: (one, two) for name, (one, two) in pairs.items() if one != two}
-
-
-def from_dict(cls: type[Any], tree: Mapping[str, Any], prefix: str = "") -> Any:
-    """The settings of class `cls` that a tree of plain values describes; what the tree lacks is at its default.
-
-    Raises:
-      SettingsError: the tree has a field that the class lacks, or a value that cannot be.
-    """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    values = {}
-    for name, value in tree.items():
-        if name not in fields:
-            raise unknown_field(prefix + name, [prefix + field for field in fields])
-        factory = fields[name].default_factory
-        if isinstance(value, Mapping) and factory is not dataclasses.MISSING:
-            default = factory()
-            value = from_dict(type(default), {**to_dict(default), **value}, f"{prefix}{name}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**values)
-
-
-def unknown_field(path: str, known: Iterable[str]) -> SettingsError:
-    """The error for a field that there isn't."""
-    known = list(known)
-    return SettingsError(f"{path}: unknown field; there are {', '.join(known)}{_nearest(path, known)}")
-
-
-def replace(settings: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
-    """The settings with some fields changed: `replace(settings, {"data.height": 288, "seed": 1})`.
-
-    Raises:
-      SettingsError: no such field, or a value that cannot be.
-    """
-    by_field: dict[str, dict[str, Any]] = {}
-    for path, value in changes.items():
-        name, _, rest = path.partition(".")
-        by_field.setdefault(name, {})[rest] = value
-    values = {}
-    for name, inner in by_field.items():
-        if name not in (known := [field.name for field in dataclasses.fields(settings)]):
-            raise unknown_field(prefix + name, [prefix + field for field in known])
-        value = inner.pop("", getattr(settings, name))
-        if inner and not dataclasses.is_dataclass(value):
-            raise unknown_field(f"{prefix}{name}.{next(iter(inner))}", [prefix + field for field in known])
-        values[name] = replace(value, inner, f"{prefix}{name}.") if inner else value
-    return dataclasses.replace(settings, **values)
+        return settings_of(nested({"method": self.method} | kept | flat(plain)))

@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The training state: what one step hands to the next."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: optimiser steps done.
       params: the network's trained parameters.
-      batch_stats: the running statistics of every batch norm; {} for a network without.
-      opt_state: the optax chain's state (Adam's moments).
-      averages: exponential averages of what the method chooses among the parameters, in the same tree; {} for none.
-      rng: the key that every step's randomness is folded from; it never changes.
+      batch_stats: the running statistics of every batch norm; {} for a network without batch norm.
+      opt_state: the state of the optax chain, such as Adam's moments.
+      averages: exponential averages of the parameters that the method chooses, in the same tree; {} for none.
+      rng: the key from which every step derives its own; it never changes.
     """
 
     step: Int[Array, ""]
@@ -31,13 +31,22 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def random_keys(seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """The keys of initialisation and of the steps."""
+    """Two keys from a seed: that of the initialisation, and the state's `rng`."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     return init_key, run_key
 
 
 def init_variables(network: nn.Module, key: PRNGKeyArray, height: int, width: int) -> dict[str, Any]:
-    """Random `{"params", "batch_stats"}` of a network (built without a mapped axis) for height × width images."""
+    """Draws a network's variables.
+
+    Args:
+      network: built without a mapped axis.
+      key: of the draws.
+      height, width: of the images, in pixels.
+
+    Returns:
+      {"params", "batch_stats"}.
+    """
     images, modality = jnp.zeros((2, height, width, 3)), jnp.arange(2, dtype=jnp.int32)
     variables = jax.jit(lambda k: network.init(k, images, modality, train=False))(key)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
@@ -46,7 +55,14 @@ def init_variables(network: nn.Module, key: PRNGKeyArray, height: int, width: in
 def create_train_state(
     variables: Any, averaged: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray
 ) -> TrainState:
-    """The state before the first step, from {"params", "batch_stats"}; the averages start as copies of `averaged`."""
+    """The state before the first step.
+
+    Args:
+      variables: {"params", "batch_stats"}.
+      averaged: the parameters of which averages are kept; the averages start as copies of them.
+      optimizer: the optax chain.
+      key: the state's `rng`.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],

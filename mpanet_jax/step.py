@@ -1,7 +1,7 @@
-"""One iteration, whole: augment → network → losses → gradients → optimiser → averages.
+"""One training step: augment → network → losses → gradients → optimiser → averages.
 
-The functions are pure and SPMD: what one device does with its share of the batch. With `axis_name` set they run under
-`jax.pmap` or `jax.shard_map`, and N devices compute what one device computes with the whole batch.
+The functions are pure and SPMD: they are what one device does with its share of the batch. With an `axis_name` they run
+under `jax.pmap` or `jax.shard_map`, and N devices compute what one device would compute with the whole batch.
 """
 
 from functools import partial
@@ -31,14 +31,14 @@ def _accuracy_share(logits: Float[Array, "b n"], labels: Array, axis_name: str |
 
 
 def total_gradients(gradients: Any, summed: Any, dtype: DTypeLike, axis_name: str) -> Any:
-    """The gradients of the whole batch from those of every device's share.
+    """Sums the gradients of all devices' shares to those of the whole batch.
 
     Args:
-      gradients: of the parameters.
-      summed: those that their layers have summed over the devices already and that stay as they are, as a tree of
-        their names: what `layers.gradients_are_summed` noted.
-      dtype: the others are summed in it. Most come out of products in this type; those that come in float32 are rounded
-        to bfloat16, which halves the bytes that the devices exchange.
+      gradients: of this device's share, a tree like the parameters.
+      summed: a tree of the gradients that their layers have summed over the devices already, as
+        `layers.gradients_are_summed` notes them; these stay as they are.
+      dtype: the type in which the others are summed. Most of them come out of products of this type. With bfloat16,
+        those of float32 are rounded to it, which halves the bytes that the devices exchange.
       axis_name: the mapped axis.
 
     Returns:
@@ -67,9 +67,9 @@ def train_step(
       batch: this device's share of the train batch (docs/method.md, "A train batch"): `labels`, `modality` and
         `images`, or `index` into `image_cache` in place of `images`. Whole identities only.
       image_cache: the resized training set in device memory, or None.
-      method: losses, augmentation, optimiser and what is averaged.
-      network: of the method, built for `axis_name`.
-      steps_per_epoch: of the schedules.
+      method: says the losses, the augmentation, the optimiser, and which parameters are averaged.
+      network: the method's, built for `axis_name`.
+      steps_per_epoch: for the schedules.
       axis_name: the mapped axis, None on one device.
 
     Returns:
@@ -79,11 +79,11 @@ def train_step(
     """
     images = batch["images"] if image_cache is None else image_cache[batch["index"]]
     rows = {name: batch[name] for name in ("labels", "modality")}
-    # fold_in by step and by place in the global batch: the draws depend on neither the devices nor the history.
+    # The keys depend on the step and on the place in the global batch, so neither on the devices nor on the history.
     first = 0 if axis_name is None else lax.axis_index(axis_name) * len(images)
     images, rows = method.views(jax.random.fold_in(state.rng, state.step), images, rows, first)
 
-    # Before the loss reads the averages (eq. 11); the same as after every optimiser step.
+    # The averages are updated before the loss reads them (eq. 11), which is the same as after each optimiser step.
     averages = optax.incremental_update(
         method.averaged(state.params), state.averages, method.average_rate(steps_per_epoch)(state.step)
     )
@@ -108,7 +108,7 @@ def train_step(
     learning_rate = method.learning_rate(steps_per_epoch)
     updates, opt_state = method.optimizer(learning_rate).update(gradients, state.opt_state, state.params)
     metrics["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
-    # flax.linen's own batch norm starts in float32 whatever the network's type is.
+    # flax.linen's own batch norm has float32 statistics, whatever the network's type is.
     batch_stats = jax.tree.map(lambda new, old: new.astype(old.dtype), noted.get("batch_stats", {}), state.batch_stats)
     next_state = state.replace(
         params=optax.apply_updates(state.params, updates),
@@ -131,7 +131,7 @@ def _all_finite(tree: Any) -> Array:
 def train_steps(
     state: TrainState, batches: Batch, image_cache: UInt8[Array, "n h w 3"] | None = None, **options: Any
 ) -> tuple[TrainState, dict[str, Float[Array, " steps"]]]:
-    """Several training steps as one program, which leaves no gaps between them on the device.
+    """Several training steps as one program, so that the device does not wait between them.
 
     Args:
       state: as for `train_step`.
@@ -145,6 +145,6 @@ def train_steps(
     step = partial(train_step, **options)
     if len(batches["labels"]) > 1:
         return lax.scan(lambda state, batch: step(state, batch, image_cache), state, batches)
-    # A loop of one would cost more than it saves: on CPU, XLA runs convolutions inside loops on one thread.
+    # One step needs no loop, and on CPUs XLA would run the convolutions inside it on one thread.
     state, metrics = step(state, {name: rows[0] for name, rows in batches.items()}, image_cache)
     return state, {name: value[None] for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""How a run ends when it is asked to: by SIGTERM, as schedulers do, or by Ctrl-C."""
+"""How a run ends on SIGTERM, which schedulers send, and on Ctrl-C."""
 
 import contextlib
 import os
@@ -12,16 +12,16 @@ from mpanet_jax.errors import Stopped
 from mpanet_jax.processes import gather, is_first_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Several processes ask one another so often whether one of them was told to stop: they wait for each other then.
+# Several processes wait for one another to agree on stopping; they do so after every so many steps.
 AGREE_EVERY_STEPS = 10
 
 
 class StopRequest:
-    """Notes that this process is to stop; a context manager that catches the signals meanwhile.
+    """Catches the signals that ask this process to stop; a context manager.
 
-    At first a signal raises `Stopped` where the program is. After `defer` it is only noted, and the training loop asks
-    for it between calls. A second signal ends the process at once, whatever it does. Signals go to a program's main
-    thread; in another thread nothing is caught.
+    At first a signal raises `Stopped` wherever the program is. After `defer` it is only noted, and the training loop
+    asks for it between calls of the compiled steps. A second signal ends the process at once, whatever it does. Only
+    the main thread of a program receives signals; in another thread nothing is caught.
     """
 
     def __init__(self):
@@ -32,8 +32,8 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._restore.callback(signal.signal, number, signal.signal(number, self._note))
-            # Python runs handlers between two instructions of its own, which a compilation may hold up for minutes; a
-            # thread that reads the numbers from a pipe sees a second signal meanwhile.
+            # Python runs a signal's handler between two of its instructions, and a compilation may take minutes. A
+            # thread that reads the signals' numbers from a pipe sees the second one meanwhile.
             reading, writing = os.pipe()
             os.set_blocking(writing, False)
             self._restore.callback(os.close, writing)
@@ -53,24 +53,25 @@ class StopRequest:
         os.write(2, b"stopping once the steps under way are done and saved; a second signal ends the run at once\n")
 
     def defer(self) -> None:
-        """From here on a signal is only noted."""
+        """From now on signals are only noted."""
         self._deferred = True
 
     def stopped(self, message: str) -> Stopped:
-        """The exception to end with; of several processes the first one speaks."""
+        """The exception that ends the run; only in the first process does it have the message."""
         return Stopped(message if is_first_process() else "", 128 + self._signal)
 
-    def interrupts_work_of_one(self) -> bool:
-        """Whether to leave off in the middle of something, which several processes could only do together."""
+    def may_interrupt_evaluation(self) -> bool:
+        """Whether to leave an evaluation unfinished: a signal has come, and no other process takes part in it."""
         return bool(self._signal) and jax.process_count() == 1
 
     def agreed(self, before: int, step: int, *, ask: bool = False) -> bool:
-        """Whether all processes are to stop now; to be called by all, after each call of the compiled steps.
+        """Whether to stop now; all processes call it after each call of the compiled steps, and get the same answer.
+
+        Several processes ask one another once in `AGREE_EVERY_STEPS` steps; the answer is no in between.
 
         Args:
-          before, step: the steps done before the call and after it; processes ask one another every
-            `AGREE_EVERY_STEPS`.
-          ask: ask one another in any case.
+          before, step: the steps done before the call and after it.
+          ask: ask one another now in any case.
         """
         if jax.process_count() > 1:
             if not ask and before // AGREE_EVERY_STEPS == step // AGREE_EVERY_STEPS:

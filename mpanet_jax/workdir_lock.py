@@ -1,4 +1,4 @@
-"""One training run in a workdir at a time: a lock that ends with the process that holds it."""
+"""A lock that lets only one run train in a workdir at a time; it ends with the process that holds it."""
 
 import contextlib
 import fcntl
@@ -11,16 +11,16 @@ from mpanet_jax.errors import UserError
 from mpanet_jax.processes import gather, is_first_process
 
 LOCK_FILE = ".lock"
-# In its place where the disk has no locks: says who trains, and outlives a process that is killed.
+# Where the disk has no locks: a file that names the process which trains. It stays if that process is killed.
 RECORD_FILE = ".training"
 
 
 @contextlib.contextmanager
 def locked_workdir(workdir: Path) -> Iterator[None]:
-    """Holds `workdir` for one run, of one or of several processes; evaluation does not ask for it.
+    """Holds the lock of `workdir` for a run of one or of several processes. Evaluation does not need the lock.
 
     Raises:
-      UserError: another run trains there; names its host and process.
+      UserError: another run trains there; the message names its host and process.
     """
     refused = None
     with contextlib.ExitStack() as stack:
@@ -54,7 +54,7 @@ def _lock(workdir: Path) -> Iterator[None]:
             with _recorded(workdir):
                 yield
             return
-        # The one who held it before may have removed the file between the two calls.
+        # The process that held the lock before may have removed the file after it was opened here.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             break
         os.close(descriptor)
@@ -96,7 +96,7 @@ def _this_process() -> str:
 
 
 def _has_ended(holder: str) -> bool:
-    """Whether a process of this host, as `_this_process` names it, is gone; unknown means no."""
+    """Whether the process that `holder` names, as `_this_process` does, is known to have ended on this host."""
     try:
         _, number, _, host = holder.split()
         if host != socket.gethostname():

@@ -1,13 +1,12 @@
-"""Runs tables of ablations with several seeds a row: python scripts/ablate.py --table=3 --table=4 --config=…
+"""Runs tables of ablations, each row with several seeds: python scripts/ablate.py --table=3 --table=4 --config=…
 
 python scripts/make_synthetic.py --scale=bench --out=data/raw/bench
 python scripts/ablate.py --config=configs/synthetic_gpu.py:official --config.dataset.source=data/raw/bench --table=3
 
-Writes OUT/ablations.json after every run and in the end, for each table, OUT/table_NAME.md and OUT/table_NAME.png. Runs
-that are in the JSON are not run again, whichever table asks for them, so a lab that was killed, or stopped by
---time_limit, goes on with the same command; the JSON alone is enough, on another machine too. --time_limit=0 runs
-nothing and writes the tables anew. Exits with 1 where a run failed; the table names it, and the same command tries it
-again.
+Writes OUT/ablations.json after every run, and OUT/table_NAME.md and OUT/table_NAME.png for each table at the end. A run
+that is in the JSON is not repeated, whichever table asks for it. So if this script is killed, or is stopped by
+--time_limit, the same command goes on; it needs only the JSON, on another machine too. --time_limit=0 runs nothing and
+writes the tables again. The exit code is 1 if a run failed; the table names it, and the same command tries it again.
 """
 
 import runpy
@@ -22,22 +21,22 @@ from ml_collections import config_flags
 from mpanet_jax.errors import UserError, run_script
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "the recipe and the data that the rows start from; its fields are the same in all rows"
+    "config", None, "the recipe and the data that all rows start from; a row changes only its own fields"
 )
 TABLES = flags.DEFINE_multi_string(
     "table", None, "3, 4, methods or augmentations; may be given several times", required=True
 )
 ROWS = flags.DEFINE_list("rows", [], "only these rows, by the names of their folders: baseline,cc")
-SEEDS = flags.DEFINE_integer("seeds", 3, "runs of a row, with the seeds 0, 1, …", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 3, "how many runs a row has, with the seeds 0, 1, …", lower_bound=1)
 OUT = flags.DEFINE_string("out", "runs/ablations/results", "the folder of ablations.json and the tables")
 WORKDIR = flags.DEFINE_string(
-    "workdir", "runs/ablations", "the folder of the runs, ROW_SEED, and their output, ROW.log"
+    "workdir", "runs/ablations", "the folder of the runs, ROW_SEED, and of their output, ROW.log"
 )
-TIME_LIMIT = flags.DEFINE_float("time_limit", None, "seconds after which no further run starts", lower_bound=0)
-JOBS = flags.DEFINE_integer("jobs", 1, "rows at a time, which share the accelerator", lower_bound=1)
-PNG = flags.DEFINE_bool("png", True, "draw the tables too; needs matplotlib, of mpanet_jax[report]")
+TIME_LIMIT = flags.DEFINE_float("time_limit", None, "seconds after which no more runs start", lower_bound=0)
+JOBS = flags.DEFINE_integer("jobs", 1, "how many rows run at a time and share the accelerator", lower_bound=1)
+PNG = flags.DEFINE_bool("png", True, "also draw the tables; needs matplotlib, from mpanet_jax[report]")
 CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/mpanet_jax/xla", "folder for compiled programs, '' for none; makes later starts fast"
+    "compilation_cache", "~/.cache/mpanet_jax/xla", "folder of compiled programs, for faster starts; '': none"
 )
 flags.mark_flag_as_required("config")
 
@@ -68,7 +67,7 @@ def main(arguments: list[str]) -> int:
     asked = {name: settings for name, settings in recipes.items() if not ROWS.value or name in ROWS.value}
     left = lab.work_left(asked, range(SEEDS.value), results)
     if left and time.time() <= deadline:
-        datasets.open_split(left[0].runs[0].dataset, "train")  # prepared once, before several rows would do it
+        datasets.open_split(left[0].runs[0].dataset, "train")  # prepares it once, before several rows start
         share = None if JOBS.value == 1 else 0.9 / JOBS.value
         options = lab.Options(Path(WORKDIR.value), deadline, CACHE.value, share)
         lab.run_work(left, results, options, jobs=JOBS.value, report=lambda line: print(line, flush=True))
@@ -86,7 +85,7 @@ def main(arguments: list[str]) -> int:
 
 
 def settings_of_row(row: Any) -> Any:
-    """The config file's settings for the row's preset, with the fields of the flags, then with the row's changes."""
+    """The settings of a row: the config file's for the row's preset, changed by the flags, then by the row."""
     from mpanet_jax.methods import settings_of
     from mpanet_jax.settings import replace
 
@@ -97,13 +96,13 @@ def settings_of_row(row: Any) -> Any:
             config = runpy.run_path(path)["get_config"](row.preset)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"--config={path}: row {row.name!r} is of {path}:{row.preset}, which there isn't ({error}); "
-                "take configs/synthetic_gpu.py, or choose other rows with --rows"
+                f"--config={path}: row {row.name!r} needs {path}:{row.preset}, which does not exist ({error}); "
+                "use configs/synthetic_gpu.py, or choose other rows with --rows"
             ) from None
         try:
             config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
         except (KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"--config: row {row.name!r}, of {path}:{row.preset}, has no such field: {error}") from None
+            raise UserError(f"--config: {path}:{row.preset}, of row {row.name!r}, has no such field: {error}") from None
     return replace(settings_of(config.to_dict()), row.changes)
 
 

@@ -1,6 +1,6 @@
-"""Measures a part of the program: python scripts/benchmark.py NAME [flags]; the names are below.
+"""Measures one part of the program: python scripts/benchmark.py NAME [flags].
 
-Prints a table and writes runs/benchmark/NAME.json. Takes all accelerators it finds; CUDA_VISIBLE_DEVICES=0 leaves one.
+Prints a table and writes runs/benchmark/NAME.json. It uses all accelerators; CUDA_VISIBLE_DEVICES=0 leaves it one.
 
 python scripts/benchmark.py step --config.dtype=float32 --profile=runs/profile
 python scripts/benchmark.py train --config=configs/sysu.py --config.dataset.data_dir=data --config.data.cache=none
@@ -21,31 +21,38 @@ from mpanet_jax.errors import UserError, run_script
 
 NAMES = ("step", "train", "extract", "evaluate", "gallery", "search", "data", "precision")
 SYSU = str(Path(__file__).parent.parent / "configs/sysu.py")
-CONFIG = config_flags.DEFINE_config_file("config", SYSU, "the run that is measured", lock_config=True)
-OUT = flags.DEFINE_string("out", None, "the report; runs/benchmark/NAME.json by default")
+CONFIG = config_flags.DEFINE_config_file("config", SYSU, "the recipe that is measured", lock_config=True)
+OUT = flags.DEFINE_string("out", None, "the file of the report; default: runs/benchmark/NAME.json")
 STEPS = flags.DEFINE_integer(
     "steps",
     None,
-    "timed steps (step: 240; train: a tenth of the epochs), steps (precision: 200), batches (extract: 60)",
+    "how many steps (step: 240; train: a tenth of the epochs; precision: 200) or batches (extract: 60) are timed",
     lower_bound=2,
 )
 STARTS = flags.DEFINE_integer("starts", 4, "precision: runs of each type", lower_bound=1)
-IMAGES = flags.DEFINE_integer("images", None, "in device memory (2048), or decoded (data: 1000)", lower_bound=1)
+IMAGES = flags.DEFINE_integer(
+    "images", None, "how many images are in device memory (2048), or decoded (data: 1000)", lower_bound=1
+)
 PROFILE = flags.DEFINE_string("profile", None, "step: a folder for a jax.profiler trace")
 FILES = flags.DEFINE_bool("files", False, "extract: also from the files of config.dataset's test split")
-DIMENSIONS = flags.DEFINE_list("dimensions", ["256", "14336"], "evaluate: of the features")
-PERMUTATION = flags.DEFINE_string("permutation", None, "evaluate: SYSU-MM01's rand_perm_cam.mat; else its counts")
-RERANK = flags.DEFINE_bool(
-    "rerank", False, "evaluate: also k-reciprocal re-ranking of RegDB's 2,060 x 2,060; gallery: re-ranked, not plainly"
+DIMENSIONS = flags.DEFINE_list("dimensions", ["256", "14336"], "evaluate: lengths of the features")
+PERMUTATION = flags.DEFINE_string(
+    "permutation", None, "evaluate: SYSU-MM01's rand_perm_cam.mat; default: one with its counts"
 )
-GALLERY = flags.DEFINE_integer("gallery", 100_000, "gallery, search: synthetic images in it", lower_bound=1)
-QUERIES = flags.DEFINE_integer("queries", 1000, "gallery, search: synthetic queries", lower_bound=1)
-DIMENSION = flags.DEFINE_integer("dimension", 2048, "gallery, search: of the features", lower_bound=1)
-TOP = flags.DEFINE_integer("top", 10, "search: how many are found", lower_bound=1)
+RERANK = flags.DEFINE_bool(
+    "rerank",
+    False,
+    "evaluate: also k-reciprocal re-ranking of RegDB's 2,060 x 2,060; gallery: re-ranking instead of plain ranking",
+)
+GALLERY = flags.DEFINE_integer("gallery", 100_000, "gallery, search: size of the synthetic gallery", lower_bound=1)
+QUERIES = flags.DEFINE_integer("queries", 1000, "gallery, search: number of synthetic queries", lower_bound=1)
+DIMENSION = flags.DEFINE_integer("dimension", 2048, "gallery, search: length of the features", lower_bound=1)
+TOP = flags.DEFINE_integer("top", 10, "search: how many images to find for a query", lower_bound=1)
 CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
-    "folder for compiled programs, '' for none; train: train.py's, the others: none, so that all is cold",
+    "folder of compiled programs, '': none; default: that of train.py for train, else none, so that compilation is "
+    "measured",
 )
 
 

@@ -1,12 +1,12 @@
-"""Calibrates a model's similarities: on pairs of half of the test identities, reported on those of the other half.
+"""Calibrates a model's similarities on pairs of one half of the test identities, and tests that on the other half.
 
 python scripts/calibrate.py --workdir=runs/sysu
 python scripts/calibrate.py --workdir=runs/sysu --prior=0.01 --seed=1 --data_dir=data
 python scripts/calibrate.py --model=model.safetensors --features query.npz gallery.npz --protocol=sysu_mm01_random
 
-Writes calibration.json into the workdir, or beside the model (--out), where scripts/verify.py finds it, and prints a
-table; docs/search.md says what is in both. --features are embeddings of --model (scripts/extract.py), with pids, camids
-and modality; --protocol says which of them are of one place, by default those of one camera.
+Writes calibration.json into the workdir or beside the model (or to --out), where scripts/verify.py finds it, and prints
+a table; docs/search.md explains both. --features are embeddings that scripts/extract.py has made with --model, with
+pids, camids and modality. Pairs taken in one place are left out: by default in one camera; --protocol may say more.
 """
 
 import dataclasses
@@ -19,15 +19,20 @@ from mpanet_jax.embeddings import load_embeddings
 from mpanet_jax.errors import UserError, run_script
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run: embeds the test set of its data set.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's prepared data, if not where config.dataset.data_dir was.")
-FEATURES = flags.DEFINE_string("features", None, "Or an .npz of embeddings of --model; more of them may follow.")
-MODEL = flags.DEFINE_string("model", None, "Of --features: a file of weights, a folder or a workdir.")
-PROTOCOL = flags.DEFINE_enum(  # only what places are is asked of it, so those will do that need no file
-    "protocol", None, [name for name, cls in PROTOCOLS.items() if not dataclasses.fields(cls)], "What --features are."
+DATA_DIR = flags.DEFINE_string("data_dir", None, "The folder of prepared data, if it is not config.dataset.data_dir.")
+FEATURES = flags.DEFINE_string("features", None, "Or an .npz file of embeddings by --model; more files may follow.")
+MODEL = flags.DEFINE_string("model", None, "The model that made --features: a file of weights, a folder or a workdir.")
+PROTOCOL = flags.DEFINE_enum(  # it only says what a place is, so the protocols that need no file are enough
+    "protocol",
+    None,
+    [name for name, cls in PROTOCOLS.items() if not dataclasses.fields(cls)],
+    "The protocol of --features, which says what one place is.",
 )
-PRIOR = flags.DEFINE_float("prior", 0.5, "The share of pairs of the same person that is assumed.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the split of the identities.", lower_bound=0)
-OUT = flags.DEFINE_string("out", None, "Where to write; default: calibration.json in the model's folder, or beside it.")
+PRIOR = flags.DEFINE_float("prior", 0.5, "The assumed share of pairs of the same person.")
+SEED = flags.DEFINE_integer("seed", 0, "The seed that splits the identities into halves.", lower_bound=0)
+OUT = flags.DEFINE_string(
+    "out", None, "The file to write; default: calibration.json in the model's folder, or beside its file."
+)
 
 
 def main(files: list[str]) -> None:
@@ -57,7 +62,10 @@ def main(files: list[str]) -> None:
         embeddings, data = join_embeddings([load_embeddings(name) for name in names]), ", ".join(names)
         protocol = make_protocol(PROTOCOL.value) if PROTOCOL.value else None
         if (size := embeddings.features.shape[1]) != model.size:
-            raise UserError(f"--features: {data} hold vectors of {size} numbers, {source} makes such of {model.size}")
+            raise UserError(
+                f"--features: {data} hold vectors of {size} numbers, and {source} makes vectors of {model.size}; "
+                "name the model that made them"
+            )
     calibration = calibrate(
         embeddings,
         model=model.source,

@@ -1,12 +1,12 @@
 """Converts weights: python scripts/convert_weights.py FROM TO [--drop-classifiers] [--config=configs/NAME.py …]
 
-FROM: torchvision's or timm's ResNet-50, or a checkpoint of the published MPANet program (.pth, .safetensors), or
-  hf:owner/repository, or the --workdir of a training run.
-TO: NAME.safetensors or NAME.pth for a state dict in the published names; any other name for a folder with an orbax
-  checkpoint and the settings, which evaluate.py and extract.py read.
+FROM: a file (.pth, .safetensors) of torchvision's or timm's ResNet-50 or of the published MPANet program,
+  hf:owner/repository, or the workdir of a training run.
+TO: NAME.safetensors or NAME.pth for a state dict in the published names. Any other name is a folder with an orbax
+  checkpoint and the settings, for evaluate.py and extract.py.
 
-The settings of the network come with a run and with what this script writes (but .pth). Weights that carry none are
-taken for ResNet-50 and the paper's MPANet; for others name the network, by a config or by the size alone.
+A run, and what this script writes except .pth, carry the settings of their network. Weights that carry none are taken
+for ResNet-50 and the paper's MPANet; for another network name a config, or its size only.
 
 python scripts/convert_weights.py published.pth runs/published
 python scripts/convert_weights.py runs/sysu mpanet.safetensors
@@ -21,15 +21,15 @@ from ml_collections import config_flags
 from mpanet_jax.errors import SettingsError, UserError, run_script
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The network of FROM, where that carries no settings.", lock_config=True
+    "config", None, "The network of FROM, if FROM carries no settings.", lock_config=True
 )
 DROP_CLASSIFIERS = flags.DEFINE_bool("drop_classifiers", False, "Leave classifiers and mean classifiers out.")
 flags.DEFINE_alias("drop-classifiers", "drop_classifiers")
 NUM_IDS = flags.DEFINE_integer(
-    "num_ids", None, "Identities that the classifiers tell apart; unset: as in FROM.", lower_bound=1
+    "num_ids", None, "The number of identities that FROM's classifiers must have; default: any.", lower_bound=1
 )
-STAGE_SIZES = flags.DEFINE_list("stage_sizes", None, "Blocks of FROM's stages, instead of config.model.stage_sizes.")
-WIDTH = flags.DEFINE_integer("width", None, "Channels of FROM's stem, instead of config.model.width.", lower_bound=1)
+STAGE_SIZES = flags.DEFINE_list("stage_sizes", None, "Blocks of FROM's stages; default: config.model.stage_sizes.")
+WIDTH = flags.DEFINE_integer("width", None, "Channels of FROM's stem; default: config.model.width.", lower_bound=1)
 
 
 def main(arguments: list[str]) -> None:
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("expected two arguments: convert_weights.py FROM TO (see --help)")
     source, target = arguments
     if Path(source).resolve() == Path(target).resolve():
-        raise UserError(f"{target}: is FROM itself, which would be lost; name another TO")
+        raise UserError(f"{target}: is FROM too, and would be overwritten; name another TO")
     size = {}
     if STAGE_SIZES.value is not None:
         try:

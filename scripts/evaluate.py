@@ -1,4 +1,4 @@
-"""Evaluate a trained model, or embeddings from any framework, by a named protocol.
+"""Evaluates a trained model, or embeddings of any framework, by a named protocol.
 
 python scripts/evaluate.py --workdir=runs/sysu
 python scripts/evaluate.py --workdirs='runs/regdb_*'       (one run for each trial, averaged)
@@ -21,30 +21,35 @@ from mpanet_jax.evaluation.metrics import CMC_DEFINITIONS, METRICS
 FEATURES = flags.DEFINE_string(
     "features", None, "QUERY.npz, followed by GALLERY.npz (regdb, llcm, own: the visible and the infrared images)."
 )
-PROTOCOL = flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "What --features are.")
+PROTOCOL = flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "How --features are compared.")
 PERMUTATION = flags.DEFINE_string("permutation", None, "SYSU-MM01's rand_perm_cam.mat, for --protocol sysu_mm01.")
-WORKDIR = flags.DEFINE_string("workdir", None, "A training run: restores its checkpoint, extracts and evaluates.")
-WORKDIRS = flags.DEFINE_string("workdirs", None, "A pattern of runs to average: RegDB's, one a trial, or one a seed.")
+WORKDIR = flags.DEFINE_string("workdir", None, "A training run, whose checkpoint is evaluated.")
+WORKDIRS = flags.DEFINE_string(
+    "workdirs", None, "A pattern of runs to average: one for each trial of RegDB, or one for each seed."
+)
 CHECKPOINT = flags.DEFINE_enum(
     "checkpoint",
     "last",
     ["last", "best", "untrained"],
-    "Of --workdir(s); untrained: the network before its first step.",
+    "Which checkpoint of --workdir(s); untrained: the network before its first step.",
 )
 DATASET = flags.DEFINE_enum(
-    "dataset", None, list(DATASETS), "Test --workdir's model on this data set, by its protocol, instead of the run's."
+    "dataset", None, list(DATASETS), "Test the model of --workdir on this data set, by its protocol."
 )
-TRIAL = flags.DEFINE_integer("trial", None, "Which of --dataset's splits (regdb: 1 to 10); default: 1.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's prepared data, if not where config.dataset.data_dir was.")
+TRIAL = flags.DEFINE_integer("trial", None, "Which split of --dataset (regdb: 1 to 10); default: 1.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "The folder of prepared data, if it is not config.dataset.data_dir.")
 RERANK = flags.DEFINE_bool("rerank", None, "k-reciprocal re-ranking; off by default, as in the papers' tables.")
-METRIC = flags.DEFINE_enum("metric", None, METRICS, "By default the protocol's.")
+METRIC = flags.DEFINE_enum("metric", None, METRICS, "The distance; default: the protocol's.")
 CMC = flags.DEFINE_enum(
-    "cmc", None, CMC_DEFINITIONS, "Rank-k counts identities (at their first appearance) or images; default: protocol's."
+    "cmc",
+    None,
+    CMC_DEFINITIONS,
+    "Whether Rank-k counts identities, at their first appearance, or images; default: the protocol's.",
 )
 OUT = flags.DEFINE_string(
     "out",
     None,
-    "Where to write metrics.json; by default in --workdir, unless --rerank, --metric or --cmc; else nowhere.",
+    "The file of metrics to write; default: WORKDIR/metrics.json, but none with --rerank, --metric or --cmc.",
 )
 
 
@@ -55,17 +60,17 @@ def main(files: list[str]) -> None:
     options = {"rerank": RERANK.value, "metric": METRIC.value, "cmc": CMC.value}
     as_the_run_says = all(value is None for value in options.values())
     if FEATURES.value and CHECKPOINT.value != "last":
-        raise UserError(f"--checkpoint={CHECKPOINT.value} goes with --workdir or --workdirs; --features are embedded")
+        raise UserError(f"--checkpoint={CHECKPOINT.value} goes with --workdir or --workdirs, not with --features")
     if FEATURES.value and (len(files) != 1 or PROTOCOL.value is None):
         raise UserError("--features: expected --features QUERY.npz GALLERY.npz --protocol " + "|".join(PROTOCOLS))
     if WORKDIRS.value and files:
-        raise UserError(f"--workdirs: {files[0]} comes behind it; quote the pattern: --workdirs='runs/regdb_*'")
+        raise UserError(f"--workdirs: {files[0]} follows it; quote the pattern: --workdirs='runs/regdb_*'")
     if FEATURES.value and DATA_DIR.value:
-        raise UserError("--data_dir goes with --workdir or --workdirs; --features are embedded")
+        raise UserError("--data_dir goes with --workdir or --workdirs, not with --features")
     if not FEATURES.value and (files or PROTOCOL.value or PERMUTATION.value):
         raise UserError("--protocol, --permutation and file names go with --features; a run's config says its own")
     if DATASET.value and not WORKDIR.value:
-        raise UserError("--dataset goes with --workdir: a model on another data set than its own")
+        raise UserError("--dataset goes with --workdir: it tests that run's model on another data set")
     if TRIAL.value is not None and not DATASET.value:
         raise UserError("--trial goes with --dataset; a run is tested on the split that it was trained on")
     out = OUT.value
@@ -81,7 +86,7 @@ def main(files: list[str]) -> None:
         options.update(checkpoint=CHECKPOINT.value, data_dir=DATA_DIR.value)
         if WORKDIR.value:
             metrics = evaluate_workdir(Path(WORKDIR.value), dataset=_other_dataset(), **options)
-            # The run's own record (training goes by that of the best checkpoint) holds figures by its own options only.
+            # The run's own files hold figures by its own options only; training reads that of the best checkpoint.
             if as_the_run_says:
                 file = METRICS_FILES[CHECKPOINT.value]
                 if DATASET.value:
@@ -95,7 +100,7 @@ def main(files: list[str]) -> None:
 
 
 def _other_dataset():
-    """The settings of --dataset, where it is given."""
+    """The settings of --dataset; None without that flag."""
     if not DATASET.value:
         return None
     from mpanet_jax.run_files import load_settings

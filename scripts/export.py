@@ -5,9 +5,9 @@ python scripts/export.py --model=runs/sysu --out=model.stablehlo --batch=32
 python scripts/export.py --model=runs/agw --out=infrared.onnx --modality=infrared
 python scripts/export.py --model=runs/sysu --out=model.pth       (or .safetensors)
 
-Weights have the published program's names and no classifiers, which scripts/convert_weights.py keeps. Of the others,
-each takes uint8 images [B, height, width, 3], RGB, already resized, and gives embeddings; it is checked against the
-model before it is put in place. docs/export.md shows how to run it.
+ONNX and StableHLO files take RGB images uint8[B, height, width, 3], already resized, and return embeddings; a file is
+checked against the model before it is put in place. docs/export.md shows how to run them. Files of weights have the
+published program's names and no classifiers (scripts/convert_weights.py keeps these).
 """
 
 from pathlib import Path
@@ -20,9 +20,9 @@ MODEL = flags.DEFINE_string(
     "model", None, "A run's workdir, a file of weights, a saved model's folder, or hf:owner/name.", required=True
 )
 OUT = flags.DEFINE_string("out", None, "The file to write: .onnx, .stablehlo, .safetensors or .pth.", required=True)
-BATCH = flags.DEFINE_string("batch", "dynamic", "Images at once: a number, or dynamic, any number.")
+BATCH = flags.DEFINE_string("batch", "dynamic", "B, the number of images at once; dynamic: any.")
 MODALITY = flags.DEFINE_enum(
-    "modality", None, ["visible", "infrared"], "Of all images; default: any, see docs/export.md."
+    "modality", None, ["visible", "infrared"], "The modality of all images; default: any, see docs/export.md."
 )
 NORMALIZE = flags.DEFINE_bool("normalize", True, "Give embeddings of length 1.")
 SUFFIXES = (".onnx", ".stablehlo", ".safetensors", ".pth")

@@ -1,4 +1,4 @@
-"""Embeds images: writes features, pids, camids, modality and paths to an .npz that scripts/evaluate.py and NumPy read.
+"""Embeds images: writes features, pids, camids, modality and paths to an .npz file for scripts/evaluate.py or NumPy.
 
 python scripts/extract.py --workdir=runs/sysu --images=photos --out=photos.npz
 python scripts/extract.py --weights=published.pth --images=list.txt --out=list.npz
@@ -6,15 +6,15 @@ python scripts/extract.py --weights=published.pth --images=list.txt --out=list.n
 Weights that carry no settings are taken for the paper's MPANet; --config names another network, as in
   --weights=se.pth --config=configs/sysu.py --config.model.channel_module=se
 
---images is a folder (with all below it; .jpg .jpeg .png .bmp .tif .tiff .webp .gif .ppm .pgm) or a text file with one
-path a line, relative to that file, or an images.csv (docs/data.md), of which --split takes a part. Without a CSV, pids,
-camids and modality come from paths as SYSU-MM01 (cam3/0007/0003.jpg), LLCM (test_vis/cam3/0007/…) and RegDB
-(Visible/7/…, Thermal/7/…: cameras 1 and 2) have them, and are -1 elsewhere; --modality says what these are. Your own go
-in before evaluating: np.savez("F.npz", **(dict(np.load("F.npz")) | {"pids": …, "camids": …})).
+--images is a folder (with all folders below it; .jpg .jpeg .png .bmp .tif .tiff .webp .gif .ppm .pgm), a text file with
+one path a line, relative to that file, or an images.csv (docs/data.md), of which --split chooses a part. Without a CSV,
+pids, camids and modality are read from paths of the form of SYSU-MM01 (cam3/0007/0003.jpg), LLCM
+(test_vis/cam3/0007/…) and RegDB (Visible/7/…, Thermal/7/…: cameras 1 and 2). For other paths they are -1. To add your
+own before evaluating: np.savez("F.npz", **(dict(np.load("F.npz")) | {"pids": …, "camids": …})).
 
-An image that cannot be read is named and left out, with exit code 1 at the end; --strict stops and writes nothing.
+An image that cannot be read is named and left out, and the exit code is 1; --strict stops and writes nothing.
 
-SYSU-MM01's queries are the test identities in cameras 3 and 6, the gallery those in 1, 2, 4 and 5. In its folder:
+SYSU-MM01's queries are the test identities in cameras 3 and 6, its gallery those in 1, 2, 4 and 5. In its folder:
   for id in $(tr , ' ' < exp/test_id.txt); do ls cam[36]/$(printf %04d $id)/*.jpg; done > query.txt
   for id in $(tr , ' ' < exp/test_id.txt); do ls cam[1245]/$(printf %04d $id)/*.jpg; done > gallery.txt
 then extract.py --images=SYSU-MM01/query.txt --out=query.npz …, the same for the gallery, and
@@ -31,19 +31,22 @@ from ml_collections import config_flags
 
 from mpanet_jax.errors import UserError, run_script
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A training run: its model, image size, precision and last checkpoint.")
+WORKDIR = flags.DEFINE_string("workdir", None, "A training run: its last checkpoint, image size and precision.")
 WEIGHTS = flags.DEFINE_string(
-    "weights", None, "Or a network's weights: whatever scripts/convert_weights.py reads or writes."
+    "weights", None, "Or weights of a network: anything that scripts/convert_weights.py reads or writes."
 )
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The network of --weights, where they carry no settings.", lock_config=True
+    "config", None, "The network of --weights that carry no settings.", lock_config=True
 )
 IMAGES = flags.DEFINE_string(
     "images", None, "A folder, a text file with one path a line, or an images.csv.", required=True
 )
-SPLIT = flags.DEFINE_string("split", "", "Of an images.csv: train, val, test, query or gallery; default: all.")
+SPLIT = flags.DEFINE_string("split", "", "A part of images.csv: train, val, test, query or gallery; default: all.")
 MODALITY = flags.DEFINE_enum(
-    "modality", None, ["visible", "infrared"], "Only the images of it, and those of which nothing says what they are."
+    "modality",
+    None,
+    ["visible", "infrared"],
+    "Leave out images that are known to be of the other modality, and take unknown ones for images of this one.",
 )
 OUT = flags.DEFINE_string("out", None, "The .npz to write.", required=True)
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels after the resize; default: the run's, or 384.", lower_bound=16)

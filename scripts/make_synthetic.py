@@ -23,10 +23,10 @@ flags.DEFINE_enum(
     "scale",
     "small",
     ["small", "bench", "full"],
-    "About 2,500 images, 20,608 of SYSU-MM01's 491 identities (the ground of the ablations), or as many as the real "
+    "small: about 2,500 images; bench: 20,608 images of 491 identities, for the ablations; full: as many as the real "
     "data set has.",
 )
-flags.DEFINE_string("perm", None, "SYSU-MM01's rand_perm_cam.mat: take its counts (with --scale full).")
+flags.DEFINE_string("perm", None, "SYSU-MM01's rand_perm_cam.mat, whose numbers of images are taken (--scale full).")
 flags.DEFINE_integer("workers", os.cpu_count(), "Processes that draw; 0 draws in this one.", lower_bound=0)
 flags.DEFINE_string("contact_sheet", None, "Also write a picture of some of the people to this JPEG file.")
 

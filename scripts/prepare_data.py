@@ -1,12 +1,13 @@
-"""Check a raw data set and build it for training.
+"""Checks a raw data set and builds it for training.
 
     python scripts/prepare_data.py --dataset sysu_mm01 --source /data/SYSU-MM01
     python scripts/prepare_data.py --dataset regdb --source /data/RegDB --trial all
     python scripts/prepare_data.py --dataset llcm --source /data/LLCM --check
     python scripts/prepare_data.py --dataset own --source /data/my_cameras     (a folder with images.csv: docs/data.md)
 
-Everything is checked before anything is written, every image decoded. `--check` stops there. Faults are listed all,
-one a line, and end in exit code 2; counts that differ from the published ones are a warning. Safe to kill and rerun.
+Everything is checked before anything is written, and every image is decoded; `--check` stops after that. All faults are
+listed, one a line, and the exit code is then 2. Counts that differ from the published ones are a warning. It is safe to
+kill this script and start it again.
 """
 
 import sys
@@ -44,7 +45,7 @@ def _prepare_all() -> int:
     variants = [v for v in asked_for if _CHECK.value or not is_prepared(v)]
     for variant in asked_for:
         if variant not in variants:
-            prepare(variant)  # says so where it was prepared from another folder, or from other lists
+            prepare(variant)  # warns if it was prepared from another folder, or from lists that have changed
             print(f"already prepared: {prepared_dir(variant)} (delete it to build it again)")
     if not variants:
         return 0
@@ -66,7 +67,7 @@ def _prepare_all() -> int:
 
 
 def _variants() -> list[DatasetSettings]:
-    """The settings of the data set, one for each of its variants that are asked for."""
+    """The settings of each variant of the data set that the flags ask for."""
     places = {"name": _DATASET.value, "source": _SOURCE.value, "data_dir": _DATA_DIR.value}
     own = {}
     for flag, value in (("trial", _TRIAL.value), ("drop_unpaired", _DROP_UNPAIRED.value or None)):

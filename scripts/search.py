@@ -1,14 +1,14 @@
-"""Finds the images of a gallery that show who a query shows: a table of paths and distances, and results.json.
+"""Finds the images of a gallery that look like the person in a query: prints paths and distances, writes results.json.
 
 python scripts/search.py --model=runs/sysu --gallery=photos --query query.jpg another.jpg --top=10 --out=results.json
 python scripts/search.py --model=hf:owner/name --gallery=photos --modality=visible --query night.jpg \\
     --query_modality=infrared
 
---gallery is a folder (with all below it), a text file with one path a line, or an images.csv, as for extract.py. It is
-embedded once: the index lies beside it (--index), and each call embeds only what is new or changed, by the files' sizes
-and times. A file that was changed without a change of both is not seen: --rebuild embeds all.
+--gallery is a folder (with all folders below it), a text file with one path a line, or an images.csv, as in extract.py.
+Its embeddings are kept in an index beside it (--index); a later call embeds only images that are new, or whose file has
+another size or time. Files that changed but kept both need --rebuild.
 
-Images that cannot be read are named and left out, with exit code 1 at the end. docs/search.md describes results.json.
+Images that cannot be read are named and left out, and the exit code is 1. docs/search.md describes results.json.
 """
 
 import sys
@@ -23,15 +23,20 @@ MODEL = flags.DEFINE_string(
     "model", None, "A run's workdir, a file of weights, a saved model's folder, or hf:owner/name.", required=True
 )
 GALLERY = flags.DEFINE_string("gallery", None, "A folder, a list of paths, or an images.csv.", required=True)
-QUERY = flags.DEFINE_multi_string("query", None, "Images to search for; more of them may follow.", required=True)
-TOP = flags.DEFINE_integer("top", 10, "Images found for each query.", lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "Also write what is found, as JSON.")
-INDEX = flags.DEFINE_string("index", None, "The index's folder; default: the gallery's name and '.index', beside it.")
-REBUILD = flags.DEFINE_bool("rebuild", False, "Embed the whole gallery, whatever the index has.")
+QUERY = flags.DEFINE_multi_string("query", None, "An image to search for; more may follow.", required=True)
+TOP = flags.DEFINE_integer("top", 10, "How many images to find for each query.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "A JSON file to write the results to.")
+INDEX = flags.DEFINE_string("index", None, "The index's folder; default: beside the gallery, its name and '.index'.")
+REBUILD = flags.DEFINE_bool("rebuild", False, "Embed the whole gallery again.")
 MODALITY = flags.DEFINE_enum(
-    "modality", None, MODALITIES, "Only the gallery's images of it, and those of which nothing says what they are."
+    "modality",
+    None,
+    MODALITIES,
+    "Leave out gallery images that are known to be of the other modality, and take unknown ones for this one.",
 )
-QUERY_MODALITY = flags.DEFINE_enum("query_modality", None, MODALITIES, "Of the queries; AGW and CAJ need it.")
+QUERY_MODALITY = flags.DEFINE_enum(
+    "query_modality", None, MODALITIES, "The modality of the queries; AGW and CAJ need it."
+)
 DTYPE = flags.DEFINE_enum("dtype", None, ["auto", "float32", "bfloat16"], "Precision; default: as trained.")
 
 
@@ -62,7 +67,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _printable(path: str) -> str:
-    """A path on one line, whatever its bytes are: what cannot be printed as an escape."""
+    """A path on one line; what cannot be printed is escaped."""
     text = path.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

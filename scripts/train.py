@@ -1,8 +1,8 @@
 """Trains MPANet: python scripts/train.py --config=configs/sysu.py --workdir=runs/sysu
 
-Prepares the data set on the first run, resumes from the newest checkpoint under --workdir, evaluates by the data set's
-protocol and writes WORKDIR/metrics.json. Uses all accelerators of this machine, and with --distributed, given to one
-process on every machine, those of several.
+Prepares the data set if need be, goes on from the newest checkpoint in --workdir if there is one, evaluates by the data
+set's protocol and writes WORKDIR/metrics.json. It uses all accelerators of this machine. To use those of several
+machines, start one process on each, with --distributed.
 """
 
 from pathlib import Path
@@ -16,19 +16,21 @@ config_flag = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py, or configs/NAME.py:preset", lock_config=True
 )
 workdir_flag = flags.DEFINE_string(
-    "workdir", None, "the run's folder; by default runs/NAME, of --config=configs/NAME.py:preset runs/NAME_preset"
+    "workdir", None, "the run's folder; default: runs/NAME, or runs/NAME_preset for --config=configs/NAME.py:preset"
 )
 cache_flag = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/mpanet_jax/xla", "folder for compiled programs, '' for none; makes later starts fast"
+    "compilation_cache", "~/.cache/mpanet_jax/xla", "folder of compiled programs, for faster starts; '': none"
 )
 distributed_flag = flags.DEFINE_bool(
-    "distributed", False, "one of several processes; by the scheduler (Slurm, Open MPI, …) or by the three flags below"
+    "distributed",
+    False,
+    "join other processes, which a scheduler (Slurm, Open MPI, …) or the three flags below name",
 )
 coordinator_flag = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0")
 num_processes_flag = flags.DEFINE_integer("num_processes", None, "how many processes there are", lower_bound=1)
-process_flag = flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0)
+process_flag = flags.DEFINE_integer("process_id", None, "which process this is, from 0", lower_bound=0)
 timeout_flag = flags.DEFINE_integer(
-    "process_timeout", 1800, "for how many seconds processes wait for one that is slower", lower_bound=1
+    "process_timeout", 1800, "how many seconds processes wait for a slower one", lower_bound=1
 )
 flags.mark_flag_as_required("config")
 

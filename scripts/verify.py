@@ -3,8 +3,8 @@
 python scripts/verify.py --model=runs/sysu a.jpg b.jpg --modality=visible,infrared
 python scripts/verify.py --model=runs/sysu a.jpg b.jpg --modality=visible --prior=0.01
 
-The probability needs a calibration of the model (scripts/calibrate.py), which differs between pairs of one modality and
-of two. Read docs/search.md for what such a number is not good for.
+The probability needs a calibration of the model (scripts/calibrate.py), and the modality of both images: pairs of one
+modality and of two are calibrated separately. docs/search.md says what the probability must not be used for.
 """
 
 from absl import flags
@@ -15,10 +15,10 @@ MODEL = flags.DEFINE_string(
     "model", None, "A run's workdir, a file of weights, a saved model's folder, or hf:owner/name.", required=True
 )
 MODALITY = flags.DEFINE_list(
-    "modality", None, "visible or infrared, of both images, or one for each: visible,infrared."
+    "modality", None, "visible or infrared for both images, or one for each: visible,infrared."
 )
 PRIOR = flags.DEFINE_float("prior", None, "The assumed share of pairs of the same person; default: the calibration's.")
-CALIBRATION = flags.DEFINE_string("calibration", None, "Its file; default: calibration.json of --model.")
+CALIBRATION = flags.DEFINE_string("calibration", None, "The calibration's file; default: that of --model.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["auto", "float32", "bfloat16"], "Precision; default: as trained.")
 
 

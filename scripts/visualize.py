@@ -1,4 +1,4 @@
-"""Pictures of what a network learned: PNG and SVG in WORKDIR/figures, and a retrieval page (docs/visualize.md).
+"""Draws what a network has learned: PNG and SVG files in WORKDIR/figures, and a retrieval page (docs/visualize.md).
 
 python scripts/visualize.py patterns --workdir=runs/sysu                    (figure 3 of the paper)
 python scripts/visualize.py tsne --workdir=runs/sysu,runs/baseline,runs/sysu --checkpoint=untrained,last,last \
@@ -24,32 +24,38 @@ from mpanet_jax.evaluation.metrics import CMC_DEFINITIONS, METRICS
 PICTURES = ("patterns", "tsne", "distances", "curves", "augmentation", "roc", "retrieval")
 CHECKPOINTS = ("last", "best", "untrained")
 
-WORKDIR = flags.DEFINE_list("workdir", None, "A training run; for tsne one or more, which lie side by side.")
-CHECKPOINT = flags.DEFINE_list("checkpoint", ["last"], f"Of --workdir, {', '.join(CHECKPOINTS)}: one for all, or each.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "The run's prepared data, if not where config.dataset.data_dir was.")
-MODEL = flags.DEFINE_string("model", None, "Or a network: whatever mpanet_jax.load takes; with --images.")
-IMAGES = flags.DEFINE_string(
-    "images", None, "Of --model: a folder, a list or an images.csv. Of --features and --results: the images' folder."
+WORKDIR = flags.DEFINE_list("workdir", None, "A training run; for tsne one or more, which are shown side by side.")
+CHECKPOINT = flags.DEFINE_list(
+    "checkpoint", ["last"], f"Which checkpoint of --workdir, {', '.join(CHECKPOINTS)}: one for all, or one for each."
 )
-SPLIT = flags.DEFINE_string("split", "", "Of an images.csv: train, val, test, query or gallery; default: all.")
-OUT = flags.DEFINE_string("out", None, "The folder of the figures; of retrieval the HTML file.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "The folder of prepared data, if it is not config.dataset.data_dir.")
+MODEL = flags.DEFINE_string("model", None, "Or a network: anything that mpanet_jax.load takes; needs --images.")
+IMAGES = flags.DEFINE_string(
+    "images",
+    None,
+    "With --model: a folder, a list or an images.csv. With --features or --results: the folder of the images.",
+)
+SPLIT = flags.DEFINE_string("split", "", "A part of images.csv: train, val, test, query or gallery; default: all.")
+OUT = flags.DEFINE_string("out", None, "The folder of the figures; for retrieval, the HTML file.")
 SEED = flags.DEFINE_integer("seed", 0, "Draws people and images; the same seed gives the same picture.", lower_bound=0)
-NUM_IDENTITIES = flags.DEFINE_integer("num_identities", None, "People drawn; default: 3, of tsne 10.", lower_bound=1)
-PEOPLE = flags.DEFINE_list("people", None, "patterns: these identities, in place of drawn ones.")
+NUM_IDENTITIES = flags.DEFINE_integer(
+    "num_identities", None, "How many people are shown; default: 3, for tsne 10.", lower_bound=1
+)
+PEOPLE = flags.DEFINE_list("people", None, "patterns: these identities, instead of random ones.")
 PLAIN = flags.DEFINE_bool("plain", False, "patterns: the maps M themselves, not Grad-CAM on M ⊙ F.")
 TITLES = flags.DEFINE_list("titles", None, "tsne: what stands above each panel; default: the folders' names.")
 PERPLEXITY = flags.DEFINE_float("perplexity", 30.0, "tsne: roughly how many neighbours an image has.", lower_bound=1.0)
-STEP = flags.DEFINE_integer("step", 0, "augmentation: of the training, from 0.", lower_bound=0)
+STEP = flags.DEFINE_integer("step", 0, "augmentation: the step of the training, from 0.", lower_bound=0)
 FEATURES = flags.DEFINE_string("features", None, "retrieval, roc: QUERY.npz, followed by GALLERY.npz.")
-PROTOCOL = flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "What --features are.")
+PROTOCOL = flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "How --features are compared.")
 PERMUTATION = flags.DEFINE_string("permutation", None, "SYSU-MM01's rand_perm_cam.mat, for --protocol sysu_mm01.")
 RESULTS = flags.DEFINE_string("results", None, "retrieval: the JSON file that scripts/search.py wrote.")
-SETTING = flags.DEFINE_string("setting", None, "retrieval: a line of the results' table; default: the first.")
+SETTING = flags.DEFINE_string("setting", None, "retrieval: a line of the table of results; default: the first.")
 TRIAL = flags.DEFINE_integer("trial", 1, "retrieval: which of the setting's galleries.", lower_bound=1)
 RERANK = flags.DEFINE_bool("rerank", None, "retrieval: k-reciprocal re-ranking; default: as the run's own results.")
-METRIC = flags.DEFINE_enum("metric", None, METRICS, "retrieval: by default the protocol's.")
+METRIC = flags.DEFINE_enum("metric", None, METRICS, "retrieval: the distance; default: the protocol's.")
 CMC = flags.DEFINE_enum("cmc", None, CMC_DEFINITIONS, "retrieval: what a rank counts; default: the protocol's.")
-MAPS = flags.DEFINE_bool("maps", True, "retrieval: with the pattern maps of all images, where the network makes them.")
+MAPS = flags.DEFINE_bool("maps", True, "retrieval: show the pattern maps of all images, if the network makes them.")
 
 
 def main(arguments: list[str]) -> None:
@@ -77,9 +83,9 @@ def main(arguments: list[str]) -> None:
     if FEATURES.value and (len(files) != 1 or PROTOCOL.value is None):
         raise UserError("--features: expected --features QUERY.npz GALLERY.npz --protocol=" + "|".join(PROTOCOLS))
     if MODEL.value and not IMAGES.value:
-        raise UserError("--model: expected the images too, --images=FOLDER")
+        raise UserError("--model: expected --images=FOLDER too")
     if WORKDIR.value and len(WORKDIR.value) > 1 and what != "tsne":
-        raise UserError(f"--workdir: {what} shows one run; several lie side by side in tsne")
+        raise UserError(f"--workdir: {what} shows one run, got {len(WORKDIR.value)}; only tsne shows several")
     if what == "retrieval":
         _retrieval(files)
     else:
@@ -90,7 +96,7 @@ def main(arguments: list[str]) -> None:
 def _checkpoints() -> list[str]:
     number, given = len(WORKDIR.value), CHECKPOINT.value
     if len(given) not in (1, number):
-        raise UserError(f"--checkpoint: {len(given)} for {number} of --workdir; expected one for all, or one for each")
+        raise UserError(f"--checkpoint: {len(given)} for {number} workdirs; expected one for all, or one for each")
     for name in given:
         if name not in CHECKPOINTS:
             raise UserError(f"--checkpoint={name}: expected one of {', '.join(CHECKPOINTS)}")

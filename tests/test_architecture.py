@@ -22,7 +22,8 @@ ALLOWED = {
     "files": {"errors"},
     "memory": set(),
     # The names of backbones and data sets, when settings are checked; and the settings of another method.
-    "settings": {"errors", "models", "datasets", "methods"},
+    "settings": {"settings_base", "models", "datasets", "methods"},
+    "settings_base": {"errors"},
     "embeddings": {"errors", "files", "memory", "modality"},
     "protocol": {"embeddings", "errors", "modality"},
     "nonfinite": {"errors", "files"},
@@ -33,12 +34,17 @@ ALLOWED = {
     "data": {"datasets", "modality", "settings", "processes", "errors", "cpus", "memory", "files", "progress"},
     "parallel": {"state", "errors", "processes"},
     "checksums": {"files"},
-    "checkpoint": {"state", "checksums", "processes", "errors"},
+    "checkpoint": {"state", "checkpoint_check", "checksums", "processes", "errors"},
+    "checkpoint_check": {"checksums", "errors"},
     "workdir_lock": {"processes", "errors"},
     "stop": {"processes", "errors"},
     "methods": {"datasets", "data", "models", "losses", "optim", "settings", "errors", "weights", "modality"},
     "step": {"methods", "models", "state"},
     "run_files": {"methods", "settings", "errors", "files"},
+    "run_setup": {
+        *("checkpoint", "data", "datasets", "evaluation", "methods", "parallel", "processes", "settings", "state"),
+        *("step", "weights"),
+    },
     "weights": {"methods", "models", "run_files", "checkpoint", "settings", "state", "errors", "files"},
     "evaluation": {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),

@@ -106,7 +106,7 @@ def test_archive_that_unpacks_to_more_than_the_free_memory_is_refused(tmp_path, 
     np.savez_compressed(path, features=np.zeros((1000, 1000)), pids=np.zeros(1), camids=np.zeros(1), paths=["a"])
     monkeypatch.setattr(embeddings, "free_ram", lambda: 4 << 20)
     assert path.stat().st_size < 1 << 20
-    with pytest.raises(UserError, match=f"{path}: unpacks to 7 MiB of which 4 are free"):
+    with pytest.raises(UserError, match=f"{path}: needs 7 MiB of memory, 4 MiB are free"):
         load_embeddings(path)
 
 

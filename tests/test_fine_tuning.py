@@ -22,11 +22,12 @@ from mpanet_jax.checkpoint import Checkpoints, load_model  # noqa: E402
 from mpanet_jax.datasets.synthetic import write_dataset  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
 from mpanet_jax.evaluation.extract import embed_of  # noqa: E402
-from mpanet_jax.loop import initial_state, train  # noqa: E402
+from mpanet_jax.loop import train  # noqa: E402
 from mpanet_jax.methods import METHODS, Entry, make_method, settings_of  # noqa: E402
 from mpanet_jax.methods.method import Method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings  # noqa: E402
 from mpanet_jax.run_files import check_init_from, load_settings, save_settings  # noqa: E402
+from mpanet_jax.run_setup import initial_state  # noqa: E402
 from mpanet_jax.settings import replace  # noqa: E402
 from mpanet_jax.state import init_variables  # noqa: E402
 from mpanet_jax.weights.convert import convert, initial_variables, start_from  # noqa: E402
@@ -213,7 +214,7 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
         start_from(str(tmp_path / "run"), SMALL, random_variables())
     assert str(error.value) == (
         f"init_from: {tmp_path}/run/checkpoints: its first checkpoint is still being written, or was cut off; "
-        "wait until it is there, or have that run go on"
+        "wait until it is there, or start that run again"
     )
     with pytest.raises(UserError, match=r"^init_from: \S+/none: no such weights file"):
         start_from(str(tmp_path / "none"), SMALL, random_variables())

@@ -27,7 +27,7 @@ def filtered(text, process_id="0"):
 @pytest.mark.parametrize("abort, lost", [(ABORT, "process 1"), (LATE_SERVICE, "process 0")])
 def test_abort_becomes_one_line(abort, lost):
     before = "[Gloo] Rank 0 is connected to 1 peer ranks.\nW1130 compiling took long\n"
-    line = f"error: process 2 ends, for {lost} was lost; see what it printed, and {GO_ON}\n"
+    line = f"error: process 2 ends because {lost} was lost; see what it printed, and {GO_ON}\n"
     assert filtered(before + abort, "2") == before + line
 
 

@@ -78,6 +78,7 @@ def test_a_full_disk_is_said_and_nothing_waits_for_the_dead_writer(tmp_path, mon
             with pytest.raises(OSError) as raised:
                 add()
             assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path / "logs")
+    assert writer._closed  # at exit tensorboardX closes every writer that is not
 
 
 def test_histogram_leaves_out_what_is_no_number(tmp_path):

@@ -18,7 +18,7 @@ from mpanet_jax.methods.agw import AGWSettings  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
 from mpanet_jax.model import Model, load  # noqa: E402
 from mpanet_jax.settings import replace, to_dict  # noqa: E402
-from mpanet_jax.weights.convert import convert, template_of  # noqa: E402
+from mpanet_jax.weights.convert import convert, initial_variables, template_of  # noqa: E402
 from mpanet_jax.weights.files import write_state_dict  # noqa: E402
 from tests.reference.model import MPANet, randomise  # noqa: E402
 
@@ -273,6 +273,37 @@ def test_the_card_says_what_it_is(model, saved):
     rows = [line.split("`")[1] for line in card.splitlines() if line.startswith("| `")]
     assert set(rows) == set(SMALL)
     assert "| `data.height` | `384` | `128` |" in card and "somebody" not in card
+
+
+def test_a_checkpoint_of_a_workdir_can_be_chosen(workdir, network, files, tmp_path):
+    folder, figures = tmp_path / "run", {name: values | {"checkpoint": "best"} for name, values in METRICS.items()}
+    shutil.copytree(workdir, folder)
+    best = randomise(MPANet(5, **SIZE), 1).eval()
+    state_dict = {name: value.detach().numpy().copy() for name, value in best.state_dict().items()}
+    write_state_dict(tmp_path / "best.safetensors", state_dict)
+    convert(tmp_path / "best.safetensors", tmp_path / "best", settings=SETTINGS)
+    shutil.copytree(tmp_path / "best/checkpoints", folder / "checkpoints_best")
+    (folder / "metrics_best.json").write_text(json.dumps(figures))
+    for checkpoint, expected in (("last", network), ("best", best)):
+        found = load(folder, checkpoint=checkpoint)
+        assert difference(found.embed(files, normalize=False), by_pytorch(expected, files).embedding.numpy()) < 1e-5
+        assert found.metrics == (METRICS if checkpoint == "last" else figures)
+    untrained = load(folder, checkpoint="untrained")
+    fresh = Model(SETTINGS, initial_variables(make_method(SETTINGS), 1), "fresh")
+    np.testing.assert_array_equal(untrained.embed(files), fresh.embed(files))
+    assert untrained.metrics is None
+    (folder / "metrics_untrained.json").write_text(json.dumps(METRICS))
+    assert load(folder, checkpoint="untrained").metrics == METRICS
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(workdir, saved):
+    with pytest.raises(UserError, match=r"checkpoints_best: no checkpoint .*eval\.best"):
+        load(workdir, checkpoint="best")
+    with pytest.raises(ArgumentError, match=r"checkpoint = 'bets': expected .*'untrained'.*did you mean 'best'"):
+        load(workdir, checkpoint="bets")
+    for source in (saved, saved / "model.safetensors", workdir.parent / "published.safetensors"):
+        with pytest.raises(ArgumentError, match=rf"checkpoint = 'best': only a run's workdir .*{source.name}"):
+            load(source, checkpoint="best")
 
 
 def test_metrics_of_another_step_are_not_the_models(workdir, tmp_path):

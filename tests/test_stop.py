@@ -40,7 +40,7 @@ def test_signal_between_steps_is_noted(number, code):
         stop.defer()
         assert not stop.agreed(0, 1)
         os.kill(os.getpid(), number)
-        assert stop.agreed(1, 2) and stop.interrupts_work_of_one()
+        assert stop.agreed(1, 2) and stop.may_interrupt_evaluation()
         assert stop.stopped("said").exit_code == code and str(stop.stopped("said")) == "said"
 
 

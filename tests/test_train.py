@@ -22,17 +22,19 @@ from configs import synthetic as synthetic_config
 from configs import sysu as sysu_config
 from mpanet_jax import checkpoint
 from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, load_model
+from mpanet_jax.checkpoint_check import model_shapes
 from mpanet_jax.checksums import CHECKSUMS_FILE
 from mpanet_jax.datasets.regdb import RegdbSettings
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import SettingsError, Stopped, UserError
 from mpanet_jax.evaluation.evaluate import describe
 from mpanet_jax.evaluation.workdir import evaluate_set, evaluate_workdir
-from mpanet_jax.loop import Programs, train
+from mpanet_jax.loop import train
 from mpanet_jax.methods import METHODS, make_method, settings_of
 from mpanet_jax.methods.mpanet import MPANet
 from mpanet_jax.metric_log import MetricReader
 from mpanet_jax.run_files import load_settings, save_settings
+from mpanet_jax.run_setup import Programs
 from mpanet_jax.settings import replace
 from mpanet_jax.step import train_steps
 from mpanet_jax.workdir_lock import locked_workdir
@@ -208,7 +210,7 @@ def test_resumed_training_is_bit_identical(settings, tmp_path, monkeypatch, vers
             patch.setattr(checkpoint, "_items", old_items)
         with pytest.raises(KeyboardInterrupt):
             train(settings, tmp_path / "halves")
-    stored = set(checkpoint._stored_model(tmp_path / "halves/checkpoints/2"))
+    stored = set(model_shapes(tmp_path / "halves/checkpoints/2"))
     assert stored == {"params", "batch_stats", "mean_classifiers" if version == "0.1" else "averages"}
     if version == "0.1":
         config = OLD_CONFIG.replace("{source}", settings.dataset.source)
@@ -264,7 +266,7 @@ def test_run_that_is_asked_to_stop_loses_nothing(settings, tmp_path, monkeypatch
 def test_runs_of_several_seeds_share_their_programs(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
     traced = []
-    monkeypatch.setattr("mpanet_jax.loop.train_steps", lambda *a, **k: traced.append(0) or train_steps(*a, **k))
+    monkeypatch.setattr("mpanet_jax.run_setup.train_steps", lambda *a, **k: traced.append(0) or train_steps(*a, **k))
     programs, second = Programs(), replace(settings, {"seed": 1})
     train(settings, tmp_path / "first", programs=programs)
     train(second, tmp_path / "second", programs=programs)
@@ -387,7 +389,7 @@ def test_evaluation_does_not_count_as_training_time(settings, tmp_path, monkeypa
         return {"sysu/all/single": {"rank1": 0.0, "mAP": 0.0, "mINP": 0.0}}
 
     monkeypatch.setattr("mpanet_jax.loop.evaluate_set", evaluate)
-    monkeypatch.setattr("mpanet_jax.metric_log.time_when_ready", step_done)
+    monkeypatch.setattr("mpanet_jax.metric_log.wait_until_ready", step_done)
     monkeypatch.setattr("mpanet_jax.metric_log.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(
         "mpanet_jax.metric_log.MetricLog.scalars",
@@ -421,7 +423,7 @@ def test_rates_are_by_when_steps_were_finished_not_by_when_they_were_read(monkey
     time_passes(until=3.0)  # the second call is sent off
     reader.read_previous(15, 30, metrics)
     time_passes(until=100.0)
-    reader.finish()
+    reader.read_last()
     assert finished == [(15, 0.0), (30, 3.0)]
     assert written[1]["train/images_per_second"] == 15 * 8 / 3
 

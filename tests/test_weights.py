@@ -19,10 +19,10 @@ torch = pytest.importorskip("torch")
 from mpanet_jax.checkpoint import Checkpoints, load_model  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
 from mpanet_jax.evaluation.extract import embed_of  # noqa: E402
-from mpanet_jax.loop import initial_state  # noqa: E402
 from mpanet_jax.methods import make_method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
 from mpanet_jax.run_files import load_settings, save_settings  # noqa: E402
+from mpanet_jax.run_setup import initial_state  # noqa: E402
 from mpanet_jax.settings import replace, to_dict  # noqa: E402
 from mpanet_jax.state import init_variables  # noqa: E402
 from mpanet_jax.weights.convert import convert, read_weights, start_from, template_of  # noqa: E402

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mpanet_jax.datasets.synthetic_people import draw_image
+from mpanet_jax.datasets.synthetic_images import draw_image
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.model import Model
 from mpanet_jax.settings import replace, to_dict

@@ -1,1 +1,1 @@
-"""From a prepared split to batches: the P×K plan, decoding, caches, and the augmentation inside the step."""
+"""From a prepared split to batches: the P×K plan, decoding, caches, and augmentation inside the step."""

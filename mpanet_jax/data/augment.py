@@ -1,8 +1,8 @@
 """Augmentation and normalisation inside the step: uint8 in, normalised images out.
 
-Order: flip, pad-and-crop, one channel for all or grey, MRLE, RRLE, normalise, erase; `settings.augment` says which of
-them there are. Every image draws from its own key, folded from its place in the *global* batch, so the augmented batch
-does not depend on how many devices share it. Leaving an operation out changes no draw of the others.
+The order is: flip, pad and crop, channel exchange or grey, MRLE, RRLE, normalise, erase; `settings.augment` says which
+of them are used. Every image has its own random key, derived from its place in the *global* batch, so the augmented
+batch does not depend on how many devices share it. Leaving an operation out does not change the draws of the others.
 
 MRLE and RRLE are the augmentations of RLE (Tan et al., NeurIPS 2024).
 """
@@ -19,13 +19,13 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMINANCE = (0.2989, 0.5870, 0.1140)
 RRLE_ATTEMPTS = 100
-RRLE_DARK = 0.1  # a pixel this dark by its factors is the last
+RRLE_DARK = 0.1  # RRLE ends once the factors of some pixel multiply to less than this
 
 
 def normalize(
     images: UInt8[Array, "*b h w 3"] | Float[Array, "*b h w 3"], dtype: DTypeLike
 ) -> Float[Array, "*b h w 3"]:
-    """Bytes, or floats from 0 to 255, to the network's input: (x/255 − mean)/std with ImageNet's statistics."""
+    """The network's input of type `dtype`: (x/255 − mean)/std, with ImageNet's mean and std of each channel."""
     wide = jnp.promote_types(dtype, jnp.float32)
     scale = 1 / (255 * jnp.asarray(IMAGENET_STD, wide))
     offset = -jnp.asarray(IMAGENET_MEAN, wide) / jnp.asarray(IMAGENET_STD, wide)
@@ -33,19 +33,19 @@ def normalize(
 
 
 def one_channel(key: PRNGKeyArray, image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
-    """One of the three channels, drawn uniformly, in place of all (channel exchange; Ye et al., ICCV 2021)."""
+    """Channel exchange (Ye et al., ICCV 2021): all three channels become one of them, drawn uniformly."""
     channel = image[..., jax.random.randint(key, (), 0, 3)]
     return jnp.broadcast_to(channel[..., None], image.shape)
 
 
 def grey(image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
-    """The luminance, 0.2989 R + 0.5870 G + 0.1140 B, in place of all channels."""
+    """All three channels become the luminance, 0.2989 R + 0.5870 G + 0.1140 B."""
     luminance = (image * jnp.asarray(LUMINANCE, image.dtype)).sum(-1, keepdims=True)
     return jnp.broadcast_to(luminance, image.shape)
 
 
 def mrle(key: PRNGKeyArray, image: Float[Array, "h w 3"], beta: float) -> Float[Array, "h w 3"]:
-    """A random mix of the channels in place of all: three draws of Beta(β, β), over their sum, are the weights."""
+    """MRLE: all channels become a random mix of the three; its weights are three draws of Beta(β, β) over their sum."""
     draws = jax.random.beta(key, beta, beta, (3,), image.dtype)
     total = draws.sum()
     weights = jnp.where(total > 0, draws / jnp.where(total > 0, total, 1), 1 / 3)  # all three may round to 0
@@ -60,11 +60,18 @@ def rrle(
     area: tuple[float, float],
     aspect: tuple[float, float],
 ) -> Float[Array, "h w 3"]:
-    """Rectangles in each of which each channel is multiplied by b/(its largest value there), b from Beta(β, β).
+    """RRLE: rescales each channel in random rectangles, one after the other.
 
-    Area and aspect (height / width) of a rectangle are uniform in their ranges; one that is not smaller than the image
-    counts for nothing. It ends with the first after which some pixel has factors of a product below 0.1, at the
-    hundredth at the latest. A channel that is 0 all over a rectangle stays 0.
+    In a rectangle a channel is multiplied by b/(its largest value there), with b from Beta(β, β); a channel that is 0
+    everywhere there stays 0. Rectangles are drawn until the factors of some pixel multiply to less than 0.1, but at
+    most a hundred.
+
+    Args:
+      key: of all draws.
+      image: values from 0 to 1.
+      beta: β.
+      area: the range of a rectangle's share of the image, uniform.
+      aspect: the range of its height / width, uniform. A rectangle that is not smaller than the image is skipped.
     """
     height, width, _ = image.shape
     area_key, aspect_key, top_key, left_key, beta_key = jax.random.split(key, 5)
@@ -102,9 +109,15 @@ def _box_sizes(
     aspect: tuple[float, float],
     log_aspect: bool,
 ) -> tuple[Int[Array, " n"], Int[Array, " n"], Bool[Array, " n"]]:
-    """Heights and widths of boxes, and whether they are smaller than the image of `size` (height, width) both ways.
+    """Draws the heights and widths of boxes, and says whether each is lower and narrower than the image.
 
-    Area, as a share of the image's, is uniform in its range, and so is the aspect, or the logarithm of it.
+    Args:
+      area_key, aspect_key: of the draws.
+      shape: of the results.
+      size: (height, width) of the image.
+      area: the range of a box's share of the image, uniform.
+      aspect: the range of height / width, uniform.
+      log_aspect: the logarithm of the aspect is uniform instead.
     """
     height, width = size
     share = jax.random.uniform(area_key, shape, minval=area[0], maxval=area[1])
@@ -117,7 +130,7 @@ def _box_sizes(
 
 
 def _inside(size: tuple[int, int], top: Array, left: Array, height: Array, width: Array) -> Bool[Array, "h w 1"]:
-    """Which pixels of an image lie in a box."""
+    """Which pixels of an image of `size` (height, width) lie in a box."""
     row, column = jnp.arange(size[0])[:, None], jnp.arange(size[1])
     return ((row >= top) & (row < top + height) & (column >= left) & (column < left + width))[..., None]
 
@@ -125,10 +138,18 @@ def _inside(size: tuple[int, int], top: Array, left: Array, height: Array, width
 def erase_box(
     key: PRNGKeyArray, height: int, width: int, settings: AugmentSettings
 ) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
-    """Draws (top, left, box height, box width) of the rectangle to erase; its size is 0 × 0 where nothing is erased.
+    """Draws the rectangle of random erasing (Zhong et al., AAAI 2020).
 
-    Up to `erase_attempts` boxes are drawn, area uniform and aspect log-uniform (or uniform) in their ranges, and the
-    first that is smaller than the image counts (Zhong et al., AAAI 2020).
+    `erase_attempts` boxes are drawn, with a uniform area and a log-uniform (or uniform) aspect, and the first one that
+    is smaller than the image is taken.
+
+    Args:
+      key: of all draws.
+      height, width: of the image.
+      settings: the probability and the ranges.
+
+    Returns:
+      (top, left, box height, box width) in pixels; the box is 0 × 0 if nothing is to be erased.
     """
     apply_key, area_key, aspect_key, top_key, left_key = jax.random.split(key, 5)
     box_height, box_width, fits = _box_sizes(
@@ -152,7 +173,7 @@ def erase_box(
 def change_colours(
     key: PRNGKeyArray, image: UInt8[Array, "h w 3"], settings: AugmentSettings, dtype: DTypeLike
 ) -> Float[Array, "h w 3"]:
-    """One channel for all or grey, then MRLE, then RRLE, each with its probability; from 0 to 255, in `dtype`."""
+    """Channel exchange or grey, then MRLE, then RRLE, each with its probability; values of `dtype` from 0 to 255."""
     pixels = image.astype(dtype) / 255
     keys = jax.random.split(key, 7)
     if settings.exchange_probability or settings.grey_probability:
@@ -172,10 +193,10 @@ def change_colours(
 def augment_image(
     key: PRNGKeyArray, image: UInt8[Array, "h w 3"], settings: AugmentSettings, dtype: DTypeLike
 ) -> Float[Array, "h w 3"]:
-    """Augments and normalises one image; all draws come from `key`."""
+    """Augments and normalises one image; `key` decides all draws, and the result is of type `dtype`."""
     height, width, _ = image.shape
     flip_key, row_key, column_key, erase_key, colour_key = jax.random.split(key, 5)
-    # Flip and crop are one gather: output pixel (i, j) reads source pixel (rows[i], columns[j]).
+    # Flip and crop in one gather: output pixel (i, j) reads source pixel (rows[i], columns[j]).
     pad = settings.crop_padding
     if pad or settings.flip_probability:
         rows = jnp.arange(height) + jax.random.randint(row_key, (), -pad, pad + 1)
@@ -204,12 +225,12 @@ def augment(
     dtype: DTypeLike,
     first_index: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b h w 3"]:
-    """Augments a batch; image b draws from `fold_in(key, first_index + b)`.
+    """Augments and normalises a batch; the key of image b is `fold_in(key, first_index + b)`.
 
     Args:
-      key: this step's key, the same on every device.
-      images: the resized bytes.
-      settings: what is drawn.
+      key: of this step, the same on every device.
+      images: the resized images.
+      settings: which operations, with their probabilities and ranges.
       dtype: of the result.
       first_index: the place of this device's first image in the global batch.
     """

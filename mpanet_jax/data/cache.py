@@ -1,4 +1,4 @@
-"""The resized images of a split kept ready: a memory-mapped file, and the choice between the three feeding modes."""
+"""The cache of a split's resized images, a memory-mapped file; and the choice among the three feeding modes."""
 
 import contextlib
 import fcntl
@@ -27,31 +27,38 @@ from mpanet_jax.settings import DataSettings
 
 CACHE_MODES = ("device", "host", "none")
 
-# Part of the file's name: raise it when `decode.py` changes the pixels. Version 1 was resized by OpenCV.
+# Part of the file's name: raise it when `decode.py` changes the pixels. Version 1 had OpenCV's resize.
 PIXELS_VERSION = 2
 
 
 def open_images(split: Split, data: DataSettings, cache_dir: str | os.PathLike | None) -> tuple[str, np.ndarray | None]:
-    """The feeding mode that `data.cache` comes to, the same in all processes, and the resized images that it needs.
+    """Chooses the feeding mode and opens the resized images that it needs; builds their cache if need be.
 
-    The images, uint8[N, height, width, 3], are memory-mapped from `cache_dir`, and built there if need be. The file is
-    built under a temporary name and renamed when it is whole, so a killed build leaves nothing that could be taken for
-    a cache; the next one removes its remains. Checksums lie beside it (see `cache_check`). A lock makes other processes
-    wait for one build. With `cache_dir` None the images are in RAM only. So they are with 'device' where `cache_dir`
-    has no room: there the file only saves the next run the work. With 'none' there are no images.
+    The cache file is built under a temporary name and renamed once it is whole, so a build that is killed leaves
+    nothing that looks like a cache; the next build replaces its remains. Checksums lie beside the file (`cache_check`).
+    A lock makes other processes wait for a build that is under way.
+
+    Args:
+      split: whose images.
+      data: their size and filter, and `cache`: the mode, or 'auto' (see `choose_cache`).
+      cache_dir: the folder of the cache; None keeps the images in RAM only. The mode 'device' keeps them in RAM too if
+        the folder has no room, because it needs the file only to start faster the next time.
+
+    Returns:
+      'device', 'host' or 'none', the same in all processes; and uint8[N, height, width, 3], or None with 'none'.
 
     Raises:
-      UserError: an image can't be decoded, or nothing can be written to `cache_dir`; the latter names
-        dataset.data_dir of the settings, in which it lies.
+      UserError: an image cannot be decoded, or `cache_dir` cannot be written; the message then names
+        dataset.data_dir, the folder above it.
     """
     shape = (len(split), data.height, data.width, 3)
     path = None if cache_dir is None else cache_path(split, data, cache_dir)
     images = _open(path, shape)
     chosen = choose_cache(data.cache, math.prod(shape), cache_dir, built=images is not None)
-    # All processes run the same program, so the one with least room decides.
+    # All processes run the same program, so the one with the least room decides.
     cache = CACHE_MODES[max(gather(CACHE_MODES.index(chosen), "the choice of data.cache"))]
     if cache != chosen and is_first_process():
-        print(f"images: cache={cache}, for another process has less room", file=sys.stderr)
+        print(f"images: cache={cache}, because another process has less room", file=sys.stderr)
     if cache == "none":
         return cache, None
     if images is None and path is not None and (cache == "host" or _has_room(path.parent, math.prod(shape))):
@@ -63,12 +70,21 @@ def open_images(split: Split, data: DataSettings, cache_dir: str | os.PathLike |
 
 
 def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None, *, built: bool = False) -> str:
-    """'device', 'host' or 'none' for `cache` = 'auto'; any other valid value as it is.
+    """Chooses the feeding mode for `cache` = 'auto'; returns any other valid value as it is.
 
-    'device' where `num_bytes` fit in half the accelerator's free memory, else 'host' where they fit in half the free
-    RAM and, unless they are `built` already, in half the free space of `cache_dir` (if there is one), else 'none'.
-    Without an accelerator 'device' would be a second copy in the same RAM, so the choice starts at 'host'. Prints the
-    choice and the sizes to stderr (the first process does). Raises `UserError` for an unknown value.
+    The mode is 'device' if the images fit in half of the accelerator's free memory. Else it is 'host' if they fit in
+    half of the free RAM and, unless the cache is there already, in half of the free space of `cache_dir`. Else it is
+    'none'. Without an accelerator 'device' would be a second copy in the same RAM, and is not chosen. The first process
+    prints the choice and the free sizes to stderr.
+
+    Args:
+      cache: settings.data.cache.
+      num_bytes: of all images.
+      cache_dir: the folder of the cache, or None.
+      built: whether the cache is there already.
+
+    Raises:
+      UserError: an unknown `cache`.
     """
     if cache in CACHE_MODES:
         return cache
@@ -76,7 +92,7 @@ def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None
         raise SettingsError(f"data.cache = {cache!r} is unknown; expected one of {('auto', *CACHE_MODES)}")
     sizes = {"accelerator": _free_device_memory(), "RAM": free_ram()}
     if cache_dir is not None and not built:
-        # A folder that is only read, as a data set shared by many may be, has no room.
+        # A folder that may not be written, as that of a data set shared by many, has no room.
         writable = os.access(_existing(Path(cache_dir)), os.W_OK)
         sizes["disk"] = _free_disk(Path(cache_dir)) if writable else 0
     fits = {place: free >= 2 * num_bytes for place, free in sizes.items()}
@@ -96,25 +112,25 @@ def choose_cache(cache: str, num_bytes: int, cache_dir: str | os.PathLike | None
 
 
 def cache_path(split: Split, data: DataSettings, cache_dir: str | os.PathLike) -> Path:
-    """Where the resized images of `split` are kept: the name changes with the prepared data, size and filter."""
+    """The cache file of a split; its name depends on the prepared data, the images' size and the filter."""
     name = split.name.replace("/", "-")
     pixels = f"{data.height}x{data.width}-{data.resize}-v{PIXELS_VERSION}"
     return Path(cache_dir) / f"{name}-{split.fingerprint}-{pixels}.npy"
 
 
 def _open(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The memory-mapped images of an earlier run, or None where there are none."""
+    """The memory-mapped images that an earlier run has cached; None if there are none."""
     if path is None or not path.exists():
         return None
     try:
         images = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError):  # cut off, as by a full disk: to be built again
+    except (ValueError, EOFError):  # cut off, as by a full disk: it will be built again
         return None
     return images if images.shape == shape and images.dtype == np.uint8 else None
 
 
 def _build(path: Path, shape: tuple[int, ...], split: Split, data: DataSettings) -> np.ndarray:
-    """Writes the cache, unless another process has done so meanwhile, and maps it."""
+    """Writes the cache, unless another process has done so meanwhile, and maps it into memory."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
@@ -123,7 +139,7 @@ def _build(path: Path, shape: tuple[int, ...], split: Split, data: DataSettings)
             temporary = path.with_suffix(".npy.part")
             with _removed_on_error(temporary):
                 images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-                if hasattr(os, "posix_fallocate"):  # a full disk is found here, not in a crash half way
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, instead of a crash later
                     with open(temporary, "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
                 _fill(images, split, data)
@@ -140,7 +156,7 @@ def _build(path: Path, shape: tuple[int, ...], split: Split, data: DataSettings)
 
 
 def _has_room(cache_dir: Path, num_bytes: int) -> bool:
-    """Whether `num_bytes` can be written to `cache_dir`; says so on stderr where they can't."""
+    """Whether `num_bytes` can be written to `cache_dir`; if not, a line on stderr says so."""
     room = os.access(_existing(cache_dir), os.W_OK) and _free_disk(cache_dir) >= num_bytes
     if not room:
         print(f"images: not kept for the next run, no room for {_size(num_bytes)} in {cache_dir}", file=sys.stderr)
@@ -148,7 +164,7 @@ def _has_room(cache_dir: Path, num_bytes: int) -> bool:
 
 
 def _fill(images: np.ndarray, split: Split, data: DataSettings) -> None:
-    """Decode and resize every image into its place. Threads do: decoder and resize both release Python's lock."""
+    """Decodes and resizes every image into its place, in threads: decoder and resize both release Python's lock."""
 
     def one(i: int) -> None:
         images[i] = pixels_of(split, i, data)
@@ -166,15 +182,15 @@ def _fill(images: np.ndarray, split: Split, data: DataSettings) -> None:
 
 
 def decoding_threads() -> int:
-    """How many threads decode in this process: one a CPU, up to where they only wait for each other."""
+    """How many threads decode in this process: one for each CPU, at most `MAX_THREADS`."""
     return min(available_cpus(), MAX_THREADS)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
-        with contextlib.suppress(OSError):  # some network drives have no locks: then two builds do the work twice
-            fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it however the process ends
+        with contextlib.suppress(OSError):  # some network drives have no locks: two builds then do the same work
+            fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it, however the process ends
         yield
 
 
@@ -188,7 +204,7 @@ def _removed_on_error(path: Path) -> Iterator[None]:
 
 
 def _free_device_memory() -> int:
-    """Bytes free on the fullest local accelerator; 0 on the CPU, which has no memory of its own."""
+    """Free bytes of the local accelerator that has the fewest; 0 on CPUs, which have no memory of their own."""
 
     def free(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]: jaxlib has no stubs
         stats = device.memory_stats() if device.platform != "cpu" else None
@@ -202,7 +218,7 @@ def _free_disk(path: Path) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
+    """`path`, or the nearest folder above it that exists."""
     return path if path.exists() else _existing(path.parent)
 
 

@@ -1,4 +1,4 @@
-"""The image cache's file: its checksums, checked beside training, and reads that a file cut off does not kill."""
+"""The image cache's checksums, checked while training runs; and reads of it that survive a file that is cut off."""
 
 import json
 import os
@@ -15,17 +15,17 @@ from mpanet_jax.cpus import available_cpus
 from mpanet_jax.errors import UserError
 from mpanet_jax.files import write_whole
 
-_BLOCK = 64 << 20  # bytes that have a checksum of their own
-_CHUNK = 1 << 20
+_BLOCK = 64 << 20  # bytes; each block has a checksum of its own
+_CHUNK = 1 << 20  # bytes read at once
 
 
 def sums_path(cache: Path) -> Path:
-    """Where the checksums of a cache lie."""
+    """The file of a cache's checksums."""
     return cache.with_suffix(".crc32.json")
 
 
 def write_sums(cache: Path, file: Path) -> None:
-    """Writes the checksums of `file`, which is about to become `cache`; whole or not at all."""
+    """Writes the checksums of `file`, which will be renamed to `cache`; whole or not at all."""
     with write_whole(sums_path(cache)) as stream:
         json.dump(_sums(file), stream)
 
@@ -45,12 +45,12 @@ def _block_sum(file: Path, start: int) -> int:
 
 
 class CacheCheck:
-    """Compares a cache with its checksums in the background; a cache of an older version has none, and passes."""
+    """Compares a cache with its checksums in the background. A cache of an older version has none and passes."""
 
     def __init__(self, cache: Path):
         self._result: Future[bool] = Future()
         self._cache = cache
-        threading.Thread(target=self._run, daemon=True).start()  # not waited for where the run ends before
+        threading.Thread(target=self._run, daemon=True).start()  # a daemon: the run may end before it
 
     def _run(self) -> None:
         try:
@@ -62,22 +62,22 @@ class CacheCheck:
             self._result.set_exception(error)
 
     def require(self) -> None:
-        """Returns once the cache has been found sound.
+        """Waits for the check, and returns if the cache is sound.
 
         Raises:
-          UserError: it is not; it is deleted then, and the next start builds it anew.
+          UserError: it is damaged; it has been deleted, so that the next start builds it anew.
         """
         if not self._result.result():
             for path in (self._cache, sums_path(self._cache)):
                 path.unlink(missing_ok=True)
             raise UserError(
-                f"{self._cache}: the image cache was damaged, and this run has trained on it; it is deleted, and the "
-                "same command again builds it anew (if that recurs, check the disk)"
+                f"{self._cache}: the image cache is damaged, and this run has trained on it; it has been deleted, and "
+                "the same command builds it anew (if that happens again, check the disk)"
             )
 
 
 class CacheFile:
-    """Rows of a memory-mapped cache, read from its file: where that was cut off, the map would end the process."""
+    """Reads images from a memory-mapped cache's file: if that is cut off, reading the map would kill the process."""
 
     def __init__(self, images: np.memmap):
         self._path, self._offset, self._shape = Path(images.filename or ""), images.offset, images.shape
@@ -85,15 +85,15 @@ class CacheFile:
         weakref.finalize(self, os.close, self._descriptor)
 
     def rows(self, index: np.ndarray) -> np.ndarray:
-        """uint8[b, height, width, 3], the images at `index`.
+        """The images at `index`, int[b], as uint8[b, height, width, 3].
 
         Raises:
-          UserError: the file was cut off meanwhile.
+          UserError: the file has been cut off since the map was made.
         """
         images = np.empty((len(index), *self._shape[1:]), np.uint8)
         size = images[:1].nbytes
         for number, row in enumerate(map(int, index)):
             buffers: list[Any] = [images[number : number + 1]]  # NumPy's stubs hide that arrays are buffers
             if os.preadv(self._descriptor, buffers, self._offset + row * size) != size:
-                raise UserError(f"{self._path}: the image cache was cut off during the run; delete it and start again")
+                raise UserError(f"{self._path}: the image cache was cut off during the run; delete it, and start again")
         return images

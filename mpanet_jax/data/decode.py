@@ -1,7 +1,7 @@
-"""From an image file's bytes to the network's uint8 pixels: those of Pillow's decoder and Pillow's resize, to the bit.
+"""From an image file's bytes to the network's uint8 pixels: exactly those of Pillow's decoder and Pillow's resize.
 
-One function serves training, caches, evaluation and extraction, so they see the same pixels. EXIF orientation is not
-applied. simplejpeg decodes JPEG files to Pillow's pixels (both are libjpeg-turbo) in about half of Pillow's time.
+Training, caches, evaluation and extraction all call `resized_pixels`, so they see the same pixels. EXIF orientation is
+not applied. simplejpeg decodes JPEG files to Pillow's pixels (both use libjpeg-turbo) in about half of Pillow's time.
 """
 
 import io
@@ -17,21 +17,21 @@ from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.settings import DataSettings
 
-# Threads that decode in one process. With more of them, getting Python's lock from another takes longer than decoding.
+# The most threads that decode in one process. With more, waiting for Python's lock takes longer than decoding.
 MAX_THREADS = 8
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS}
 
 
 class BadImageError(UserError):
-    """Bytes that cannot be decoded; the message is the reason, in one line, without the file's name."""
+    """An image that cannot be decoded; the message is the reason, in one line, without the file's name."""
 
 
 def decode_rgb(encoded: bytes) -> Image.Image:
-    """The image of a JPEG, PNG or any other file that Pillow reads, converted by Pillow's `convert("RGB")`.
+    """Decodes a JPEG, PNG or any other file that Pillow reads, and converts the image to RGB as Pillow does.
 
-    There is one exception: of 16 bits of grey the upper 8 are taken, as Pillow does with 16 bits of colour. Its own
-    conversion of such grey cuts off at 255, which leaves the image white.
+    There is one exception: of grey pixels of 16 bits the upper 8 are taken, as Pillow does for colour of 16 bits.
+    Pillow's own conversion of such grey clips at 255, which makes the image white.
 
     Raises:
       BadImageError: the bytes are no image, are cut off, or have pixels of 32 bits.
@@ -42,7 +42,7 @@ def decode_rgb(encoded: bytes) -> Image.Image:
             if simplejpeg.decode_jpeg_header(encoded)[2] in ("YCbCr", "Gray", "RGB"):
                 return Image.fromarray(simplejpeg.decode_jpeg(encoded, "RGB"))
         except ValueError:
-            pass  # damaged: Pillow decodes it all the same, or says what is wrong
+            pass  # damaged: Pillow may decode it nevertheless, or says what is wrong
     try:
         return to_rgb(Image.open(io.BytesIO(encoded)))
     except UnidentifiedImageError as error:  # its text names a Python object
@@ -54,10 +54,10 @@ def decode_rgb(encoded: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of Pillow's as `decode_rgb` gives it; it is decoded where that has not been done.
+    """Converts one of Pillow's images to RGB as `decode_rgb` does; decodes it if Pillow has not done so yet.
 
     Raises:
-      BadImageError: it is cut off, or has pixels of 32 bits.
+      BadImageError: the image is cut off, or has pixels of 32 bits.
     """
     try:
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -70,12 +70,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resized(image: Image.Image, data: DataSettings) -> np.ndarray:
-    """uint8[data.height, data.width, 3]: an RGB image, resized by Pillow with the filter `data.resize`."""
+    """Resizes an RGB image by Pillow's filter `data.resize`, to uint8[data.height, data.width, 3]."""
     return np.asarray(image.resize((data.width, data.height), _FILTERS[data.resize]))
 
 
 def resized_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
-    """uint8[data.height, data.width, 3]: `decode_rgb`, resized.
+    """Decodes an image file's bytes and resizes the image, to uint8[data.height, data.width, 3].
 
     Raises:
       BadImageError: as `decode_rgb`.
@@ -90,10 +90,10 @@ def read_image_file(path: str | os.PathLike) -> bytes:
       BadImageError: there is no such file, it cannot be read, or it is empty.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would be waited for without end
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a named pipe could wait for ever
             raise BadImageError("not a file")
         encoded = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
         raise BadImageError(getattr(error, "strerror", None) or str(error)) from error
     if not encoded:
         raise BadImageError("empty file")
@@ -101,10 +101,10 @@ def read_image_file(path: str | os.PathLike) -> bytes:
 
 
 def encoded_image(split: Split, i: int) -> bytes:
-    """Image i of a prepared split as its file's bytes.
+    """The bytes of the file of image i of a prepared split.
 
     Raises:
-      UserError: its record is damaged; names its path.
+      UserError: the record is damaged; the message names the image's path.
     """
     try:
         return split.encoded[i]
@@ -116,10 +116,10 @@ def encoded_image(split: Split, i: int) -> bytes:
 
 
 def pixels_of(split: Split, i: int, data: DataSettings) -> np.ndarray:
-    """The `resized_pixels` of image i of a prepared split.
+    """Image i of a prepared split, decoded and resized: uint8[data.height, data.width, 3].
 
     Raises:
-      UserError: it can't be decoded; names its path.
+      UserError: it cannot be decoded; the message names its path.
     """
     try:
         return resized_pixels(encoded_image(split, i), data)

@@ -1,8 +1,8 @@
-"""The batches: training batches by the P×K plan in three feeding modes, and padded evaluation batches.
+"""The batches: training batches by the P×K plan, in three feeding modes, and padded evaluation batches.
 
-A batch is a pure function of (seed, step): element i of the random-access source is batch i of the whole training, so
-a pipeline that starts at i yields the same bits as one that has come to i. The three modes (`data.cache`) differ only
-in where the pixels of a batch come from.
+A batch is a pure function of (seed, step): element i of the random-access source is batch i of the whole training. So a
+pipeline that starts at batch i yields the same bits as one that has come that far. The three modes (`data.cache`)
+differ only in where the pixels of a batch come from.
 """
 
 import os
@@ -34,16 +34,17 @@ class TrainFeed:
     """What the training loop reads.
 
     Attributes:
-      batches: a checkpointable iterator of dicts `labels int32[b]`, `modality int32[b]`, `index int32[b]` (the images'
-        place in the split) and, unless the images are on the device, `images uint8[b, height, width, 3]`, where
-        b = P·K / process_count; identity-major, visible before infrared. Ends after `num_epochs`.
+      batches: an iterator over this process's batches, whose position a checkpoint can hold; it ends after
+        `num_epochs`. A batch is a dict of `labels` int32[b], `modality` int32[b], `index` int32[b] (the images' rows in
+        the split) and, unless the images are on the device, `images` uint8[b, height, width, 3], with
+        b = P·K / process_count. The order is identity by identity, visible before infrared.
       steps_per_epoch: batches in an epoch.
-      batch_size: P·K, of all processes.
-      images: uint8[N, height, width, 3] on the accelerator, to be indexed with a batch's `index`; None in the
-        other modes.
-      cache: the mode in use: 'device', 'host' or 'none'.
-      plan: of all processes.
-      check: of the images' file, under way in the background; None where no file is read.
+      batch_size: P·K, over all processes.
+      images: uint8[N, height, width, 3] on the accelerator, to be indexed by a batch's `index`; None in the modes
+        'host' and 'none'.
+      cache: the mode: 'device', 'host' or 'none'.
+      plan: which images are in which batch, over all processes.
+      check: the check of the cache file, under way in the background; None if no file is read.
     """
 
     batches: grain.DatasetIterator
@@ -55,15 +56,15 @@ class TrainFeed:
     check: CacheCheck | None
 
     def rows(self, step: int) -> np.ndarray:
-        """int[P·K], the images in the split of batch `step` of the whole training (from 0), over all processes."""
+        """int[P·K]: the split's rows that make up batch `step` of the whole training (from 0), over all processes."""
         epoch, place = divmod(step, self.steps_per_epoch)
         return self.plan.epoch(epoch)[place]
 
     def require_sound_images(self) -> None:
-        """Returns once the images that the batches come from are known to be what was cached.
+        """Waits for the check of the cache file.
 
         Raises:
-          UserError: they are not.
+          UserError: the cache is damaged.
         """
         if self.check is not None:
             self.check.require()
@@ -80,22 +81,22 @@ def train_feed(
     process_count: int = 1,
     put_images: Callable[[np.ndarray], jax.Array] = jax.device_put,
 ) -> TrainFeed:
-    """The training batches of `num_epochs` epochs, bit-identical whatever `data.cache` and `data.num_workers` are.
+    """Makes the training batches; they are bit-identical for every `data.cache` and `data.num_workers`.
 
     Args:
       split: the training split.
-      plan: which of its images make up the batches, over all processes.
-      data: the images' size and filter; the cache: 'device' (all resized images in accelerator memory, a batch is
-        indices), 'host' (memory-mapped from `cache_dir`), 'none' (decoded and resized as they are needed) or 'auto'
-        (see `choose_cache`); and the number of processes that decode where there is none (see `choose_num_workers`).
-      num_epochs: the batches end after them.
-      cache_dir: where the resized images are kept between runs; None keeps them in RAM only, and so does 'device'
-        where there is no room.
-      process_index, process_count: each of several hosts gets P / process_count consecutive identity slots.
-      put_images: how the cache 'device' places the images, so that they can be replicated over several devices.
+      plan: which images make up the batches, over all processes.
+      data: the images' size and filter; the cache; and `num_workers`, for the mode 'none' (see `choose_num_workers`).
+        The cache is 'device' (all resized images in accelerator memory; a batch is their indices), 'host'
+        (memory-mapped from `cache_dir`), 'none' (decoded and resized for every batch) or 'auto' (see `choose_cache`).
+      num_epochs: how many epochs of batches there are.
+      cache_dir: where the resized images are kept between runs; None: they are in RAM only.
+      process_index, process_count: this process gets P / process_count consecutive identities of each batch.
+      put_images: puts the images of the cache 'device' on the devices.
 
-    Raises `UserError` for a P that process_count does not divide, too little shared memory for `num_workers`, an image
-    that can't be decoded, and, with 'host', a `cache_dir` that can't be written.
+    Raises:
+      UserError: process_count does not divide P, shared memory is too small for `num_workers`, an image cannot be
+        decoded, or, with 'host', `cache_dir` cannot be written.
     """
     if plan.num_ids_per_batch % process_count:
         raise SettingsError(
@@ -121,10 +122,16 @@ def train_feed(
 
 
 def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_size: int) -> Iterator[Batch]:
-    """`eval_batches` of the images `indices` of a prepared split, in that order, with their `modality`.
+    """The `eval_batches` of some images of a prepared split, with their modality.
+
+    Args:
+      split: the split.
+      indices: int[N], the images' rows, in the order of the batches.
+      data: the images' size and filter.
+      batch_size: images in a batch.
 
     Raises:
-      UserError: an image can't be decoded; names its path.
+      UserError: an image cannot be decoded; the message names its path.
     """
     columns = {"pids": split.pids, "camids": split.camids, "modality": split.modality}
     indices = np.asarray(indices, np.int64)
@@ -139,15 +146,18 @@ def eval_batches(
     batch_size: int,
     on_fault: Callable[[int, UserError], object] | None = None,
 ) -> Iterator[Batch]:
-    """Eval batches (docs/method.md, "An eval batch") of N images, decoded by threads ahead of their use.
+    """Eval batches (docs/method.md, "An eval batch") of N images; threads decode the images ahead of their use.
 
     Args:
-      rows: what a batch says of each image: int[N] arrays `pids`, `camids`, `index` and, where it is known, `modality`.
-      pixels: the resized image of a row, uint8[data.height, data.width, 3]; may raise `UserError`.
+      rows: what a batch says of each image: int[N] arrays `pids`, `camids`, `index` and, if it is known, `modality`.
+      pixels: row → its resized image, uint8[data.height, data.width, 3]; may raise `UserError`.
       data: the images' size.
-      batch_size: b, of every batch: the last is filled up with zeros, where `mask` is False.
-      on_fault: told the row and the error of an image that `pixels` raises `UserError` for; its row is zeros then, with
-        `mask` False. It may raise, to stop. None: the error stops the batches.
+      batch_size: b of every batch; the last one is filled up with zeros, whose `mask` is False.
+      on_fault: called with the row and the error if `pixels` raises a `UserError`; the image's row is then zeros, with
+        `mask` False. It may raise to stop. None: the error itself stops the batches.
+
+    Yields:
+      Dicts of the arrays of `rows` as int32[b], `images` uint8[b, height, width, 3] and `mask` bool[b].
     """
     num_images = len(rows["index"])
     pool = ThreadPoolExecutor(decoding_threads())
@@ -183,7 +193,7 @@ def eval_batches(
 
 @dataclass(frozen=True)
 class _TrainSource:
-    """Batch i of the whole training, as indices."""
+    """Element i is batch i of the whole training: labels, modalities and the images' rows in the split."""
 
     plan: BatchPlan
     labels: np.ndarray
@@ -202,7 +212,7 @@ class _TrainSource:
 
 @dataclass(frozen=True)
 class _Gather(grain.transforms.Map):
-    """Adds a batch's images from the resized ones."""
+    """Adds the images to a batch, from the resized ones."""
 
     rows: Callable[[np.ndarray], np.ndarray]
 
@@ -212,7 +222,7 @@ class _Gather(grain.transforms.Map):
 
 @dataclass(frozen=True)
 class _Decode(grain.transforms.Map):
-    """Adds a batch's images from their files."""
+    """Adds the images to a batch, decoded from their files."""
 
     split: Split
     data: DataSettings

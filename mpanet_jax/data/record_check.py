@@ -1,4 +1,4 @@
-"""Whether the prepared images that a run will evaluate on can be read: found out beside training, not after it."""
+"""A check that the prepared test images can be read, made while training runs and not after it."""
 
 import threading
 from concurrent.futures import Future
@@ -12,7 +12,7 @@ class RecordCheck:
 
     def __init__(self, split: Split):
         self._result: Future[None] = Future()
-        threading.Thread(target=self._run, args=(split,), daemon=True).start()  # the run may end before
+        threading.Thread(target=self._run, args=(split,), daemon=True).start()  # a daemon: the run may end before it
 
     def _run(self, split: Split) -> None:
         try:
@@ -23,5 +23,9 @@ class RecordCheck:
             self._result.set_exception(error)
 
     def require(self) -> None:
-        """Returns once all records have been read; raises `UserError`, which names an image, where one is damaged."""
+        """Waits until all records have been read.
+
+        Raises:
+          UserError: a record is damaged; the message names its image.
+        """
         self._result.result()

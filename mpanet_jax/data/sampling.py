@@ -17,24 +17,25 @@ from mpanet_jax.modality import INFRARED, VISIBLE
 class BatchPlan:
     """Batches of P identities with K/2 visible and K/2 infrared images each.
 
-    In every epoch each identity's larger image list is cut at random to the size of the smaller, both are shuffled,
-    paired, and the pairs grouped by K/2. A batch takes one group from each of P identities. An identity that cannot
-    fill one group is drawn with replacement to K/2 pairs, so that it has one group too; no other image comes twice
-    in an epoch.
+    In every epoch the longer of an identity's two image lists is cut at random to the length of the shorter. Both are
+    shuffled and paired, and the pairs are put into groups of K/2. A batch takes one group from each of P identities. An
+    identity that cannot fill a group gets one of K/2 pairs drawn with replacement; no other image comes twice in an
+    epoch.
 
-    Which identities: P at random among those with a group left. Left to itself such a draw strands a few groups at
-    the end of the epoch, a different number each time (181 to 183 batches on SYSU-MM01). The number of batches is
-    therefore fixed to the largest that the counts allow, the greatest T with Σ_i min(groups_i, T) ≥ P·T (183 on
-    SYSU-MM01, 34 on RegDB), and the draw is uniform except where leaving an identity out would make T unreachable.
+    The P identities of a batch are drawn from those that have a group left. A plain draw would strand a few groups at
+    the end of the epoch, a different number each time (181 to 183 batches on SYSU-MM01). So the number of batches is
+    fixed to the most that the counts allow: the greatest T with Σ_i min(groups_i, T) ≥ P·T (183 on SYSU-MM01, 34 on
+    RegDB). The draw is uniform, except that an identity is taken if T could not be reached without it.
 
     Attributes:
       labels: int[N], the identity of every image.
       modality: int[N], VISIBLE or INFRARED.
       num_ids_per_batch: P.
       images_per_id: K, even.
-      seed: of the plan.
+      seed: of all draws.
 
-    Raises `UserError` if there are fewer than P identities, or if one of them has no image in one of the modalities.
+    Raises:
+      UserError: there are fewer than P identities, or one has no image in one of the modalities.
     """
 
     labels: np.ndarray
@@ -55,7 +56,7 @@ class BatchPlan:
 
     @functools.cached_property
     def images_by_identity(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The indices of each identity's visible and of its infrared images."""
+        """The rows of each identity's visible images and of its infrared ones, by ascending label."""
         lists = []
         for label in np.unique(self.labels):
             mine = self.labels == label
@@ -71,13 +72,13 @@ class BatchPlan:
 
     @functools.cached_property
     def num_resampled(self) -> int:
-        """How many identities cannot fill one group without taking an image twice."""
+        """How many identities have too few images for one group, so that some are drawn twice."""
         half = self.images_per_id // 2
         return sum(min(len(visible), len(infrared)) < half for visible, infrared in self.images_by_identity)
 
     @functools.cached_property
     def groups_by_identity(self) -> np.ndarray:
-        """int[num_ids]: how many groups of K/2 pairs an identity has in one epoch."""
+        """int[num_ids]: how many groups of K/2 pairs each identity has in an epoch."""
         pairs = np.array([min(len(v), len(i)) for v, i in self.images_by_identity])
         return np.maximum(pairs // (self.images_per_id // 2), 1)
 
@@ -88,23 +89,23 @@ class BatchPlan:
 
     @functools.cached_property
     def signature(self) -> str:
-        """Differs between plans that draw different batches; a checkpoint keeps it, to resume the same plan only."""
+        """Differs between plans of different batches; a checkpoint holds it, so that it resumes the same plan only."""
         images = zlib.crc32(np.stack([self.labels, self.modality]).astype("<i8").tobytes())
         return f"P={self.num_ids_per_batch} K={self.images_per_id} seed={self.seed} images={images:08x}"
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """int32[steps_per_epoch, P·K]: the image indices of every batch of an epoch, counted from 0.
+        """int32[steps_per_epoch, P·K]: the rows of the images of every batch of an epoch (from 0).
 
-        Identity-major: position b belongs to identity slot b // K; within a slot the first K/2 images are visible.
+        Position b of a batch belongs to identity slot b // K; the first K/2 images of a slot are visible.
         """
         return _draw_epoch(self, epoch)
 
 
 def most_batches(groups: np.ndarray, num_ids_per_batch: int) -> int:
-    """The most batches of P distinct identities that can be formed from `groups[i]` groups of identity i.
+    """The most batches of P distinct identities that can be formed, if identity i has `groups[i]` groups.
 
-    T batches are possible exactly if Σ_i min(groups_i, T) ≥ P·T: an identity can be in each batch at most once, and
-    always taking the P identities with most groups left then succeeds.
+    T batches are possible exactly if Σ_i min(groups_i, T) ≥ P·T: an identity is in a batch at most once, and taking the
+    P identities with the most groups left always succeeds then.
     """
     steps = 0
     while np.minimum(groups, steps + 1).sum() >= num_ids_per_batch * (steps + 1):
@@ -112,7 +113,7 @@ def most_batches(groups: np.ndarray, num_ids_per_batch: int) -> int:
     return steps
 
 
-@functools.lru_cache(maxsize=4)  # prefetching threads stand on both sides of an epoch's end
+@functools.lru_cache(maxsize=4)  # prefetching threads ask for two epochs in turn where one ends
 def _draw_epoch(plan: BatchPlan, epoch: int) -> np.ndarray:
     generator = np.random.default_rng(np.random.SeedSequence([plan.seed, epoch]))
     groups = [_draw_groups(v, i, plan.images_per_id // 2, generator) for v, i in plan.images_by_identity]
@@ -120,12 +121,12 @@ def _draw_epoch(plan: BatchPlan, epoch: int) -> np.ndarray:
     left = [list(g) for g in groups]
     batches = np.array([[left[i].pop() for i in batch] for batch in identities], np.int32)
     batches = batches.reshape(plan.steps_per_epoch, plan.num_ids_per_batch * plan.images_per_id)
-    batches.setflags(write=False)  # shared by the cache above
+    batches.setflags(write=False)  # the cache hands out the same array again
     return batches
 
 
 def _draw_groups(visible: np.ndarray, infrared: np.ndarray, half: int, generator: np.random.Generator) -> np.ndarray:
-    """int[groups, K]: an identity's groups of this epoch, K/2 visible images and then K/2 infrared ones in each."""
+    """int[groups, K]: an identity's groups of an epoch, each of K/2 visible images and then K/2 infrared ones."""
     pairs = min(len(visible), len(infrared))
     drawn = [generator.permutation(images)[:pairs] for images in (visible, infrared)]
     if pairs < half:
@@ -135,11 +136,11 @@ def _draw_groups(visible: np.ndarray, infrared: np.ndarray, half: int, generator
 
 
 def _draw_identities(groups: np.ndarray, size: int, steps: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """`steps` times `size` distinct identities with a group left: uniform, except where `steps` is at stake.
+    """Draws the identities of `steps` batches: `size` distinct ones with a group left, so that `steps` is reached.
 
-    With t batches to go and c_i groups left, the rest is possible exactly if s = Σ_i min(c_i, t) − size·t ≥ 0. Every
-    identity with c_i ≥ t that a batch leaves out lowers s by one, and nothing else does; so at most s of them may be
-    left out.
+    With t batches to go and c_i groups left, the rest is possible exactly if s = Σ_i min(c_i, t) − size·t ≥ 0. Only
+    leaving out an identity with c_i ≥ t lowers s, by one. So at most s of them may be left out; the draw is uniform
+    otherwise.
     """
     left = groups.copy()
     batches = []

@@ -1,6 +1,6 @@
-"""SYSU-MM01, RegDB, LLCM and your own images: importing this registers their tfds builders.
+"""SYSU-MM01, RegDB, LLCM and your own images. Importing this package registers their tfds builders.
 
-`prepare` builds a data set from its raw folder, `open_split` and `open_evaluation` open what training and tests read.
+`prepare` builds a data set from its raw folder; `open_split` and `open_evaluation` open it for training and for tests.
 """
 
 from mpanet_jax.datasets.prepared import (

@@ -1,7 +1,7 @@
-"""The tfds part that the data sets share: one record layout, one order, and a sidecar index for quick starts.
+"""The tfds builder that all data sets share: one layout of records, one order, and an index file for quick starts.
 
-Shards are streamed in the order of `list_images` (`tfds.core.ShardBasedBuilder`). The more usual
-`GeneratorBasedBuilder` shuffles through temporary files that need TensorFlow once a split passes 1 GB.
+The shards are written in the order of `list_images` (`tfds.core.ShardBasedBuilder`). The usual `GeneratorBasedBuilder`
+shuffles through temporary files, which need TensorFlow if a split is larger than 1 GB.
 """
 
 import functools
@@ -23,24 +23,29 @@ from mpanet_jax.datasets.registry import DATASETS
 from mpanet_jax.datasets.schema import MODALITY_NAMES, ImageRecord
 from mpanet_jax.datasets.tfds_workarounds import LocalInfo, SilentDownloads
 
-IMAGES_PER_SHARD = 2048  # tfds holds one shard's images in memory while it writes it
+IMAGES_PER_SHARD = 2048  # tfds holds the images of a shard in memory while it writes it
 VERSION = "1.0.0"
 
 Track = Callable[[Iterable, str, int], Iterable]  # (items, description, total) → the same items; see `progress.track`
 
 
 def no_progress(items: Iterable, description: str, total: int) -> Iterable:
-    """The `Track` that shows nothing."""
+    """The `Track` that shows nothing: returns the items."""
     del description, total
     return items
 
 
 class RawDatasetBuilder(SilentDownloads, tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Writes what a data set's `list_images` lists; beside the records an index of the metadata.
+    """Writes the images that a data set's `list_images` lists as tfds records, and an index of their metadata.
 
-    The record: `image` (JPEG bytes as they are on disk; BMP as lossless PNG), `pid`, `camid`, `modality`, `path`.
-    `index_{train,test}.npz` holds pids, camids, modality, paths, parts, pid_names where the data set has them, and a
-    fingerprint over everything, images included.
+    A record holds `image` (the file's bytes; BMP becomes lossless PNG), `pid`, `camid`, `modality` and `path`. The
+    index, index_{train,test}.npz, holds the arrays pids, camids, modality, paths and parts, pid_names if the data set
+    has names, and a fingerprint of everything, images included.
+
+    Attributes:
+      dataset_class: the data set's class.
+      dataset: the data set, or the variant of it that the tfds config names.
+      track: shows a progress bar.
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -80,7 +85,7 @@ class RawDatasetBuilder(SilentDownloads, tfds.core.ShardBasedBuilder, skip_regis
                 raise_fault(f"{source / companion}: file missing; evaluation needs it: copy it from the data set")
         self._indices = {split: _Index(self.dataset.list_images(source, split)) for split in SPLITS}
         self._companion_paths = [source / companion for companion in self.dataset.companions]
-        # One iterator, and one progress bar, for all shards: tfds writes them one after the other.
+        # One iterator for all shards, so that there is one progress bar: tfds writes the shards one after the other.
         records = [record for index in self._indices.values() for record in index.records]
         self._records = iter(self.track(records, f"writing {self.info.full_name}", len(records)))
         return {
@@ -92,9 +97,9 @@ class RawDatasetBuilder(SilentDownloads, tfds.core.ShardBasedBuilder, skip_regis
         }
 
     def _download_and_prepare(self, dl_manager, download_config=None):
-        """Writes shards, index and companions into the directory that tfds renames into place once it is whole."""
+        """Writes shards, indices and companions into a folder that tfds moves into place once it is whole."""
         super()._download_and_prepare(dl_manager, download_config)
-        next(self._records, None)  # all are written: lets the progress bar end
+        next(self._records, None)  # all records are written; this ends the progress bar
         for split, index in self._indices.items():
             index.save(Path(self.data_dir) / f"index_{split}.npz")
         for path in self._companion_paths:
@@ -148,7 +153,7 @@ def _examples(source: Path, records: Iterable[ImageRecord], digest) -> Iterator[
 
 @functools.cache
 def builder_class(dataset: type[Dataset]) -> type[RawDatasetBuilder]:
-    """The class by which tfds knows a data set; making it registers its name for `tfds.builder`."""
+    """Makes a data set's builder class, which registers the data set's name for `tfds.builder`."""
     attributes = {
         "__module__": __name__,
         "__doc__": dataset.__doc__,
@@ -160,7 +165,7 @@ def builder_class(dataset: type[Dataset]) -> type[RawDatasetBuilder]:
         ],
     }
     builder = type(f"{dataset.__name__}Builder", (RawDatasetBuilder,), attributes)
-    # pickle, by which worker processes get a data source, looks a class up in its module.
+    # Worker processes get data sources by pickle, which looks a class up in its module.
     globals()[builder.__name__] = builder
     return builder
 

@@ -1,4 +1,4 @@
-"""What a data set is: one class in one file, with everything that this program knows of it."""
+"""What a data set is: one class in one file, with everything that this program knows about it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +15,17 @@ from mpanet_jax.protocol import Protocol
 from mpanet_jax.settings import DatasetSettings
 
 SPLITS = ("train", "test")
-Images = Mapping[str, list[ImageRecord]]  # of each of the SPLITS
+Images = Mapping[str, list[ImageRecord]]  # split → its images
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One test on a split: the rows of its queries and of its gallery, and the protocol that compares them."""
+    """One test on a split.
+
+    Attributes:
+      query, gallery: the rows of the split that are its queries and its gallery.
+      protocol: compares them.
+    """
 
     query: Int[np.ndarray, " q"]
     gallery: Int[np.ndarray, " g"]
@@ -32,12 +37,13 @@ class Dataset:
 
     Attributes:
       name: what settings, commands and tfds call it.
-      settings_class: of its settings; its own where it has fields of its own.
-      published: {split: (identities, visible images, infrared images)}; empty where nobody published any.
-      companions: files of the raw folder that are kept with the prepared data.
-      protocols: its protocols' classes.
-      licence: what its authors ask of those who use it, in a sentence that names its page; model cards say it.
-      has_validation: whether a part 'val' of the training split is there to choose by.
+      settings_class: the class of its settings; a subclass of `DatasetSettings` if it has fields of its own.
+      published: {split: (identities, visible images, infrared images)}; empty if nobody has published the counts.
+      companions: files of the raw folder that are copied to the prepared data.
+      protocols: the classes of its test protocols.
+      licence: one sentence that says what its authors ask of users and names its page; model cards repeat it.
+      has_validation: whether the training split has a part 'val', by which a checkpoint can be chosen.
+      camera_folders: {folder: (camid, modality)}, if the raw images lie in FOLDER/PID/; see `record_of_path`.
     """
 
     name: ClassVar[str]
@@ -47,39 +53,46 @@ class Dataset:
     protocols: ClassVar[tuple[type[Protocol], ...]] = ()
     licence: ClassVar[str] = "Nothing is known here of what the owner of the images allows; ask them."
     has_validation: ClassVar[bool] = False
+    camera_folders: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType({})
 
     def __init__(self, settings: DatasetSettings):
         self.settings = settings
 
     @classmethod
     def variants(cls) -> Mapping[str, DatasetSettings]:
-        """{'split_3': settings}, tfds's configurations; empty where there is one data set only."""
+        """The variants, which are tfds's configurations, as {'split_3': settings}; {} if there are none."""
         return {}
 
     @property
     def variant(self) -> str:
-        """The key of `variants` that the settings are of, or ''."""
+        """The variant that the settings choose, a key of `variants`; '' if there are none."""
         return ""
 
     @property
     def title(self) -> str:
-        """What messages call it: 'regdb trial 3'."""
+        """The name in messages: 'regdb trial 3'."""
         return self.name
 
     @property
     def options(self) -> str:
-        """The flags of prepare_data.py that name this variant: ' --trial 3'."""
+        """The flags of prepare_data.py that choose this variant: ' --trial 3'."""
         return ""
 
     def list_images(self, source: Path, split: str, report: Report = raise_fault) -> list[ImageRecord]:
-        """The images of `split` ('train' or 'test') in a fixed order. Faults of the lists go to `report`."""
+        """Lists the images of a split, in an order that is the same on every machine.
+
+        Args:
+          source: the raw folder.
+          split: 'train' or 'test'.
+          report: told each fault of the lists in one line.
+        """
         raise NotImplementedError
 
     def check_source(self, source: Path, images: Images, report: Report) -> None:
-        """Report what the lists of images cannot show."""
+        """Reports faults of the raw folder that its lists of images do not show, such as a missing companion."""
 
     def check_identities(self, source: Path, images: Images, report: Report) -> None:
-        """Report identities of both splits, and training identities that one modality lacks."""
+        """Reports identities that are in both splits, and training identities without images in one modality."""
         where = self._where(source)
         pids = {split: {image.pid for image in images[split]} for split in SPLITS}
         for pid in sorted(pids["train"] & pids["test"]):
@@ -92,7 +105,7 @@ class Dataset:
                 )
 
     def warnings(self, source: Path, images: Images) -> list[str]:
-        """What is unusual but no fault: other counts than the published ones."""
+        """What is unusual but no fault, a line each: counts that differ from the published ones."""
         found = []
         for split, published in self.published.items():
             counts = (
@@ -112,7 +125,7 @@ class Dataset:
         return str(source) + self.title.removeprefix(self.name)
 
     def evaluations(self, split: Split, directory: Path) -> list[Evaluation]:
-        """The tests on the test split, whose prepared data lie in `directory`."""
+        """The tests on the test split; `directory` is the folder of the prepared data, with the companions."""
         raise NotImplementedError
 
     def validations(self, split: Split) -> list[Evaluation]:
@@ -121,10 +134,19 @@ class Dataset:
 
     @classmethod
     def record_of_path(cls, path: str) -> ImageRecord | None:
-        """What the raw folders' layout says of an image at `path`, its parts between '/'; None for any other path."""
+        """What an image's path says in the layout of this data set; None for a path of another layout.
+
+        Args:
+          path: ends in FOLDER/PID/NAME, where FOLDER is one of the `camera_folders`; parts are separated by '/'.
+        """
+        above, pid, name = f"//{path}".rsplit("/", 2)
+        if pid.isdecimal() and name:
+            for folder, (camid, modality) in cls.camera_folders.items():
+                if above.endswith(f"/{folder}"):
+                    return ImageRecord(f"{folder}/{pid}/{name}", int(pid), camid, modality)
         return None
 
 
 def rows_of(split: Split, modality: int) -> Int[np.ndarray, " n"]:
-    """The images of a split in one modality."""
+    """The rows of a split's images in one modality."""
     return np.flatnonzero(split.modality == modality)

@@ -24,9 +24,8 @@ from mpanet_jax.protocol import (
     visible_and_infrared,
 )
 
-# The cameras of each modality, and its word in index files and folders. All cameras but 3 have both.
-CAMERAS = {VISIBLE: tuple(range(1, 10)), INFRARED: (1, 2, 4, 5, 6, 7, 8, 9)}
-WORDS = {VISIBLE: "vis", INFRARED: "nir"}
+CAMERAS = {VISIBLE: tuple(range(1, 10)), INFRARED: (1, 2, 4, 5, 6, 7, 8, 9)}  # camera 3 has visible images only
+WORDS = {VISIBLE: "vis", INFRARED: "nir"}  # in the names of index files and folders
 TEST_LIST = "idx/test_id.txt"
 
 _CAMERA = re.compile(r"_c(?:am)?0*(\d+)_|(?:^|/)cam0*(\d+)/")
@@ -34,20 +33,20 @@ _CAMERA = re.compile(r"_c(?:am)?0*(\d+)_|(?:^|/)cam0*(\d+)/")
 
 @dataclass(frozen=True)
 class LlcmProtocol(Protocol):
-    """Both directions; ten galleries of one image of each identity and camera; never the query's own camera."""
+    """Both directions; ten galleries of one image of each identity and camera.
+
+    A query meets no image of its own identity and camera.
+    """
 
     name = "llcm"
 
     def comparisons(self, query: Embeddings, gallery: Embeddings) -> list[Comparison]:
-        # Camera 3 alone tells the modality.
+        # Only camera 3 tells the modality.
         visible, infrared = visible_and_infrared(query, gallery, {3: VISIBLE})
         return [
             compare_across_cameras(one, other, [Setting(f"llcm/{direction}", one_image_each(other))])
             for direction, one, other in both_directions(visible, infrared)
         ]
-
-
-_LAYOUT = re.compile(r"(?:^|/)(test_(?P<word>vis|nir)/cam(?P<camera>[1-9])/(?P<pid>\d+)/[^/]+)$")
 
 
 class Llcm(Dataset):
@@ -57,21 +56,17 @@ class Llcm(Dataset):
     licence = "LLCM is for research; its authors give it out on a signed agreement: https://github.com/ZYK100/LLCM"
     published = MappingProxyType({"train": (713, 16946, 13975), "test": (351, 8680, 7166)})
     protocols = (LlcmProtocol,)
+    camera_folders = MappingProxyType(
+        {f"test_{WORDS[modality]}/cam{camid}": (camid, modality) for modality in CAMERAS for camid in CAMERAS[modality]}
+    )
 
     def list_images(self, source: Path, split: str, report: Report = raise_fault) -> list[ImageRecord]:
-        """The images of `split`, ordered by identity, camera and file name; `test` is test_vis and test_nir."""
+        """The images of a split, ordered by identity, camera, modality and path; see `Dataset.list_images`."""
         images = (_train_images if split == "train" else _test_images)(Path(source), report)
         return sorted(images, key=lambda image: (image.pid, image.camid, image.modality, image.path))
 
     def evaluations(self, split: Split, directory: Path) -> list[Evaluation]:
         return [Evaluation(rows_of(split, VISIBLE), rows_of(split, INFRARED), LlcmProtocol())]
-
-    @classmethod
-    def record_of_path(cls, path: str) -> ImageRecord | None:
-        if (match := _LAYOUT.search(path)) is None:
-            return None
-        modality = next(modality for modality, word in WORDS.items() if word == match["word"])
-        return ImageRecord(match[1], int(match["pid"]), int(match["camera"]), modality)
 
 
 def _train_images(source: Path, report: Report) -> list[ImageRecord]:
@@ -91,19 +86,14 @@ def _train_images(source: Path, report: Report) -> list[ImageRecord]:
 
 
 def _test_images(source: Path, report: Report) -> list[ImageRecord]:
-    cameras = []
-    for modality, camids in CAMERAS.items():
-        for camid in camids:
-            folder = f"test_{WORDS[modality]}/cam{camid}"
-            if (source / folder).is_dir():
-                cameras.append((folder, camid, modality))
-            else:
-                report(f"{source / folder}: camera folder missing; unpack LLCM's test_{WORDS[modality]} folder there")
+    for folder, (_, modality) in Llcm.camera_folders.items():
+        if not (source / folder).is_dir():
+            report(f"{source / folder}: camera folder missing; unpack LLCM's test_{WORDS[modality]} folder there")
     images = []
     for pid in read_identities(source / TEST_LIST, report):
         found = [
             ImageRecord(f"{folder}/{pid:04d}/{image}", pid, camid, modality)
-            for folder, camid, modality in cameras
+            for folder, (camid, modality) in Llcm.camera_folders.items()
             for image in image_names(source / folder / f"{pid:04d}")
         ]
         if not found:

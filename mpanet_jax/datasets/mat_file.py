@@ -1,8 +1,8 @@
-"""Cells and arrays of numbers from MATLAB 5 files.
+"""Reads cells and arrays of numbers from MATLAB 5 files.
 
-Not scipy's reader: damaged files end the whole program in it (scipy 1.17: a segmentation fault for unknown types and
-for sizes that do not fit). The format is MathWorks' "MAT-File Format", level 5: a header, then elements, each a tag
-with type and size and its bytes; a matrix is an element of elements.
+SciPy's reader crashes the whole program on damaged files (SciPy 1.17: a segmentation fault on unknown types, and on
+sizes that do not fit). The format is level 5 of MathWorks' "MAT-File Format": a header, then elements. An element is a
+tag, which holds its type and size, and its bytes; a matrix is an element that consists of elements.
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-_HEADER = 128  # bytes; the last two say the byte order
+_HEADER = 128  # bytes; the last two hold the byte order
 _MATRIX, _COMPRESSED = 14, 15
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _CELL = 1
@@ -22,10 +22,13 @@ _DEEPEST = 4  # cells in cells
 
 
 def read_variable(path: Path, name: str) -> np.ndarray:
-    """A variable: a cell as an array of objects, its items arrays again; or an array of numbers.
+    """Reads the variable `name` of a file.
+
+    Returns:
+      An array of numbers; for a cell an array of objects, whose items are such arrays.
 
     Raises:
-      ValueError: no such file format, no such variable, or one of another kind.
+      ValueError: the file is no MATLAB 5 file, is damaged, or has no such variable of these kinds.
       OSError: the file cannot be read.
     """
     data = path.read_bytes()
@@ -50,7 +53,7 @@ def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
             raise ValueError("cut off")
         kind, size = struct.unpack_from(f"{order}II", data, place)
         start = place + 8
-        if kind >> 16:  # up to four bytes, in the tag itself
+        if kind >> 16:  # a small element: up to four bytes, in the tag itself
             kind, size, start = kind & 0xFFFF, kind >> 16, place + 4
             place += 8
             fits = size <= 4

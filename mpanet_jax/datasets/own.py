@@ -1,10 +1,11 @@
-"""Your own cameras: a folder of images and `images.csv`, which says of each whose it is and what it is for.
+"""Your own cameras: a folder of images, and an `images.csv` that says who is in each image and what it is for.
 
     path,pid,camid,modality,split
     night/0001.png,anna,3,infrared,train
 
-UTF-8, with the header; paths are relative to the folder. pid is any text; camid a number, or empty where it is unknown;
-modality visible or infrared; split train, val, test, query or gallery. Other columns are not read; see docs/data.md.
+The file is UTF-8 and has this header. Paths are relative to the folder. pid is any text; camid is a number, or empty if
+it is unknown; modality is visible or infrared; split is train, val, test, query or gallery. Other columns are ignored.
+See docs/data.md.
 """
 
 import csv
@@ -34,14 +35,14 @@ from mpanet_jax.settings import DatasetSettings, one_of, setting
 
 CSV_FILE = "images.csv"
 COLUMNS = ("path", "pid", "camid", "modality", "split")
-PARTS = {"train": ("train", "val"), "test": ("test", "query", "gallery")}  # of each split that is built
+PARTS = {"train": ("train", "val"), "test": ("test", "query", "gallery")}  # split that is built → its parts in the CSV
 MODALITIES = {name: modality for modality, name in MODALITY_NAMES.items()}
 LARGEST_CAMID = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class OwnSettings(DatasetSettings):
-    """A CSV data set's, with a field of its own."""
+    """The settings of a CSV data set: the common ones and `drop_unpaired`."""
 
     name: str = setting("own", "the data set", one_of("own"))
     drop_unpaired: bool = setting(False, "leave out training identities that have images of one modality only")
@@ -49,7 +50,10 @@ class OwnSettings(DatasetSettings):
 
 @dataclass(frozen=True)
 class OwnProtocol(Protocol):
-    """Both directions, all images of one modality against all of the other; never the query's own known camera."""
+    """Both directions, all images of one modality against all of the other.
+
+    A query meets no image of its own identity and camera, if its camera is known.
+    """
 
     name = "own"
 
@@ -62,7 +66,10 @@ class OwnProtocol(Protocol):
 
 @dataclass(frozen=True)
 class QueryGalleryProtocol(Protocol):
-    """The queries against the gallery as they are, of whatever modality; never the query's own known camera."""
+    """The images of part 'query' against those of part 'gallery', whatever their modalities.
+
+    A query meets no image of its own identity and camera, if its camera is known.
+    """
 
     name = "query_gallery"
 
@@ -74,16 +81,16 @@ class Own(Dataset):
     """Images of your own cameras, listed in images.csv."""
 
     name = "own"
-    licence = "The images are the own ones of whoever trained the model; ask them what may be done with it."
+    licence = "The images belong to whoever trained the model; ask them what may be done with it."
     settings_class = OwnSettings
     companions = (CSV_FILE,)
     protocols = (OwnProtocol, QueryGalleryProtocol)
     has_validation = True
 
     def list_images(self, source: Path, split: str, report: Report = raise_fault) -> list[ImageRecord]:
-        """The images of `split`, ordered by identity, camera, modality and path.
+        """The images of a split, ordered by identity, camera, modality and path; see `Dataset.list_images`.
 
-        With `drop_unpaired`, identities of the training split that one modality lacks are left out.
+        With `drop_unpaired`, training identities without images in one modality are left out.
         """
         images = [image for image in read_csv(Path(source), report) if image.part in PARTS[split]]
         assert isinstance(self.settings, OwnSettings)
@@ -93,7 +100,7 @@ class Own(Dataset):
         return sorted(images, key=lambda image: (image.pid, image.camid, image.modality, image.path))
 
     def check_identities(self, source: Path, images: Images, report: Report) -> None:
-        """Report identities in two lists that must not share any, unpaired and untestable ones, and empty lists."""
+        """Reports identities in two parts that must not share any, unpaired identities, and parts that test nothing."""
         path, everything_listed = Path(source) / CSV_FILE, [image for split in images.values() for image in split]
         for message in (
             *_shared_identities(everything_listed),
@@ -103,7 +110,7 @@ class Own(Dataset):
             report(f"{path}{message}")
 
     def warnings(self, source: Path, images: Images) -> list[str]:
-        """The training identities that `drop_unpaired` left out, each by name."""
+        """A line for each training identity that `drop_unpaired` has left out, with its name."""
         kept = {image.path for image in images["train"]}
         listed = read_csv(Path(source), report=lambda fault: None)
         return [
@@ -131,14 +138,20 @@ def _both_modalities(split: Split, rows: np.ndarray) -> list[Evaluation]:
 
 
 def read_csv(source: Path, report: Report, file: str = CSV_FILE) -> list[ImageRecord]:
-    """The images that `source / file` lists, in its order; a pid's number is its place among the sorted names.
+    """Reads a list of images.
 
-    Every fault goes to `report` with the number of its line (the header is line 1), and its image is left out.
+    Args:
+      source: the folder of images.
+      report: told each fault in one line, with its line's number (the header is line 1); the image is left out.
+      file: the list's name in the folder.
+
+    Returns:
+      The images in the list's order. An identity's pid is its place among the sorted names, from 0.
     """
     path = source / file
     text = read_text(path, report)
     if not text:
-        if path.is_file() and not path.stat().st_size:  # what is no text is reported already
+        if path.is_file() and not path.stat().st_size:  # `read_text` has reported anything else
             report(f"{path}:1: empty; expected the header {','.join(COLUMNS)}")
         return []
     rows = csv.reader(io.StringIO(text, newline=""))
@@ -197,7 +210,7 @@ def _image(source: Path, fields: dict[str, str], line: int) -> tuple[ImageRecord
 
 
 def _by_name(images: Iterable[ImageRecord]) -> dict[str, list[ImageRecord]]:
-    """{name: its images in the order of their lines}."""
+    """{identity's name: its images in the order of their lines}."""
     found = defaultdict(list)
     for image in sorted(images, key=lambda image: image.line):
         found[image.pid_name].append(image)
@@ -205,7 +218,7 @@ def _by_name(images: Iterable[ImageRecord]) -> dict[str, list[ImageRecord]]:
 
 
 def _shared_identities(images: Iterable[ImageRecord]) -> Iterator[str]:
-    """Identities that are in more than one of: train, val, and the three of the test split."""
+    """Faults: identities that are in more than one of train, val and the test split's three parts."""
     for name, of_pid in _by_name(images).items():
         first: dict[str, ImageRecord] = {}
         for image in of_pid:
@@ -219,7 +232,7 @@ def _shared_identities(images: Iterable[ImageRecord]) -> Iterator[str]:
 
 
 def _unpaired(images: Iterable[ImageRecord]) -> dict[str, ImageRecord]:
-    """{name: its first image} of the identities of the training split whose images are of one modality."""
+    """{identity's name: its first image} for training identities whose images are all of one modality."""
     by_name = _by_name(image for image in images if image.part in PARTS["train"])
     return {name: of_pid[0] for name, of_pid in by_name.items() if len({image.modality for image in of_pid}) == 1}
 
@@ -233,7 +246,7 @@ def _unpaired_faults(images: Iterable[ImageRecord]) -> Iterator[str]:
 
 
 def _untestable(images: list[ImageRecord]) -> Iterator[str]:
-    """Parts without images, and tests in which no query can have a match."""
+    """Faults: parts without images, and tests in which no query can have a match."""
     seen: dict[str, dict[int, set[str]]] = defaultdict(lambda: {VISIBLE: set(), INFRARED: set()})
     for image in images:
         seen[image.part][image.modality].add(image.pid_name)

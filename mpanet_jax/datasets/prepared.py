@@ -1,4 +1,4 @@
-"""Prepared data sets: build them once, all or nothing, and open their splits quickly."""
+"""Prepared data sets: built once, whole or not at all, and opened quickly."""
 
 import contextlib
 import fcntl
@@ -27,12 +27,16 @@ from mpanet_jax.files import write_whole
 from mpanet_jax.progress import track as progress_bar
 from mpanet_jax.settings import DatasetSettings
 
-# In a prepared folder: the raw folder that it was made from.
+# A file in the prepared folder that names the raw folder.
 SOURCE_FILE = "source.txt"
 
 
 def make_builder(settings: DatasetSettings) -> RawDatasetBuilder:
-    """The tfds builder of a data set: as `tfds.builder(name, data_dir=...)` gives it, with the settings' own fields."""
+    """The tfds builder of a data set: that of `tfds.builder(name, data_dir=…)`, with all fields of the settings.
+
+    Raises:
+      SettingsError: the settings fit no data set.
+    """
     dataset = make_dataset(settings)
     config = {"config": dataset.variant} if dataset.variant else {}
     builder = builder_class(type(dataset))(data_dir=Path(settings.data_dir).expanduser().absolute(), **config)
@@ -41,13 +45,13 @@ def make_builder(settings: DatasetSettings) -> RawDatasetBuilder:
 
 
 def prepared_dir(settings: DatasetSettings) -> Path:
-    """Where `prepare` puts a data set: tfds's `data_dir/name[/variant]/version`."""
+    """The folder in which `prepare` puts a data set: tfds's `data_dir/name[/variant]/version`."""
     dataset = make_dataset(settings)
     return Path(settings.data_dir, dataset.name, dataset.variant, VERSION).expanduser()
 
 
 def is_prepared(settings: DatasetSettings) -> bool:
-    """Whether the whole data set is there."""
+    """Whether the data set is prepared in `settings.data_dir`."""
     directory = prepared_dir(settings)
     files = ["dataset_info.json", *(f"index_{split}.npz" for split in SPLITS)]
     files += [Path(companion).name for companion in make_dataset(settings).companions]
@@ -55,19 +59,22 @@ def is_prepared(settings: DatasetSettings) -> bool:
 
 
 def prepare(settings: DatasetSettings, *, verify: bool = True, track: Track = no_progress) -> Path:
-    """Build a data set below `settings.data_dir` unless it is there, and return its directory.
+    """Builds a data set below `settings.data_dir`, unless it is there already.
 
-    The directory appears by one rename when all of it is written: a run that was killed leaves nothing that could
-    be taken for a data set, and the next run removes its remains. Runs on one machine wait for each other.
+    The folder gets its name once all of it is written: a run that is killed leaves nothing that looks like a data set,
+    and the next one removes its remains. Runs on one machine wait for each other.
 
     Args:
-      settings: which data set; `source` is its raw folder, '' where the data are expected to be prepared already. Where
-        they are, but from another folder or from other lists, a line on stderr says so.
-      verify: check the raw folder first, every image decoded; False where that has just been done.
+      settings: which data set; `source` is its raw folder, or '' if the data must be prepared already. If they were
+        prepared from another folder, or from lists that have changed since, a line on stderr says so.
+      verify: first check the raw folder and decode every image; False if that has just been done.
       track: shows a progress bar; see `builder.Track`.
 
+    Returns:
+      The folder of the prepared data.
+
     Raises:
-      UserError: neither prepared data nor a source is there, or the source has faults.
+      UserError: there are neither prepared data nor a source, or the source has faults.
     """
     dataset, target = make_dataset(settings), prepared_dir(settings)
     source = Path(settings.source).expanduser() if settings.source else None
@@ -92,7 +99,7 @@ def prepare(settings: DatasetSettings, *, verify: bool = True, track: Track = no
             return target
         if target.exists():
             raise UserError(f"{target}: not a prepared data set of this program; delete it and run again")
-        prefix, suffix = "incomplete.", f"_{target.name}"  # tfds's, of directories it is writing
+        prefix, suffix = "incomplete.", f"_{target.name}"  # of the folders that tfds is writing
         if locked:
             for remains in target.parent.glob(f"{prefix}*{suffix}"):
                 shutil.rmtree(remains, ignore_errors=True)
@@ -106,7 +113,7 @@ def prepare(settings: DatasetSettings, *, verify: bool = True, track: Track = no
     return target
 
 
-@functools.cache  # once in a program that opens both splits
+@functools.cache  # a program that opens both splits warns once
 def _warn_of_another_source(target: Path, source: Path, companions: tuple[str, ...]) -> None:
     record = target / SOURCE_FILE
     again = "delete the prepared folder, or name another dataset.data_dir, to prepare from there"
@@ -124,10 +131,12 @@ def _warn_of_another_source(target: Path, source: Path, companions: tuple[str, .
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What a model is tested on: a split, and the tests on its rows.
+    """What a model is tested on.
 
     Attributes:
-      title: what the results call it: 'sysu_mm01', 'sysu_mm01 validation'.
+      title: its name in the results: 'sysu_mm01', 'sysu_mm01 validation'.
+      split: the images.
+      evaluations: the tests on them.
     """
 
     title: str
@@ -136,12 +145,14 @@ class EvaluationSet:
 
 
 def open_split(settings: DatasetSettings, split: str) -> Split:
-    """A split, 'train' or 'test', of the data set of the settings, prepared on demand from its source.
+    """Opens a split of a data set, which is prepared from its source if need be.
 
-    With `settings.validation` the training split is its part 'train' alone.
+    Args:
+      settings: which data set. With `validation`, the training split is its part 'train' only.
+      split: 'train' or 'test'.
 
     Raises:
-      UserError: as `prepare` and `load_split`; no image of that part.
+      UserError: as `prepare` and `load_split`, or the part 'train' has no image.
     """
     prepare(settings, track=progress_bar)
     whole = load_split(settings, split)
@@ -149,22 +160,22 @@ def open_split(settings: DatasetSettings, split: str) -> Split:
 
 
 def open_evaluation(settings: DatasetSettings, *, validation: bool = False) -> EvaluationSet:
-    """The test set, or the validation identities, prepared on demand.
+    """Opens the test set of a data set, or its validation identities; prepares the data set if need be.
 
     Raises:
-      UserError: as `open_split`.
+      UserError: as `open_split`; or a file of the protocol, such as SYSU-MM01's permutations, does not fit the images.
     """
     dataset = make_dataset(settings)
     if validation:
         prepare(settings, track=progress_bar)
         split = _part(settings, load_split(settings, "train"), "val")
-        return _readable(EvaluationSet(f"{dataset.title} validation", split, dataset.validations(split)))
+        return _checked(EvaluationSet(f"{dataset.title} validation", split, dataset.validations(split)))
     split = open_split(settings, "test")
-    return _readable(EvaluationSet(dataset.title, split, dataset.evaluations(split, prepared_dir(settings))))
+    return _checked(EvaluationSet(dataset.title, split, dataset.evaluations(split, prepared_dir(settings))))
 
 
-def _readable(tested: EvaluationSet) -> EvaluationSet:
-    """The set, once all files of its protocols have been read and fit its images: not only after hours of training."""
+def _checked(tested: EvaluationSet) -> EvaluationSet:
+    """The set, once its protocols' files are found readable and fit for its images: no run should fail at its end."""
     split = tested.split
 
     def images(rows: np.ndarray) -> Embeddings:
@@ -188,9 +199,17 @@ def _part(settings: DatasetSettings, split: Split, part: str) -> Split:
 
 
 def load_split(settings: DatasetSettings, split: str) -> Split:
-    """Open the prepared split 'train' or 'test': metadata in memory, encoded images on demand.
+    """Opens a prepared split: its metadata are read into memory, its images on demand.
 
-    The order is `list_images`'s and so the same on every machine. Raises `UserError` when it is not prepared.
+    Args:
+      settings: which data set.
+      split: 'train' or 'test'.
+
+    Returns:
+      The split, in the order of `list_images`, which is the same on every machine.
+
+    Raises:
+      UserError: there is no such split, it is not prepared, or it is damaged.
     """
     if split not in SPLITS:
         raise UserError(f"split '{split}': expected train or test")
@@ -199,7 +218,7 @@ def load_split(settings: DatasetSettings, split: str) -> Split:
     again = "delete the directory and prepare it again"
     try:
         builder = make_builder(settings)
-    except Exception as error:  # protobuf's and tfds's, for a dataset_info.json or features.json that is damaged
+    except Exception as error:  # what protobuf and tfds raise for a damaged dataset_info.json or features.json
         reason = first_line(error)[:200]
         raise UserError(f"{prepared_dir(settings)}: its dataset_info.json is damaged ({reason}); {again}") from error
     try:
@@ -220,7 +239,7 @@ def load_split(settings: DatasetSettings, split: str) -> Split:
             raise UserError(f"{builder.data_dir}: records and index differ; {again}")
         for end in np.cumsum(builder.info.splits[split].shard_lengths):
             records[int(end) - 1]  # opens each file
-    except (RuntimeError, ValueError, OSError) as error:  # what array_record and tfds raise for a file cut off or gone
+    except (RuntimeError, ValueError, OSError) as error:  # from array_record and tfds: a file is cut off or missing
         reason = first_line(error)[:200]
         raise UserError(f"{builder.data_dir}: the records of '{split}' are damaged ({reason}); {again}") from error
     name = f"{builder.dataset.name}/{split}"
@@ -241,7 +260,7 @@ def _not_prepared(dataset: Dataset) -> str:
 
 @contextlib.contextmanager
 def _exclusive(directory: Path) -> Iterator[bool]:
-    """Hold the lock of a directory; the kernel lets it go when the process dies. False where locks do not work."""
+    """Holds the lock of a folder; yields False if the disk has no locks. The system releases it if the process dies."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:

@@ -1,7 +1,7 @@
-"""Reading raw data sets: identity lists, index files, image folders and image files.
+"""Readers of raw data sets: identity lists, index files, image folders and image files.
 
-Every reader takes `report`, a function that is told each fault as one line (file, what was expected, the fix).
-`raise_fault` stops at the first one (building); the verifier passes `list.append` and gets them all.
+The readers call `report` with each fault, in one line: the file, what was expected, the fix. With `raise_fault` the
+first fault stops them, as when a data set is built; with a list's `append` they go on, and `verify` gets all faults.
 """
 
 import io
@@ -19,12 +19,12 @@ _STORED_AS_THEY_ARE = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # JPEG and PNG si
 
 
 def raise_fault(message: str) -> None:
-    """The report that stops at the first fault: raises `UserError(message)`."""
+    """The `report` that stops at the first fault: raises `UserError(message)`."""
     raise UserError(message)
 
 
 def read_text(path: Path, report: Report) -> str:
-    """The text of a list file, '' when it is missing or not text (reported)."""
+    """The text of a list file; '' if it is missing or no text, which is reported."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
@@ -35,14 +35,14 @@ def read_text(path: Path, report: Report) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a number from 0 on that int32 holds."""
+    """Whether a text is a whole number from 0 to 2³¹ − 1, in ASCII digits."""
     return text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**31
 
 
 def read_identities(path: Path, report: Report) -> list[int]:
-    """The identities of a list like `1,2,3` (commas, spaces or line breaks), in the file's order, each once.
+    """The identities of a list like `1,2,3` (commas, spaces or line breaks between them), in its order, each once.
 
-    Reports a missing or empty list, an entry that is no positive number, and one that is listed twice.
+    Reports a list that is missing or empty, and entries that are no positive numbers or are listed twice.
     """
     text = read_text(path, report)
     entries = text.replace(",", " ").split()
@@ -60,7 +60,7 @@ def read_identities(path: Path, report: Report) -> list[int]:
 
 
 def image_names(folder: Path) -> list[str]:
-    """The image files of a folder, sorted by name; suffixes in any case; [] when the folder is missing."""
+    """The sorted names of a folder's image files, with suffixes in any case; [] if the folder is missing."""
     try:
         names = [entry.name for entry in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -69,11 +69,18 @@ def image_names(folder: Path) -> list[str]:
 
 
 def read_index(path: Path, root: Path, report: Report) -> list[tuple[str, int]]:
-    """The `(image path, label)` lines of an index file such as `Visible/285/name.bmp 0`.
+    """Reads an index file, whose lines are `path label`, such as `Visible/285/name.bmp 0`.
 
-    Paths are relative to `root` and may hold spaces; where only the suffix's case differs from the file on disk
-    (`.bmp`, `.BMP`), the file on disk is meant. Reports lines of another form, repeated paths, paths that leave
-    the root and files that are not there.
+    Reports lines of another form, paths that come twice or leave `root`, and files that are missing.
+
+    Args:
+      path: of the index file.
+      root: the folder to which its paths are relative. They may hold spaces, and their suffixes may differ from those
+        of the files in case (`.bmp`, `.BMP`).
+      report: told each fault.
+
+    Returns:
+      (path of the file on disk below `root`, label) of each sound line.
     """
     images: dict[str, int] = {}
     folders: dict[str, dict[str, str]] = {}
@@ -109,7 +116,7 @@ def read_index(path: Path, root: Path, report: Report) -> list[tuple[str, int]]:
 
 
 def check_labels(path: Path, pid_labels: list[tuple[int, int]], report: Report) -> None:
-    """Report identities with two labels and labels with two identities in the `(pid, label)` pairs of an index file."""
+    """Reports identities with two labels, and labels with two identities, among an index file's (pid, label) pairs."""
     labels: dict[int, int] = {}
     pids: dict[int, int] = {}
     for pid, label in dict.fromkeys(pid_labels):
@@ -125,7 +132,7 @@ def _suffix_lowered(name: str) -> str:
 
 
 def decode_fault(path: Path) -> str | None:
-    """Decode every pixel of an image file; None when that works, else the fault in one line."""
+    """Decodes an image file whole; returns the fault in one line, or None if it is sound."""
     try:
         if path.stat().st_size == 0:
             return f"{path}: empty file; restore it from the original archive"
@@ -143,9 +150,10 @@ def decode_fault(path: Path) -> str | None:
 
 
 def read_encoded(path: Path) -> bytes:
-    """The bytes to store for an image file: JPEG and PNG files as they are, anything else (BMP) as lossless PNG.
+    """The bytes to store for an image file: those of a JPEG or PNG file; any other (BMP) is stored as lossless PNG.
 
-    Raises `UserError` where the file is no image.
+    Raises:
+      UserError: the file is no image.
     """
     data = path.read_bytes()
     if data.startswith(_STORED_AS_THEY_ARE):

@@ -1,11 +1,10 @@
 """RegDB: 412 identities, ten visible and ten thermal images each, ten random splits (Nguyen et al., Sensors 2017).
 
 On disk: `Visible/{id}/*.bmp`, `Thermal/{id}/*.bmp` and `idx/{train,test}_{visible,thermal}_{1..10}.txt` with lines
-like `Visible/285/name.bmp 0`. The number behind the path is the identity's label within its file; an identity's
-number here is its folder's, which is the same in every split.
+like `Visible/285/name.bmp 0`. The number after the path is the identity's label within the file. Here an identity's
+number is that of its folder, which is the same in all splits.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,12 +27,11 @@ from mpanet_jax.settings import DatasetSettings, between, one_of, setting
 
 TRIALS = range(1, 11)
 CAMERAS = {1: VISIBLE, 2: INFRARED}
-FOLDERS = {1: "Visible", 2: "Thermal"}
 
 
 @dataclass(frozen=True)
 class RegdbSettings(DatasetSettings):
-    """RegDB's, with a field of its own."""
+    """The settings of RegDB: the common ones and `trial`."""
 
     name: str = setting("regdb", "the data set", one_of("regdb"))
     trial: int = setting(1, "which of the ten splits", between(TRIALS[0], TRIALS[-1]))
@@ -53,9 +51,6 @@ class RegdbProtocol(Protocol):
         ]
 
 
-_LAYOUT = re.compile(r"(?:^|/)((?P<folder>Visible|Thermal)/(?P<pid>\d+)/[^/]+)$")
-
-
 class Regdb(Dataset):
     """RegDB: visible and thermal images of 412 people; one variant for each of the ten random splits."""
 
@@ -64,6 +59,7 @@ class Regdb(Dataset):
     settings_class = RegdbSettings
     published = MappingProxyType({"train": (206, 2060, 2060), "test": (206, 2060, 2060)})
     protocols = (RegdbProtocol,)
+    camera_folders = MappingProxyType({"Visible": (1, VISIBLE), "Thermal": (2, INFRARED)})
 
     @classmethod
     def variants(cls) -> Mapping[str, DatasetSettings]:
@@ -82,10 +78,10 @@ class Regdb(Dataset):
         return f" --trial {self.settings.trial}"
 
     def list_images(self, source: Path, split: str, report: Report = raise_fault) -> list[ImageRecord]:
-        """The images of `split` of the trial, ordered by identity, camera and file name; camera 2 is thermal."""
+        """The images of a split of the trial, ordered by identity, camera and path; see `Dataset.list_images`."""
         source = Path(source)
         images = []
-        for camid, folder in FOLDERS.items():
+        for folder, (camid, modality) in self.camera_folders.items():
             if not (source / folder).is_dir():
                 report(f"{source / folder}: folder missing; unpack RegDB's {folder} folder there")
                 continue
@@ -96,17 +92,10 @@ class Regdb(Dataset):
                 if len(parts) != 3 or parts[0] != folder or not parts[1].isdigit():
                     report(f"{index}: '{path}' is not of the form '{folder}/identity/name.bmp'; correct the line")
                     continue
-                images.append(ImageRecord(path, int(parts[1]), camid, CAMERAS[camid]))
+                images.append(ImageRecord(path, int(parts[1]), camid, modality))
                 pid_labels.append((int(parts[1]), label))
             check_labels(index, pid_labels, report)
         return sorted(images, key=lambda image: (image.pid, image.camid, image.path))
 
     def evaluations(self, split: Split, directory: Path) -> list[Evaluation]:
         return [Evaluation(rows_of(split, VISIBLE), rows_of(split, INFRARED), RegdbProtocol())]
-
-    @classmethod
-    def record_of_path(cls, path: str) -> ImageRecord | None:
-        if (match := _LAYOUT.search(path)) is None:
-            return None
-        camid = next(camid for camid, folder in FOLDERS.items() if folder == match["folder"])
-        return ImageRecord(match[1], int(match["pid"]), camid, CAMERAS[camid])

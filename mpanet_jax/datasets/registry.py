@@ -1,4 +1,4 @@
-"""The data sets by name: a new one is a file beside this one and its class in the line of DATASETS."""
+"""The data sets by name. A new one is a file beside this one, and its class in the line of DATASETS."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,16 +19,24 @@ PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for dataset in DATASETS.va
 
 
 def make_dataset(settings: DatasetSettings) -> Dataset:
-    """The data set that the settings are of; raises `SettingsError` for settings that cannot be."""
+    """The data set that the settings describe.
+
+    Raises:
+      SettingsError: a field has a value that it cannot have.
+    """
     check(settings, "dataset.")
     return DATASETS[settings.name](settings)
 
 
 def settings_of(tree: Mapping[str, Any]) -> DatasetSettings:
-    """The settings that plain values describe; they may hold other data sets' own fields, at their defaults.
+    """Makes the settings of a data set, of its own class, from a dict of plain values.
+
+    Args:
+      tree: {field: value}; 'name' says which data set. Fields that only other data sets have may be there, if they have
+        their defaults.
 
     Raises:
-      SettingsError: an unknown data set or field, or a value that cannot be.
+      SettingsError: an unknown data set or field, or a value that the field cannot have.
     """
     name = tree.get("name", DatasetSettings.name)
     if name not in DATASETS:
@@ -43,7 +51,7 @@ def settings_of(tree: Mapping[str, Any]) -> DatasetSettings:
 
 
 def own_fields() -> dict[str, type[Dataset]]:
-    """{field: data set} of the settings that only one data set has."""
+    """{field: data set} for the fields of settings that a single data set has."""
     common = {field.name for field in dataclasses.fields(DatasetSettings)}
     return {
         field.name: dataset
@@ -54,10 +62,14 @@ def own_fields() -> dict[str, type[Dataset]]:
 
 
 def make_protocol(name: str, **arguments: Any) -> Protocol:
-    """The protocol called `name`; an argument that is None counts as not given.
+    """Makes the protocol called `name`.
+
+    Args:
+      name: a key of PROTOCOLS.
+      **arguments: the fields of its class, such as SYSU-MM01's `permutation`; None counts as not given.
 
     Raises:
-      ArgumentError: an unknown name, an argument that the protocol needs, or one that it does not read.
+      ArgumentError: an unknown name, a missing argument, or one that the protocol does not have.
     """
     if name not in PROTOCOLS:
         raise ArgumentError("protocol", expected_one_of(name, PROTOCOLS))
@@ -79,6 +91,10 @@ def _fields(name: str) -> list[str]:
 
 
 def record_of_path(path: str) -> ImageRecord | None:
-    """What a known layout of raw folders says of an image at `path`; the most special layout is asked first."""
+    """What an image's path says in the layouts of all data sets; None if it fits none.
+
+    If several fit, the one with the longest part of the path counts: LLCM's test_vis/cam3/… also ends in SYSU-MM01's
+    cam3/….
+    """
     matches = [dataset.record_of_path(path) for dataset in DATASETS.values()]
     return max((match for match in matches if match), key=lambda record: len(record.path), default=None)

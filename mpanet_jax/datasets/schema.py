@@ -1,7 +1,7 @@
-"""What every data set of this project looks like: one image's record, and a split of them.
+"""What data sets consist of: the record of one image, and a split, which is many of them.
 
-A data set has two splits that are built, `train` and `test`. Its own lists may cut these further, into parts: SYSU-MM01
-trains on its lists `train` and `val`, a CSV data set tests on `test`, or on `query` and `gallery`.
+Two splits of a data set are built, `train` and `test`. They may have parts: SYSU-MM01 trains on its lists `train` and
+`val`, and a CSV data set tests on `test`, or on `query` and `gallery`.
 """
 
 import dataclasses
@@ -17,29 +17,39 @@ __all__ = ["INFRARED", "MODALITY_NAMES", "UNKNOWN", "VISIBLE", "ImageRecord", "S
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image file of a raw data set, before it is built."""
+    """One image file of a raw data set.
 
-    path: str  # below the raw root, with '/' between parts: 'cam1/0007/0003.jpg'
-    pid: int  # the identity as the data set numbers it
-    camid: int  # the camera as the data set numbers it, or UNKNOWN
-    modality: int  # VISIBLE or INFRARED
-    part: str = ""  # the list that it is in, where the split has several
-    pid_name: str = ""  # what the data set calls the identity, where that is no number
-    line: int = 0  # of the file that lists the images with all that is known of them, where there is one
+    Attributes:
+      path: below the raw folder, with '/' between parts: 'cam1/0007/0003.jpg'.
+      pid: the identity, as the data set numbers it.
+      camid: the camera, as the data set numbers it, or UNKNOWN.
+      modality: VISIBLE or INFRARED.
+      part: the part of the split that it is in, if there are parts.
+      pid_name: the identity's name, if the data set has names and no numbers.
+      line: the image's line in images.csv, if there is one.
+    """
+
+    path: str
+    pid: int
+    camid: int
+    modality: int
+    part: str = ""
+    pid_name: str = ""
+    line: int = 0
 
 
 @dataclass(frozen=True)
 class Split:
-    """A prepared split: the metadata of N images in memory, their encoded bytes on demand.
+    """A prepared split: the metadata of N images in memory, and their files on demand.
 
     Attributes:
-      name: for messages and file names, 'sysu_mm01/train'.
-      pids, camids, modality: int32[N]; identities as the data set numbers them.
-      paths: str[N], relative to the raw root.
-      encoded: a random-access sequence; `encoded[i]` is the JPEG or PNG file of image i as bytes. Picklable.
-      fingerprint: changes whenever the prepared data change; caches are keyed by it.
-      parts: str[N], which list an image is in; '' where the split has no parts.
-      pid_names: str[N], what the data set calls the pids; None where they are its own numbers.
+      name: for messages and file names, such as 'sysu_mm01/train'.
+      pids, camids, modality: int32[N]; identities and cameras as the data set numbers them.
+      paths: str[N], below the raw folder.
+      encoded: a random-access sequence; `encoded[i]` is the JPEG or PNG file of image i as bytes. It can be pickled.
+      fingerprint: changes whenever the prepared data change; caches have it in their names.
+      parts: str[N], the part that each image is in; '' if the split has no parts.
+      pid_names: str[N], the names of the identities; None if the data set has numbers.
     """
 
     name: str
@@ -65,7 +75,7 @@ class Split:
         return len(np.unique(self.pids))
 
     def only(self, part: str) -> "Split":
-        """The images of one part, as a split of its own."""
+        """The images of one part, as a split."""
         rows = np.flatnonzero(self.parts == part)
         columns = ("pids", "camids", "modality", "paths", "parts", "pid_names")
         return dataclasses.replace(

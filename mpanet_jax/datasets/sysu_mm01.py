@@ -6,7 +6,6 @@ On disk: `cam{1..6}/{id:04d}/{n:04d}.jpg`, `exp/{train,val,test}_id.txt` (one co
 
 import os
 import random
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,12 +45,14 @@ Permutation = dict[tuple[int, int], np.ndarray]
 
 
 def load_permutation(path: str | os.PathLike) -> Permutation:
-    """Read SYSU-MM01's `rand_perm_cam.mat`: {(camid, pid): uint8[10 trials, n]}, n ≥ 1.
+    """Reads SYSU-MM01's `rand_perm_cam.mat`.
 
-    Row t is a permutation of 1…n, the order in which trial t takes that identity's n images of that camera.
+    Returns:
+      {(camid, pid): uint8[10, n]} for every identity with n ≥ 1 images in a camera. Row t is a permutation of 1…n: the
+      order in which trial t takes these images.
 
     Raises:
-      UserError: names the file: missing, no MATLAB 5 file, or of other contents.
+      UserError: the file is missing, no MATLAB 5 file, or has other contents; the message names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -88,13 +89,13 @@ def _images_permuted(permutation: Permutation, pid: int, camid: int) -> int:
 
 # ---- the protocols ----
 
-# (the rows of each (pid, camid) in the order of their paths, trial, how many of each at most) → the rows drawn
+# ({(pid, camid): rows in the order of their paths}, trial, most images of each) → the rows drawn
 _Draw = Callable[[dict[tuple[int, int], np.ndarray], int, int], list[int]]
 
 
 class _SysuMm01Protocol(Protocol):
     def places(self, embeddings: Embeddings) -> Int[np.ndarray, " n"]:
-        """The rooms: camera 3 stands in camera 2's."""
+        """int[N]: the room of each image's camera; cameras 2 and 3 share one."""
         return _rooms(embeddings)
 
 
@@ -102,7 +103,9 @@ class _SysuMm01Protocol(Protocol):
 class SysuMm01Protocol(_SysuMm01Protocol):
     """Queries of cameras 3 and 6; ten galleries of cameras 1 2 4 5 (all) or 1 2 (indoor), by the permutation file.
 
-    The rows of the file refer to the images of an identity and camera in the order of their paths.
+    Attributes:
+      permutation: the file, rand_perm_cam.mat. Its numbers refer to the images of an identity and camera in the order
+        of their paths.
     """
 
     permutation: str | os.PathLike
@@ -126,7 +129,10 @@ class SysuMm01Protocol(_SysuMm01Protocol):
 
 @dataclass(frozen=True)
 class SysuMm01RandomProtocol(_SysuMm01Protocol):
-    """The same, with galleries that Python's generator, seeded with the trial, draws from the sorted files."""
+    """As `SysuMm01Protocol`, without the permutation file.
+
+    Python's generator, seeded with the trial, draws the galleries from the sorted paths.
+    """
 
     name = "sysu_mm01_random"
 
@@ -152,7 +158,7 @@ def _comparison(query: Embeddings, gallery: Embeddings, draw: _Draw) -> Comparis
 
 
 def _rooms(embeddings: Embeddings) -> Int[np.ndarray, " n"]:
-    """int[N]: the room that each image's camera stands in."""
+    """int[N]: the room of each image's camera."""
     return np.array([ROOMS.get(camid, camid) for camid in embeddings.camids.tolist()])
 
 
@@ -164,11 +170,11 @@ def _check_cameras(query: Embeddings, gallery: Embeddings) -> None:
         others = sorted(set(embeddings.camids.tolist()) - set(cameras))
         if others:
             raise UserError(f"{embeddings.source}: has images of camera {others[0]}; SYSU-MM01's {what}")
-        known_modality(embeddings, CAMERAS)  # refuses a modality that the cameras contradict
+        known_modality(embeddings, CAMERAS)  # raises where the cameras contradict the stored modality
 
 
 def _check_complete(query: Embeddings, gallery: Embeddings, permutation: Permutation, path: str) -> None:
-    """Refuse a gallery that is not the whole test set which the permutation was drawn for."""
+    """Refuses a gallery that is not the whole test set for which the permutation was drawn."""
     images = images_by_identity_and_camera(gallery)
     for camid in GALLERY_CAMERAS["all"]:
         for pid in sorted({*query.pids.tolist(), *gallery.pids.tolist()}):
@@ -183,9 +189,6 @@ def _check_complete(query: Embeddings, gallery: Embeddings, permutation: Permuta
 # ---- the data set ----
 
 
-_LAYOUT = re.compile(r"(?:^|/)(cam(?P<camera>[1-6])/(?P<pid>\d+)/[^/]+)$")
-
-
 class SysuMm01(Dataset):
     """SYSU-MM01: visible-infrared person re-identification, cameras 1 2 4 5 visible, 3 and 6 infrared."""
 
@@ -195,11 +198,12 @@ class SysuMm01(Dataset):
     companions = (PERMUTATION,)
     protocols = (SysuMm01Protocol, SysuMm01RandomProtocol)
     has_validation = True
+    camera_folders = MappingProxyType({f"cam{camid}": (camid, modality) for camid, modality in CAMERAS.items()})
 
     def list_images(self, source: Path, split: str, report: Report = raise_fault) -> list[ImageRecord]:
-        """The images of `split`, ordered by identity, camera and file name; all six cameras.
+        """The images of all six cameras, ordered by identity, camera and file name; see `Dataset.list_images`.
 
-        `train` is the identities of train_id.txt and val_id.txt together (395), `test` those of test_id.txt (96).
+        'train' has the 395 identities of train_id.txt and val_id.txt, 'test' the 96 of test_id.txt.
         """
         source = Path(source)
         cameras = []
@@ -229,10 +233,9 @@ class SysuMm01(Dataset):
         return images
 
     def check_source(self, source: Path, images: Images, report: Report) -> None:
-        """Report `exp/rand_perm_cam.mat` missing, damaged, or for other images than the test set's.
+        """Reports an exp/rand_perm_cam.mat that is missing, damaged, or made for other images than the test set's.
 
-        Row t of a camera's and identity's cell must be a permutation of 1..n, n the number of images there, which are
-        named by these numbers.
+        For each identity and camera it must permute the numbers 1…n of the n images, which are named by them.
         """
         path = source / PERMUTATION
         if not path.is_file():
@@ -249,7 +252,7 @@ class SysuMm01(Dataset):
         test_pids = sorted({image.pid for image in images["test"]})
         for camid in CAMERAS:
             if not (source / f"cam{camid}").is_dir():
-                continue  # reported once, as the missing folder that it is
+                continue  # `list_images` reports the missing folder
             for pid in test_pids:
                 folder, names = f"cam{camid}/{pid:04d}", stems[camid, pid]
                 permuted = _images_permuted(permutation, pid, camid)
@@ -276,13 +279,6 @@ class SysuMm01(Dataset):
     @staticmethod
     def _infrared_against_visible(split: Split, protocol: Protocol) -> list[Evaluation]:
         return [Evaluation(rows_of(split, INFRARED), rows_of(split, VISIBLE), protocol)]
-
-    @classmethod
-    def record_of_path(cls, path: str) -> ImageRecord | None:
-        if (match := _LAYOUT.search(path)) is None:
-            return None
-        camid = int(match["camera"])
-        return ImageRecord(match[1], int(match["pid"]), camid, CAMERAS[camid])
 
 
 def _list(source: Path, part: str) -> Path:

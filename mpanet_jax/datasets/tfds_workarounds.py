@@ -1,4 +1,4 @@
-"""Where tfds is kept from what it does by itself: looking online, printing, and parsing whole records in Python."""
+"""Workarounds for tfds: it would look online, print, and parse whole records in Python."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -9,29 +9,29 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 
 class LocalInfo(tfds.core.DatasetInfo):
-    """A data set's info of which there is no copy online: licensed data are never in tfds's bucket.
+    """The info of a data set that is not in tfds's bucket; licensed data never are.
 
-    tfds asks its bucket before every build, and has no switch for that:
+    tfds asks its bucket before every build, and no option prevents that:
     https://github.com/tensorflow/datasets/issues/5719.
     """
 
     def initialize_from_bucket(self) -> None:
-        """Looks for nothing."""
+        """Does nothing."""
 
 
 class SilentDownloads:
-    """A mix-in for builders that download nothing: tfds prints all the same that it downloads and prepares."""
+    """A mix-in for builders that download nothing; tfds would print that they download."""
 
     def _log_download_bytes(self) -> None:
-        """Nothing is downloaded."""
+        """Prints nothing."""
 
     def _log_download_done(self) -> None:
-        """See `_log_download_bytes`."""
+        """Prints nothing."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep tfds's own messages and progress bars off the terminal; it knows no switch for one call."""
+    """Keeps tfds's messages and progress bars off the terminal."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)
     tfds.disable_progress_bar()
@@ -42,10 +42,10 @@ def quiet() -> Iterator[None]:
 
 
 class EncodedImages(Sequence):
-    """`encoded[i]`: image i's file as bytes. Safe to use from many threads, picklable for worker processes.
+    """A sequence of the image files in tfds records, as bytes; many threads may use it, and it can be pickled.
 
-    Takes the one field out of the serialised record itself: tfds's parser of whole records works in Python, under its
-    lock, and takes four times as long as the read.
+    It takes the field `image` out of the serialised record itself. tfds's parser of whole records runs in Python, under
+    its lock, and takes four times as long as the read.
     """
 
     def __init__(self, records: Sequence[bytes]):
@@ -55,6 +55,7 @@ class EncodedImages(Sequence):
         return len(self._records)
 
     def __getitem__(self, index: int) -> bytes:
-        record = self._records[range(len(self._records))[index]]  # IndexError ends iteration; the source's own is not
-        # protobuf makes the module's classes when it is imported.
+        # `range` raises the IndexError that ends an iteration; the records raise another error.
+        record = self._records[range(len(self._records))[index]]
+        # pyright does not see the module's classes, which protobuf makes at import.
         return tf_example_pb2.Example.FromString(record).features.feature["image"].bytes_list.value[0]  # pyright: ignore[reportAttributeAccessIssue]

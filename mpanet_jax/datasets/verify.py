@@ -1,4 +1,4 @@
-"""Checks a raw data set before it is built: every fault as one line that names the file and the fix."""
+"""Checks a raw data set before it is built; every fault is one line that names the file and the fix."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,14 @@ from mpanet_jax.errors import UserError
 
 @dataclass
 class Verification:
-    """What was found: `faults` forbid building, `warnings` do not; `images[title][split]` lists a variant's images."""
+    """What a check has found.
+
+    Attributes:
+      source: the raw folder.
+      images: {variant's title: {split: its images}}.
+      faults: lines; with any of them the data set is not built.
+      warnings: lines about what is unusual but no fault.
+    """
 
     source: Path
     images: dict[str, Images] = field(default_factory=dict)
@@ -24,15 +31,18 @@ class Verification:
 
 
 def verify(variants: Sequence[Dataset], source: str | Path, *, track: Track = no_progress) -> Verification:
-    """Check folders, lists, identities, counts and companions of a raw data set, and decode every image once.
+    """Checks folders, lists, identities, counts and companions of a raw data set, and decodes every image once.
 
     Args:
       variants: the data set, or several of its variants.
       source: the raw folder.
       track: shows a progress bar; see `builder.Track`.
 
+    Returns:
+      The images, the faults and the warnings.
+
     Raises:
-      UserError: there is no such folder. Everything else is in the result's `faults`.
+      UserError: there is no such folder, or a part of it cannot be read.
     """
     source = Path(source).expanduser()
     if not source.is_dir():
@@ -48,12 +58,16 @@ def verify(variants: Sequence[Dataset], source: str | Path, *, track: Track = no
         dataset.check_source(source, images, found.faults.append)
         found.warnings += dataset.warnings(source, images)
     _check_files(found, track)
-    found.faults = list(dict.fromkeys(found.faults))  # the splits of one data set share faults
+    found.faults = list(dict.fromkeys(found.faults))  # both splits may report the same fault
     return found
 
 
 def require_sound(dataset: Dataset, source: str | Path, *, track: Track = no_progress) -> None:
-    """Raise `UserError` with the first fault of a raw data set, if `verify` finds any; warnings go to stderr."""
+    """Checks a raw data set by `verify`.
+
+    Raises:
+      UserError: it has faults; the message is the first one and the command that lists all.
+    """
     found = verify([dataset], source, track=track)
     if found.faults:
         more = (
@@ -64,7 +78,7 @@ def require_sound(dataset: Dataset, source: str | Path, *, track: Track = no_pro
 
 
 def format_counts(images: Images) -> str:
-    """A table of identities and images by camera and split."""
+    """A table, as text, of the numbers of identities and images by camera and split."""
     cameras = sorted({(image.camid, image.modality) for split in images.values() for image in split})
     rows: list[tuple[str, ...]] = [
         ("camera", "", *(f"{s} {what}" for s in images for what in ("identities", "images")))
@@ -91,7 +105,7 @@ def _camera(camid: int) -> str:
 def _check_files(found: Verification, track: Track) -> None:
     images = {image.path: image for of in found.images.values() for split in of.values() for image in split}
     paths = sorted(images)
-    # Threads suffice: Pillow decodes outside the interpreter's lock.
+    # Threads are enough: Pillow releases Python's lock while it decodes.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = zip(paths, pool.map(lambda path: _file_fault(found.source, path), paths), strict=True)
         for path, fault in track(faults, "checking images", len(paths)):
@@ -100,6 +114,6 @@ def _check_files(found: Verification, track: Track) -> None:
 
 
 def _file_fault(source: Path, path: str) -> str | None:
-    if not path.isprintable():  # covers bytes that are no UTF-8, which records cannot hold
+    if not path.isprintable():  # bytes that are no UTF-8 are not printable either, and records cannot hold them
         return f"{source}: the file name {path!r} is not printable UTF-8; rename the file"
     return decode_fault(source / path)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import symbolic_shape
 
-from mpanet_jax.datasets.synthetic_people import draw_image
+from mpanet_jax.datasets.synthetic_images import draw_image
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.methods import make_method
 from mpanet_jax.modality import MODALITY_NAMES, modality_numbers

@@ -13,7 +13,7 @@ from mpanet_jax import datasets
 from mpanet_jax.data.decode import pixels_of
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import ArgumentError
-from mpanet_jax.log_pictures import visible_again
+from mpanet_jax.log_pictures import denormalize
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import MODALITY_NAMES
@@ -56,7 +56,7 @@ def augmented_batch(method: Method, split: Split, step: int) -> AugmentedBatch:
     known = {"labels": jnp.asarray(split.labels[rows]), "modality": jnp.asarray(split.modality[rows])}
     key = jax.random.fold_in(random_keys(settings.seed)[1], step)  # as `step.train_step`
     views, _ = method.views(key, jnp.asarray(images), known, 0)
-    return AugmentedBatch(rows, images, visible_again(views).reshape(-1, *images.shape))
+    return AugmentedBatch(rows, images, denormalize(views).reshape(-1, *images.shape))
 
 
 def draw_augmentation(

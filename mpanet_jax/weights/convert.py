@@ -13,11 +13,11 @@ from orbax.checkpoint import v1 as ocp
 
 from mpanet_jax import run_files
 from mpanet_jax.checkpoint import load_model
-from mpanet_jax.errors import SettingsError, UserError
+from mpanet_jax.errors import ArgumentError, SettingsError, UserError
 from mpanet_jax.files import write_whole_folder
 from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.method import Method
-from mpanet_jax.settings import ModelSettings, Settings, differences, to_dict
+from mpanet_jax.settings import ModelSettings, Settings, differences, expected_one_of, to_dict
 from mpanet_jax.state import init_variables, random_keys
 from mpanet_jax.weights import files
 from mpanet_jax.weights.files import listed
@@ -53,6 +53,7 @@ def read_weights(
     settings: Settings | None = None,
     num_ids: int | None = None,
     drop_classifiers: bool = False,
+    checkpoint: str = "last",
     advice: str = "",
 ) -> tuple[Settings, Variables, list[str]]:
     """Reads weights of any kind: a file, `hf:owner/repository`, a workdir, or a folder that `convert` wrote.
@@ -63,6 +64,8 @@ def read_weights(
         that carry settings have to be of the same network, and keep theirs.
       num_ids: identities that the classifiers must tell apart; None takes the file's.
       drop_classifiers: leave the classifiers and their averages out.
+      checkpoint: of a workdir: 'last', 'best' (kept with settings.eval.best), or 'untrained' for the network before its
+        first step.
       advice: what an error says in the end where the weights do not fit the network.
 
     Returns:
@@ -70,7 +73,16 @@ def read_weights(
 
     Raises:
       UserError: not there, not readable, or not the weights of this network.
+      ArgumentError: an unknown `checkpoint`, or one other than 'last' of weights that are no workdir.
     """
+    if checkpoint not in run_files.METRICS_FILES:
+        raise ArgumentError("checkpoint", expected_one_of(checkpoint, run_files.METRICS_FILES))
+    path = resolve(str(source))
+    if checkpoint != "last" and not path.is_dir():
+        raise ArgumentError(
+            "checkpoint",
+            f"= {checkpoint!r}: only a run's workdir has checkpoints to choose from, not {source}; leave it out",
+        )
     stored = settings_of_weights(source)
     if stored and settings:
         fix = "leave the settings out, as they come with the weights, or name other weights"
@@ -83,9 +95,12 @@ def read_weights(
     settings = stored or settings or settings_of({})
     method = make_method(settings)
     names = method.names()
-    path = resolve(str(source))
     if path.is_dir():
-        _, variables = load_model(path)
+        if checkpoint == "untrained":
+            variables = initial_variables(method, num_ids or 1)
+            variables["averages"] = method.averaged(variables["params"])
+        else:
+            _, variables = load_model(path, checkpoint)
         state_dict = to_state_dict(variables, names)
     else:
         state_dict = files.read_state_dict(path)

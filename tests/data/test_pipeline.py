@@ -159,7 +159,7 @@ def test_short_shared_memory_is_found_before_a_worker_dies_of_it(monkeypatch, ca
     monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 16)
     monkeypatch.setattr(grain_batches_module, "_free_shared_memory", lambda: 64 * 2**20)
     assert choose_num_workers(-1, 18 * 2**20) == 0
-    assert "decoded in threads, for 8 processes that decode need 576 MiB" in capsys.readouterr().err
+    assert "decoded in threads, because 8 processes that decode need 576 MiB" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"data\.num_workers = 2: .* need 144 MiB of .*, 64 are free"):
         choose_num_workers(2, 18 * 2**20)
     assert choose_num_workers(0, 2**40) == 0 and choose_num_workers(1, 16 * 2**20) == 1
@@ -272,7 +272,7 @@ def test_a_flipped_bit_in_the_cache_is_found_before_the_first_checkpoint(tmp_pat
     path.write_bytes(data)
     feed = toy_feed(split, cache=mode, cache_dir=tmp_path)
     next(feed.batches)
-    with pytest.raises(UserError, match=f"{path}: the image cache was damaged"):
+    with pytest.raises(UserError, match=f"{path}: the image cache is damaged"):
         feed.require_sound_images()
     np.testing.assert_array_equal(open_images(split, HOST, tmp_path)[1], expected)  # built anew
     toy_feed(split, cache=mode, cache_dir=tmp_path).require_sound_images()

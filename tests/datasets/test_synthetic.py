@@ -12,7 +12,8 @@ import scipy.io
 from PIL import Image
 
 from mpanet_jax.datasets.synthetic import write_contact_sheet, write_dataset
-from mpanet_jax.datasets.synthetic_people import draw_image, draw_person
+from mpanet_jax.datasets.synthetic_images import draw_image
+from mpanet_jax.datasets.synthetic_people import draw_person
 from mpanet_jax.errors import UserError
 
 TINY = dict(num_train_ids=9, num_test_ids=4, images_per_camera=(1, 3))

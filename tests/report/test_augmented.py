@@ -9,7 +9,7 @@ from PIL import Image
 from mpanet_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import ArgumentError
-from mpanet_jax.log_pictures import cross_modality_distances, drawn_people, overlaid, tiled, visible_again
+from mpanet_jax.log_pictures import choose_people, cross_modality_distances, denormalize, overlay_maps, tile_images
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.report.augmented import augmented_batch
 from mpanet_jax.settings import replace
@@ -65,12 +65,12 @@ def test_batch_is_what_the_network_sees_at_that_step(method):
 
 
 def test_pictures_of_the_log():
-    assert visible_again(jnp.zeros((1, 2, 2, 3)))[0, 0, 0].tolist() == [round(255 * m) for m in IMAGENET_MEAN]
-    sheet = tiled(np.zeros((3, 4, 2, 3), np.uint8), 2)
+    assert denormalize(jnp.zeros((1, 2, 2, 3)))[0, 0, 0].tolist() == [round(255 * m) for m in IMAGENET_MEAN]
+    sheet = tile_images(np.zeros((3, 4, 2, 3), np.uint8), 2)
     assert sheet.shape == (10, 6, 3) and (sheet[6:, 4:] == 255).all() and not sheet[:4, :2].any()
     image = np.full((1, 4, 2, 3), 200, np.uint8)
     maps = np.array([[[[0.2, 0.6]], [[0.5, 0.5]]]])
-    shown = overlaid(image, maps)
+    shown = overlay_maps(image, maps)
     assert shown.shape == (3, 4, 2, 3)
     assert (shown[0] == 200).all() and (shown[1][:, 0] == 30).all() and (shown[1][:, 1] == 200).all()
     assert (shown[2] == 30).all()  # the same everywhere: nothing stands out
@@ -78,11 +78,11 @@ def test_pictures_of_the_log():
 
 def test_people_of_the_log_are_drawn_once_by_the_seed():
     images = split(num_ids=9)
-    rows = drawn_people(images, seed=5)
-    np.testing.assert_array_equal(rows, drawn_people(images, seed=5))
+    rows = choose_people(images, seed=5)
+    np.testing.assert_array_equal(rows, choose_people(images, seed=5))
     assert images.modality[rows].tolist() == [0, 1] * 4 and len(set(images.pids[rows].tolist())) == 4
     np.testing.assert_array_equal(images.pids[rows][::2], images.pids[rows][1::2])
-    assert rows.tolist() != drawn_people(images, seed=6).tolist()
+    assert rows.tolist() != choose_people(images, seed=6).tolist()
 
 
 def test_distances_of_the_log_are_those_of_visible_to_infrared_images():
