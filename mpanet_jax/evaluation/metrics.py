@@ -12,39 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int
 
+from mpanet_jax.row_norms import in_safe_range, l2_normalize, squared_norms
+
 METRICS = ("cosine", "euclidean")
 CMC_DEFINITIONS = ("identity", "image")
 RANKS = (1, 5, 10, 20)
 FIGURES = (*(f"rank{k}" for k in RANKS), "mAP", "mINP")
-
-
-def squared_norms(features: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, " n"]:
-    """‖row‖² of each row, by numpy's pairwise sums; infinite where it exceeds float32."""
-    squares = np.empty(len(features), np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(features), 256):
-            np.sum(np.square(features[start : start + 256]), axis=1, out=squares[start : start + 256])
-    return squares
-
-
-def l2_normalize(features: np.ndarray) -> Float32[np.ndarray, "n d"]:
-    """Divide each row of `features` float[n, d] by its Euclidean norm; a zero row stays zero (similarity 0 to all).
-
-    Any finite float32 row is normalised correctly: in float64 where its squares overflow or vanish in float32.
-    """
-    features = np.asarray(features, np.float32)
-    squares = squared_norms(features)
-    ordinary = _ordinary(squares)
-    normalized = features / np.sqrt(np.where(ordinary, squares, 1))[:, None]
-    for row in np.flatnonzero(~ordinary):
-        exact = features[row].astype(np.float64)
-        normalized[row] = exact / (np.linalg.norm(exact) or 1.0)
-    return normalized
-
-
-def _ordinary(squares: np.ndarray) -> np.ndarray:
-    """Squared norms that, and whose products with each other, float32 holds with all its digits."""
-    return (squares > 1e-25) & (squares < 1e37)
 
 
 def _direction(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -53,10 +26,10 @@ def _direction(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Copies the features only where some norm is too large or too small to multiply.
     """
     squares = squared_norms(features)
-    ordinary = _ordinary(squares)
-    if not ordinary.all() and features[~ordinary].any():
+    safe = in_safe_range(squares)
+    if not safe.all() and features[~safe].any():
         return l2_normalize(features), np.ones(len(features), np.float32)
-    return features, 1 / np.sqrt(np.where(ordinary, squares, np.float32(1)))
+    return features, 1 / np.sqrt(np.where(safe, squares, np.float32(1)))
 
 
 def first_equal_row(features: np.ndarray) -> Int[np.ndarray, " n"]:

@@ -17,15 +17,9 @@ import scipy.sparse as sparse
 from jaxtyping import Float32, Int
 
 from mpanet_jax.cpus import available_cpus
-from mpanet_jax.evaluation.metrics import (
-    first_equal_row,
-    l2_normalize,
-    product_function,
-    rank_gallery,
-    scale_to_one,
-    squared_norms,
-)
+from mpanet_jax.evaluation.metrics import first_equal_row, product_function, rank_gallery, scale_to_one
 from mpanet_jax.progress import Bar, track
+from mpanet_jax.row_norms import l2_normalize, squared_norms
 
 Sparse = Any  # a csr_array or csc_array; type checkers do not see what comes out of their products
 

@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.metrics import METRICS, l2_normalize
+from mpanet_jax.evaluation.metrics import METRICS
 from mpanet_jax.progress import Bar
+from mpanet_jax.row_norms import l2_normalize
 
 _ROUNDING = 2.0**-24  # unit roundoff of float32
 _BLOCK_BYTES, _BLOCK_ROWS = 2**28, 2**16  # of the gallery at once, at most

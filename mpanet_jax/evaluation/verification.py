@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float32, Float64, Int
 
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.metrics import l2_normalize
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.protocol import check_pair
+from mpanet_jax.row_norms import l2_normalize
 
 CROSS, SAME = "cross_modality", "same_modality"
 KINDS = (CROSS, SAME)

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Int
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.metrics import l2_normalize
 from mpanet_jax.progress import Bar
 from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, save
 from mpanet_jax.report.sources import Source
+from mpanet_jax.row_norms import l2_normalize
 
 NUM_BINS = 80
 EDGES = np.linspace(0.0, 2.0, NUM_BINS + 1)  # 1 − cosine

@@ -14,10 +14,10 @@ from PIL import Image
 from mpanet_jax.data.augment import normalize
 from mpanet_jax.data.decode import resized
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.metrics import l2_normalize
 from mpanet_jax.methods.method import compute_dtype
 from mpanet_jax.model import NUM_IDS, Model
 from mpanet_jax.models.attention import PatternAlignment
+from mpanet_jax.row_norms import l2_normalize
 
 _BATCH = 8  # the gradients are l times the last feature map: 9 MiB an image at 384×128
 

@@ -14,13 +14,13 @@ from mpanet_jax.evaluation.evaluate import evaluate_comparison, reranked_distanc
 from mpanet_jax.evaluation.metrics import (
     QueryScores,
     distance_function,
-    l2_normalize,
     rank_gallery,
     relative_identities,
     score_rankings,
 )
 from mpanet_jax.progress import track
 from mpanet_jax.protocol import Comparison, Protocol, check_pair
+from mpanet_jax.row_norms import l2_normalize
 
 TOP = 10  # images shown of each ranking
 NOBODY = -1  # in place of a gallery row, where a ranking has no more images

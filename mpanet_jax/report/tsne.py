@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Float
 
 from mpanet_jax.errors import ArgumentError, UserError
-from mpanet_jax.evaluation.metrics import l2_normalize
 from mpanet_jax.modality import INFRARED, VISIBLE
 from mpanet_jax.report.figures import COLOURS, WIDTH_MM, new_figure, save
 from mpanet_jax.report.people import draw_people, people_with_both
 from mpanet_jax.report.requirements import require_report
 from mpanet_jax.report.sources import Source
+from mpanet_jax.row_norms import l2_normalize
 
 MARKERS = {VISIBLE: ("o", "visible"), INFRARED: ("^", "infrared")}
 
