@@ -17,8 +17,8 @@ from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import Stopped
 from mpanet_jax.evaluation.best import keep_best
-from mpanet_jax.evaluation.evaluate import write_metrics
 from mpanet_jax.evaluation.extract import Embed, make_embed
+from mpanet_jax.evaluation.metrics_output import write_metrics
 from mpanet_jax.evaluation.workdir import evaluate_set, of_checkpoint
 from mpanet_jax.log_pictures import LogPictures
 from mpanet_jax.methods import make_method

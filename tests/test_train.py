@@ -26,7 +26,7 @@ from mpanet_jax.checksums import CHECKSUMS_FILE
 from mpanet_jax.datasets.regdb import RegdbSettings
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import SettingsError, Stopped, UserError
-from mpanet_jax.evaluation.evaluate import describe
+from mpanet_jax.evaluation.metrics_output import describe_measurement
 from mpanet_jax.evaluation.workdir import evaluate_set, evaluate_workdir
 from mpanet_jax.loop import Programs, train
 from mpanet_jax.methods import METHODS, make_method, settings_of
@@ -152,8 +152,8 @@ def test_flip_is_named_in_the_output(settings, tmp_path):
         save_settings(replace(settings, {"eval.flip": flip}), tmp_path / f"{flip}")
         results.append(evaluate_workdir(tmp_path / f"{flip}", checkpoint="untrained"))
     plain, flipped = results
-    assert not any("flip" in values or "flip" in describe(values) for values in plain.values())
-    assert all(values["flip"] is True and "flip ON" in describe(values) for values in flipped.values())
+    assert not any("flip" in values or "flip" in describe_measurement(values) for values in plain.values())
+    assert all(values["flip"] is True and "flip ON" in describe_measurement(values) for values in flipped.values())
     assert any(plain[name]["mAP"] != flipped[name]["mAP"] for name in plain)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mpanet_jax.checkpoint import Checkpoints
-from mpanet_jax.evaluation.evaluate import write_metrics
+from mpanet_jax.evaluation.metrics_output import write_metrics
 from mpanet_jax.evaluation.workdir import of_checkpoint
 from mpanet_jax.processes import gather, is_first_process
 from mpanet_jax.run_files import METRICS_FILES, VALIDATION_FILE

@@ -1,8 +1,7 @@
 """From embeddings to the figures of a results table: `evaluate_embeddings`, the one evaluator of this project."""
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +10,7 @@ from mpanet_jax.cpus import available_cpus
 from mpanet_jax.datasets import make_protocol
 from mpanet_jax.embeddings import Embeddings, check_embeddings, load_embeddings
 from mpanet_jax.errors import ArgumentError, UserError
-from mpanet_jax.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_intervals
+from mpanet_jax.evaluation.bootstrap import bootstrap_intervals
 from mpanet_jax.evaluation.metrics import (
     CMC_DEFINITIONS,
     FIGURES,
@@ -24,7 +23,6 @@ from mpanet_jax.evaluation.metrics import (
     summarize,
 )
 from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
-from mpanet_jax.files import write_whole
 from mpanet_jax.progress import Bar, track
 from mpanet_jax.protocol import Comparison, Protocol, check_pair
 
@@ -55,7 +53,7 @@ def evaluate(
 
     Returns:
       {'sysu/all/single': {'rank1': percent, …, 'mAP', 'mINP', 'std', 'interval', …}, …}, as `evaluate_embeddings`;
-      `format_table` lays it out.
+      `metrics_output.format_table` makes a table of it.
 
     Raises:
       ArgumentError: an argument has a value that there isn't, or the protocol needs one that is missing.
@@ -259,62 +257,3 @@ def _mask(rows: np.ndarray, size: int) -> np.ndarray:
     mask = np.zeros(size, bool)
     mask[rows] = True
     return mask
-
-
-def format_table(metrics: Mapping[str, Mapping]) -> str:
-    """Lay out metrics for the terminal: how they were measured above, below one line, or two, for each setting.
-
-    Metrics without 'interval' (averages over models, files of version 0.1) have no second line.
-    """
-    titles = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
-    interval_title = f"  {LEVEL} % interval"
-    width = max(
-        map(len, ["setting", *metrics, *([interval_title] if any("interval" in v for v in metrics.values()) else [])])
-    )
-    lines, described = [], None  # "queries" counts those with a match, which alone are averaged
-    for name, values in metrics.items():
-        description = describe(values)
-        if description != described:
-            described = description
-            lines += ["", description] if lines else [description]
-            lines.append(
-                f"{'setting':<{width}}" + "".join(f"{title:>15}" for title in titles) + f"{'queries':>9}{'gallery':>9}"
-            )
-        cells = [f"{values[key]:.2f} ± {values['std'][key]:.2f}" for key in FIGURES]
-        scored = values["num_query"] - values["num_query_without_match"]
-        lines.append(f"{name:<{width}}" + "".join(f"{c:>15}" for c in cells) + f"{scored:>9}{values['num_gallery']:>9}")
-        if "interval" in values:
-            ends = ["{:.2f}–{:.2f}".format(*values["interval"][key]) for key in FIGURES]
-            lines.append(f"{interval_title:<{width}}" + "".join(f"{e:>15}" for e in ends))
-    left_out = [
-        f"{name} {values['num_query_without_match']} of {values['num_query']}"
-        for name, values in metrics.items()
-        if values["num_query_without_match"]
-    ]
-    if left_out:
-        lines.append(f"left out, for lack of a match in the gallery: queries of {', '.join(left_out)}")
-    return "\n".join(lines)
-
-
-def describe(values: Mapping) -> str:
-    """One line that says how figures were measured."""
-    trials = "1 trial" if values["trials"] == 1 else f"mean ± standard deviation of {values['trials']} trials"
-    if "seeds" in values:
-        number = values["trials"]
-        trials = f"mean ± standard deviation of {len(values['seeds'])} seeds, {number} trial{'s' * (number > 1)} each"
-    dataset = f" · tested on {values['dataset']}, trained on {values['trained_on']}" if "trained_on" in values else ""
-    split = dataset + (f" · trial {values['trial']}" if "trial" in values else "")
-    checkpoint = f" · {values['checkpoint']} checkpoint" if "checkpoint" in values else ""
-    flip = " · flip ON (mean of image and mirror image)" if values.get("flip") else ""
-    interval = f" · bootstrap over query identities, {RESAMPLES} resamples" if "interval" in values else ""
-    return (
-        f"protocol {values['protocol']}{split}{checkpoint} · metric {values['metric']} · CMC by {values['cmc']} · "
-        f"re-ranking {'ON (k-reciprocal)' if values['rerank'] else 'off'}{flip} · {trials}{interval} · percent"
-    )
-
-
-def write_metrics(path: str | os.PathLike, metrics: Mapping[str, Mapping]) -> None:
-    """Write metrics as JSON; the file appears whole or not at all."""
-    with write_whole(path) as file:
-        json.dump(metrics, file, indent=2)
-        file.write("\n")

@@ -19,7 +19,7 @@ import numpy as np
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.evaluate import describe
+from mpanet_jax.evaluation.metrics_output import describe_measurement
 from mpanet_jax.files import write_whole
 from mpanet_jax.modality import MODALITY_NAMES, UNKNOWN
 from mpanet_jax.progress import track
@@ -97,7 +97,7 @@ class Page:
 
 
 def page_of_ranking(ranking: Ranking, title: str, more: Mapping[str, Any] | None = None) -> Page:
-    """The page of a trial; `more` is what `describe` may say beside: 'checkpoint', 'flip', 'dataset' …
+    """The page of a trial; `more` is what `describe_measurement` may say beside: 'checkpoint', 'flip', 'dataset' …
 
     Raises:
       UserError: a path of the queries and one of the gallery are the same, but their features are not.
@@ -125,7 +125,7 @@ def page_of_ranking(ranking: Ranking, title: str, more: Mapping[str, Any] | None
     trial = f" · trial {ranking.trial} of {ranking.num_trials} is shown" if ranking.num_trials > 1 else ""
     return Page(
         title=title,
-        protocol=f"{ranking.setting}{trial} · {describe(metrics)}",
+        protocol=f"{ranking.setting}{trial} · {describe_measurement(metrics)}",
         images=images.shown,
         queries=queries,
         distance="1 − cosine" if ranking.metric == "cosine" else "Euclidean distance",
