@@ -1,13 +1,12 @@
 """Search: which images of a gallery show what a query shows, by an index of the gallery that is kept on disk."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,29 +14,15 @@ from jaxtyping import Float32
 
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images
-from mpanet_jax.evaluation.images import ImageFile, list_images, of_modality
-from mpanet_jax.evaluation.index_files import IndexFiles, locked_index, map_rows, read_index, write_index
+from mpanet_jax.evaluation.images import list_images, of_modality
+from mpanet_jax.evaluation.index_files import IndexFiles, locked_index, map_rows, read_index
+from mpanet_jax.evaluation.index_update import Embedder, files_of_gallery, is_up_to_date, write_update
 from mpanet_jax.evaluation.top_k import top_k, upload
 from mpanet_jax.files import write_whole
 from mpanet_jax.modality import MODALITY_NAMES, Modality, modality_numbers
 
-CHUNK_BYTES = 2**27  # of rows that are embedded or copied at once
 QUERIES_AT_ONCE = 512  # whose distances to a part of the gallery are held
 RESULTS_FORMAT = {"format": "mpanet_jax search", "version": 1}
-
-
-class Embedder(Protocol):
-    """What an index needs of a `Model`."""
-
-    source: str
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def embed(self, images: Iterable[GivenImage], **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -172,7 +157,7 @@ class Index:
         if modality is not None:
             images = of_modality(images, int(modality_numbers(modality, 1)[0]))
         folder = Path(index) if index is not None else default_folder(gallery, modality)
-        found = _files_of(images, _base(gallery))
+        found = files_of_gallery(images, _base(gallery))
 
         def read() -> IndexFiles | None:
             files = None if rebuild else read_index(folder)
@@ -183,10 +168,10 @@ class Index:
             return files
 
         files = read()
-        if files is not None and _is_up_to_date(model, files, found):  # then no one has to be able to write there
+        if files is not None and is_up_to_date(model, files, found):  # then no one has to be able to write there
             return cls.load(model, folder)
         with locked_index(folder):
-            return cls(model, folder, *_updated(model, folder, gallery, found, read()))
+            return cls(model, folder, *write_update(model, folder, gallery, found, read()))
 
     def search(
         self, images: Iterable[GivenImage], *, top: int = 10, modality: Modality | None = None, errors: str = "raise"
@@ -264,93 +249,3 @@ def _check_model(files: IndexFiles, model: Embedder, folder: Path) -> None:
             f"{folder}: is an index of another model, {files.model}, not of {model.source}; "
             "name another folder for the index, or rebuild this one"
         )
-
-
-def _stored_path(image: ImageFile, base: Path) -> str:
-    whole = Path(os.path.abspath(image.file))
-    try:
-        return whole.relative_to(os.path.abspath(base)).as_posix()
-    except ValueError:
-        return str(whole)
-
-
-# By its stored path: an image, and what tells whether it has changed, (size, mtime in ns, modality).
-Found = dict[str, tuple[ImageFile, tuple[int, int, int]]]
-
-
-def _files_of(images: list[ImageFile], base: Path) -> Found:
-    found: Found = {}
-    for image in images:
-        size = mtime = -1  # of a file that is not there, which is reported when it is read
-        with contextlib.suppress(OSError, ValueError):
-            status = os.stat(image.file)
-            size, mtime = status.st_size, status.st_mtime_ns
-        found.setdefault(_stored_path(image, base), (image, (size, mtime, image.modality)))
-    return found
-
-
-def _changes(before: IndexFiles, found: Found) -> tuple[list[int], list[str]]:
-    """The rows of an index that stay, and the paths that are to be embedded."""
-    known = zip(before.paths, before.sizes, before.mtimes_ns, before.modality, strict=True)
-    kept = [row for row, (path, *state) in enumerate(known) if path in found and found[path][1] == tuple(state)]
-    same = {before.paths[row] for row in kept}
-    return kept, [path for path in found if path not in same]
-
-
-def _at_once(model: Embedder) -> int:
-    """How many images are embedded or copied at once: whole batches, of most sizes."""
-    return max(256, CHUNK_BYTES // (4 * model.size) // 256 * 256)
-
-
-def _is_up_to_date(model: Embedder, before: IndexFiles, found: Found) -> bool:
-    kept, new = _changes(before, found)
-    if len(kept) != len(before.paths) or sorted(new) != sorted(path for path, _ in before.skipped):
-        return False
-    # What could not be read is tried again: a file becomes readable without a change of its time.
-    number = _at_once(model)
-    return not any(len(_rows_of(model, found, new[i : i + number])[0]) for i in range(0, len(new), number))
-
-
-def _updated(
-    model: Embedder, folder: Path, gallery: Path, found: Found, before: IndexFiles | None
-) -> tuple[IndexFiles, int]:
-    """The index with what has changed, written, and how many images were embedded."""
-    kept, new = ([], list(found)) if before is None else _changes(before, found)
-    skipped: list[tuple[str, str]] = []
-    number, num_embedded = _at_once(model), 0
-
-    def blocks() -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        nonlocal num_embedded
-        if before is not None and kept:
-            rows = map_rows(folder, before, model.size)
-            for start in range(0, len(kept), number):
-                some = kept[start : start + number]
-                yield rows[some], vars(before.take(some))
-        for start in range(0, len(new), number):
-            rows, faults = _rows_of(model, found, new[start : start + number])
-            skipped.extend(faults)
-            unread = {path for path, _ in faults}
-            read = [path for path in new[start : start + number] if path not in unread]
-            states = [found[path][1] for path in read]
-            num_embedded += len(read)
-            yield (
-                rows,
-                {"paths": read, **dict(zip(_STATE, zip(*states, strict=True) if read else [()] * 3, strict=True))},
-            )
-        if not kept and not num_embedded:
-            raise UserError(f"{gallery}: none of its {len(found)} images can be read; no index is written")
-
-    place = os.path.relpath(os.path.abspath(gallery), os.path.abspath(folder))
-    files = IndexFiles(model.fingerprint, model.source, place, "", [], [], [], [], skipped)
-    return write_index(folder, files, blocks()), num_embedded
-
-
-_STATE = ("sizes", "mtimes_ns", "modality")
-
-
-def _rows_of(model: Embedder, found: Found, paths: list[str]) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """The rows of the images that can be read, and (path, reason) of the others."""
-    images = [found[path][0] for path in paths]
-    modality = [image.modality for image in images]
-    rows, faults = model.embed([image.file for image in images], modality=modality, errors="skip")
-    return rows, [(paths[fault.position], fault.reason) for fault in faults]
