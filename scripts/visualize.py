@@ -182,8 +182,8 @@ def _retrieval(files: list[str]) -> None:
 
         (page, photos), maps = page_of_search(RESULTS.value, IMAGES.value), None
     else:
+        from mpanet_jax.report.page_content import page_of_ranking
         from mpanet_jax.report.retrieval import rank_queries
-        from mpanet_jax.report.retrieval_page import page_of_ranking
         from mpanet_jax.report.thumbnails import photos_of_folder
 
         if not IMAGES.value or not Path(IMAGES.value).is_dir():
@@ -202,7 +202,7 @@ def _retrieval(files: list[str]) -> None:
 
 
 def _page_of_run(options: dict):
-    from mpanet_jax.report.retrieval_page import page_of_ranking
+    from mpanet_jax.report.page_content import page_of_ranking
     from mpanet_jax.report.sources import makes_maps, rank_run, source_of_run
 
     source = source_of_run(WORKDIR.value[0], checkpoint=_checkpoints()[0], data_dir=DATA_DIR.value)

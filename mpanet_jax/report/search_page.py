@@ -12,7 +12,7 @@ from mpanet_jax.data.decode import BadImageError, decode_rgb, read_image_file
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.search import RESULTS_FORMAT
 from mpanet_jax.modality import MODALITY_NAMES, UNKNOWN
-from mpanet_jax.report.retrieval_page import Page, Query, Shown
+from mpanet_jax.report.page_content import Page, Query, ShownImage
 from mpanet_jax.report.thumbnails import Photos, photos_of_folder
 
 
@@ -49,13 +49,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _page(tree: dict[str, Any], folder: Path, *, elsewhere: bool) -> tuple[Page, Photos]:
     modality = {name: number for number, name in MODALITY_NAMES.items()}
-    shown: list[Shown] = []
+    shown: list[ShownImage] = []
     numbers: dict[tuple[str, bool], int] = {}
 
     def number(image: str, is_query: bool, word: str) -> int:
         if (image, is_query) not in numbers:
             numbers[image, is_query] = len(shown)
-            shown.append(Shown(str(image), modality=modality.get(word, UNKNOWN)))
+            shown.append(ShownImage(str(image), modality=modality.get(word, UNKNOWN)))
         return numbers[image, is_query]
 
     queries = []
