@@ -7,6 +7,7 @@ python scripts/search.py --model=hf:owner/name --gallery=photos --modality=visib
 --gallery is a folder (with all below it), a text file with one path a line, or an images.csv, as for extract.py. It is
 embedded once: the index lies beside it (--index), and each call embeds only what is new or changed, by the files' sizes
 and times. A file that was changed without a change of both is not seen: --rebuild embeds all.
+An index belongs to one model and one precision: to search an index in bfloat16 on a CPU, give --dtype=bfloat16.
 
 Images that cannot be read are named and left out, with exit code 1 at the end. docs/search.md describes results.json.
 """

@@ -25,6 +25,9 @@ class Embedder(Protocol):
     def fingerprint(self) -> str: ...
 
     @property
+    def dtype(self) -> str: ...
+
+    @property
     def size(self) -> int: ...
 
     def embed(self, images: Iterable[GivenImage], **options: Any) -> Any: ...
@@ -124,7 +127,7 @@ def write_update(
             raise UserError(f"{gallery}: none of its {len(found)} images can be read; no index is written")
 
     place = os.path.relpath(os.path.abspath(gallery), os.path.abspath(folder))
-    files = IndexFiles(model.fingerprint, model.source, place, "", [], [], [], [], skipped)
+    files = IndexFiles(model.fingerprint, model.dtype, model.source, place, "", [], [], [], [], skipped)
     return write_index(folder, files, blocks()), num_embedded
 
 

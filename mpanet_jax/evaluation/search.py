@@ -110,7 +110,7 @@ class Index:
         """The index in a folder, as it is, without a look at the gallery.
 
         Raises:
-          UserError: there is none, it is damaged, or another model made it.
+          UserError: there is none, it is damaged, or another model or precision made it.
         """
         folder = Path(folder)
 
@@ -150,7 +150,8 @@ class Index:
           rebuild: embed all, whatever lies there.
 
         Raises:
-          UserError: no gallery, no image in it that can be read, or an index of another model or gallery in `index`.
+          UserError: there is no gallery, or none of its images can be read; or the index that is there is of another
+            model, precision (`Model.dtype`) or gallery, or damaged, and `rebuild` is False.
         """
         gallery = Path(gallery)
         images = list_images(gallery)
@@ -248,4 +249,9 @@ def _check_model(files: IndexFiles, model: Embedder, folder: Path) -> None:
         raise UserError(
             f"{folder}: is an index of another model, {files.model}, not of {model.source}; "
             "name another folder for the index, or rebuild this one"
+        )
+    if files.dtype != model.dtype:
+        raise UserError(
+            f"{folder}: its rows were computed in {files.dtype}, and {model.source} computes in {model.dtype} here; "
+            f"load the model with dtype {files.dtype}, or rebuild the index"
         )
