@@ -263,7 +263,7 @@ def run_work(
                 if outcome is not None:
                     settings = runs.pop(0)
                     results.add(Run(work.row, settings, outcome))
-                    report(f"{work.row}, seed {settings.seed}: {in_words(outcome)}")
+                    report(f"{work.row}, seed {settings.seed}: {outcome_line(outcome)}")
                 if ended:
                     process.join()
                     del running[connection]
@@ -277,7 +277,7 @@ def run_work(
             process.terminate()
 
 
-def in_words(outcome: dict[str, Any]) -> str:
+def outcome_line(outcome: dict[str, Any]) -> str:
     """A run's outcome as one line."""
     if "error" in outcome:
         return f"failed: {outcome['error']}"

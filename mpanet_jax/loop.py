@@ -19,7 +19,7 @@ from mpanet_jax.errors import Stopped
 from mpanet_jax.evaluation.best import keep_best
 from mpanet_jax.evaluation.extract import Embed, make_embed
 from mpanet_jax.evaluation.metrics_output import write_metrics
-from mpanet_jax.evaluation.workdir import evaluate_set, of_checkpoint
+from mpanet_jax.evaluation.workdir import evaluate_set, with_checkpoint
 from mpanet_jax.log_pictures import LogPictures
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
@@ -264,7 +264,7 @@ def _train(
             if validation:
                 results = evaluate(total_steps, state, test_set)
     feed.batches.close()
-    results = of_checkpoint(results, "last", total_steps)
+    results = with_checkpoint(results, "last", total_steps)
     if is_first_process():
         write_metrics(workdir / METRICS_FILES["last"], results)
     wait_for_all_processes("the end of the run")

@@ -155,13 +155,13 @@ def _embedded(files: list[str]):
 
 def _patterns() -> list[Path]:
     from mpanet_jax.report.patterns import draw_patterns
-    from mpanet_jax.report.people import draw_people, named_people, people_with_both
+    from mpanet_jax.report.people import choose_people, named_people, people_with_both
 
     (source,) = _sources()
     if PEOPLE.value:
         pids = named_people(source, PEOPLE.value)
     else:
-        pids = draw_people(people_with_both(source), NUM_IDENTITIES.value or 3, SEED.value, source.title)
+        pids = choose_people(people_with_both(source), NUM_IDENTITIES.value or 3, SEED.value, source.title)
     return draw_patterns(source, pids, _folder(), seed=SEED.value, plain=PLAIN.value)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mpanet_jax.checkpoint import Checkpoints
 from mpanet_jax.evaluation.metrics_output import write_metrics
-from mpanet_jax.evaluation.workdir import of_checkpoint
+from mpanet_jax.evaluation.workdir import with_checkpoint
 from mpanet_jax.processes import gather, is_first_process
 from mpanet_jax.run_files import METRICS_FILES, VALIDATION_FILE
 from mpanet_jax.state import TrainState
@@ -34,4 +34,4 @@ def keep_best(
             checkpoints.save(step, state, batches)
             checkpoints.wait()
     if is_first_process():
-        write_metrics(record, of_checkpoint(results, "best", step))
+        write_metrics(record, with_checkpoint(results, "best", step))

@@ -81,7 +81,7 @@ def fit_logistic(pairs: Pairs) -> Logistic:
     return Logistic(float(line[0] / scale), float(line[1] - line[0] * centre / scale))
 
 
-def figures(pairs: Pairs, line: Logistic, prior: float) -> dict[str, Any]:
+def measure_calibration(pairs: Pairs, line: Logistic, prior: float) -> dict[str, Any]:
     """How well similarity and probability tell pairs apart that the calibration has not seen.
 
     Returns:
@@ -148,7 +148,7 @@ class Calibration:
       prior: the share of pairs of the same person that is assumed unless another is said.
       seed: of the split of the identities.
       identities: {'calibration', 'test'}: how many.
-      kinds: {kind: {'slope', 'intercept', 'pairs', 'test': of `figures`}}, of the kinds of which there are pairs.
+      kinds: {kind: {'slope', 'intercept', 'pairs', 'test': of `measure_calibration`}}, of the kinds of which there are pairs.
     """
 
     model: str
@@ -232,7 +232,7 @@ def calibrate(
         if fitted is None or tested is None or any(not p.same.any() or p.same.all() for p in (fitted, tested)):
             continue
         line = fit_logistic(fitted)
-        kinds[kind] = {**asdict(line), "pairs": _counts(fitted), "test": figures(tested, line, prior)}
+        kinds[kind] = {**asdict(line), "pairs": _counts(fitted), "test": measure_calibration(tested, line, prior)}
     counts = [len(np.unique(part.pids)) for part, _ in parts]
     if not kinds:
         raise UserError(

@@ -79,13 +79,13 @@ def whole_variables(method: Method, variables: Variables, source: str | Path) ->
     return num_ids, unflatten_dict({**zeros, **given})
 
 
-def embed_of(method: Method, variables: Variables, source: str | Path) -> Embed:
+def make_trained_embed(method: Method, variables: Variables, source: str | Path) -> Embed:
     """`Embed` of a trained network; arguments and errors as of `whole_variables`."""
     num_ids, variables = whole_variables(method, variables, source)
     return make_embed(method, num_ids)(variables)
 
 
-def results_of(function: Embed, batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
+def run_batches(function: Embed, batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
     """Each eval batch with the rows that `function` makes of it, float32, without padding (where `mask` is False)."""
     waiting = None
     for batch in batches:
@@ -119,7 +119,7 @@ def extract_embeddings(
       One row an image, in the batches' order; features are float32 and not normalised.
     """
     features, columns = [], {name: [] for name in ("pids", "camids", "index", "modality")}
-    for batch, rows in results_of(embed, batches):
+    for batch, rows in run_batches(embed, batches):
         features.append(rows)
         for name, column in columns.items():
             column.append(batch[name][batch["mask"]])

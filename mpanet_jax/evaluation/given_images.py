@@ -16,7 +16,7 @@ from PIL import Image
 from mpanet_jax.data.decode import BadImageError, read_image_file, resized, resized_pixels, to_rgb
 from mpanet_jax.data.pipeline import eval_batches
 from mpanet_jax.errors import ArgumentError, UserError
-from mpanet_jax.evaluation.extract import Embed, results_of, track_batches
+from mpanet_jax.evaluation.extract import Embed, run_batches, track_batches
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.settings import DataSettings
 
@@ -134,7 +134,7 @@ def rows_of_images(
     num_devices = jax.local_device_count()
     size = -(-min(batch_size, 1 << (len(images) - 1).bit_length()) // num_devices) * num_devices
     batches = eval_batches(rows, pixels, data, size, on_fault)
-    return [rows for _, rows in results_of(function, track_batches(batches, len(images)))], skipped
+    return [rows for _, rows in run_batches(function, track_batches(batches, len(images)))], skipped
 
 
 def _name(image: GivenImage, place: int) -> str:

@@ -77,7 +77,7 @@ def list_images(source: str | os.PathLike, *, split: str = "") -> list[ImageFile
     return [_image_file(folder, name) for name in names]
 
 
-def of_modality(images: list[ImageFile], modality: int) -> list[ImageFile]:
+def keep_modality(images: list[ImageFile], modality: int) -> list[ImageFile]:
     """The images that are of `modality`, and those of which nothing is known, which are taken to be.
 
     Raises:

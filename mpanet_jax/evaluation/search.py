@@ -14,7 +14,7 @@ from jaxtyping import Float32
 
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images
-from mpanet_jax.evaluation.images import list_images, of_modality
+from mpanet_jax.evaluation.images import keep_modality, list_images
 from mpanet_jax.evaluation.index_files import IndexFiles, locked_index, map_rows, read_index
 from mpanet_jax.evaluation.index_update import Embedder, files_of_gallery, is_up_to_date, write_update
 from mpanet_jax.evaluation.top_k import top_k, upload
@@ -156,7 +156,7 @@ class Index:
         gallery = Path(gallery)
         images = list_images(gallery)
         if modality is not None:
-            images = of_modality(images, int(modality_numbers(modality, 1)[0]))
+            images = keep_modality(images, int(modality_numbers(modality, 1)[0]))
         folder = Path(index) if index is not None else default_folder(gallery, modality)
         found = files_of_gallery(images, _base(gallery))
 

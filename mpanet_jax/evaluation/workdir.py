@@ -15,7 +15,7 @@ from mpanet_jax.datasets import EvaluationSet, Split
 from mpanet_jax.embeddings import Embeddings, check_embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
-from mpanet_jax.evaluation.extract import Embed, embed_of, extract_embeddings, track_batches
+from mpanet_jax.evaluation.extract import Embed, extract_embeddings, make_trained_embed, track_batches
 from mpanet_jax.methods import make_method
 from mpanet_jax.processes import gather_shares, is_first_process, share_of_process
 from mpanet_jax.protocol import Protocol
@@ -89,7 +89,7 @@ def embed_test_set(
     """
     settings = _with_data(settings, workdir, data_dir)
     tested = datasets.open_evaluation(settings.dataset)
-    _, embeddings = _embed_set(settings, tested, embed_of(make_method(settings), variables, workdir))
+    _, embeddings = _embed_set(settings, tested, make_trained_embed(make_method(settings), variables, workdir))
     return embeddings, tested.evaluations[0].protocol, tested.title
 
 
@@ -119,7 +119,7 @@ def evaluate_workdir(
       UserError: no config.json, no checkpoint, or no data set; the message names the file and the fix.
     """
     run = open_run(workdir, checkpoint=checkpoint, dataset=dataset, data_dir=data_dir)
-    embed = embed_of(make_method(run.settings), run.variables, workdir)
+    embed = make_trained_embed(make_method(run.settings), run.variables, workdir)
     metrics = evaluate_set(run.settings, run.tested, embed, rerank=rerank, metric=metric, cmc=cmc)
     return {name: {**values, **run.about} for name, values in metrics.items()}
 
@@ -197,6 +197,6 @@ def _check_place_of_data(settings: Settings, workdir: Path) -> None:
     )
 
 
-def of_checkpoint(metrics: dict[str, dict[str, Any]], checkpoint: str, step: int) -> dict[str, dict[str, Any]]:
+def with_checkpoint(metrics: dict[str, dict[str, Any]], checkpoint: str, step: int) -> dict[str, dict[str, Any]]:
     """The metrics with the checkpoint that they are of, 'last', 'best' or 'untrained', and its step."""
     return {name: {**values, "checkpoint": checkpoint, "step": step} for name, values in metrics.items()}

@@ -68,7 +68,7 @@ class Layer:
     summand: Any = 0.0
     attributes: dict[str, Any] = field(default_factory=dict)
 
-    def takes(self, array: np.ndarray) -> bool:
+    def can_take(self, array: np.ndarray) -> bool:
         """Whether a factor or summand can be folded in: a scalar, or one value a channel."""
         return self.kind == "Affine" or array.size == 1 or array.size == array.shape[-1]
 
@@ -90,12 +90,12 @@ class Graph:
         self._orders: dict[tuple[str, Sequence[int]], str] = {}  # values in the other order of axes
         self._names = 0
 
-    def name(self, hint: str = "value") -> str:
+    def new_name(self, hint: str = "value") -> str:
         """A new name."""
         self._names += 1
         return f"{hint}_{self._names}"
 
-    def constant(self, array: np.ndarray) -> str:
+    def add_constant(self, array: np.ndarray) -> str:
         """The name of an initial value; equal arrays are stored once. float64 becomes float32."""
         import onnx
 
@@ -107,17 +107,17 @@ class Graph:
             self._initializers[name] = onnx.numpy_helper.from_array(array, name)
         return name
 
-    def node(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
+    def add_node(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
         """Adds a node with one output, and returns the output's name."""
         import onnx
 
-        output = self.name(kind.lower())
+        output = self.new_name(kind.lower())
         self._nodes.append(onnx.helper.make_node(kind, list(inputs), [output], **attributes))
         return output
 
-    def layer(self, kind: str, source: str, rank: int, **fields: Any) -> Layer:
+    def add_layer(self, kind: str, source: str, rank: int, **fields: Any) -> Layer:
         """Adds a layer, which is written with all that is folded into it by then."""
-        layer = Layer(kind, source, self.name(kind.lower()), rank, **fields)
+        layer = Layer(kind, source, self.new_name(kind.lower()), rank, **fields)
         self._nodes.append(layer)
         return layer
 
@@ -126,18 +126,18 @@ class Graph:
     def as_last(self, value: Value) -> str:
         """The value's name, in JAX's order of axes."""
         if isinstance(value, Constant):
-            return self.constant(value.array)
+            return self.add_constant(value.array)
         return self._transposed(value.name, LAST) if value.channels_first else value.name
 
     def as_first(self, value: Value) -> str:
         """The name of a value of rank 4, or of a scalar constant, in the order [b, c, h, w]."""
         if isinstance(value, Constant):
-            return self.constant(value.array.transpose(FIRST) if value.array.ndim == 4 else value.array)
+            return self.add_constant(value.array.transpose(FIRST) if value.array.ndim == 4 else value.array)
         return value.name if value.channels_first else self._transposed(value.name, FIRST)
 
     def _transposed(self, name: str, order: Sequence[int]) -> str:
         if (name, order) not in self._orders:
-            self._orders[name, order] = self.node("Transpose", [name], perm=order)
+            self._orders[name, order] = self.add_node("Transpose", [name], perm=order)
         return self._orders[name, order]
 
     # ---- the file ----
@@ -168,16 +168,16 @@ class Graph:
                 array = np.asarray(part, np.float64)
                 if (array != neutral).any():
                     array = array.transpose(order) if array.ndim == layer.rank else array
-                    name = self.node(kind, [name, self.constant(array)])
+                    name = self.add_node(kind, [name, self.add_constant(array)])
             if name == layer.source:
-                self.node("Identity", [name])
+                self.add_node("Identity", [name])
             return
         channels = layer.weight.shape[0 if layer.kind == "Conv" else -1]
         factor, summand = (np.broadcast_to(np.ravel(part), channels) for part in (layer.factor, layer.summand))
         if layer.kind == "Conv":
-            inputs = [layer.source, self.constant(layer.weight * factor[:, None, None, None])]
-            self.node("Conv", inputs + ([self.constant(summand)] if summand.any() else []), **layer.attributes)
+            inputs = [layer.source, self.add_constant(layer.weight * factor[:, None, None, None])]
+            self.add_node("Conv", inputs + ([self.add_constant(summand)] if summand.any() else []), **layer.attributes)
         else:
-            product = self.node("MatMul", [layer.source, self.constant(layer.weight * factor)])
+            product = self.add_node("MatMul", [layer.source, self.add_constant(layer.weight * factor)])
             if summand.any():
-                self.node("Add", [product, self.constant(summand)])
+                self.add_node("Add", [product, self.add_constant(summand)])

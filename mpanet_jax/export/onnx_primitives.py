@@ -94,8 +94,8 @@ class _Writer(ShapeWriter):
         if any(n not in (1, m) for n, m in zip(array.shape, value.shape, strict=True)):
             return None  # the result repeats along an axis along which the value does not
         layer = value.layer
-        if layer is None or not layer.takes(array) or self.uses[equation.inputs[constant_first]] > 1:
-            layer = self.graph.layer("Affine", value.name, len(value.shape), channels_first=value.channels_first)
+        if layer is None or not layer.can_take(array) or self.uses[equation.inputs[constant_first]] > 1:
+            layer = self.graph.add_layer("Affine", value.name, len(value.shape), channels_first=value.channels_first)
         if primitive == "sub" and constant_first:
             layer.multiply(np.full_like(array, -1))
         if primitive in ("add", "sub"):
@@ -107,13 +107,13 @@ class _Writer(ShapeWriter):
     def _rsqrt(self, equation: Equation, x: Value) -> Value:
         if isinstance(x, Constant):
             return Constant(1 / np.sqrt(x.array))
-        name = self.graph.node("Reciprocal", [self.graph.node("Sqrt", [x.name])])
+        name = self.graph.add_node("Reciprocal", [self.graph.add_node("Sqrt", [x.name])])
         return Computed(name, x.shape, x.channels_first)
 
     def _square(self, equation: Equation, x: Value) -> Value:
         if isinstance(x, Constant):
             return Constant(np.square(x.array))
-        return Computed(self.graph.node("Mul", [x.name, x.name]), x.shape, x.channels_first)
+        return Computed(self.graph.add_node("Mul", [x.name, x.name]), x.shape, x.channels_first)
 
     def _integer_pow(self, equation: Equation, x: Value) -> Value:
         power = np.asarray(equation.params["y"], np.float64)
@@ -127,7 +127,7 @@ class _Writer(ShapeWriter):
 
     def _ne(self, equation: Equation, x: Value, y: Value) -> Value:
         equal = self._joined("Equal", [x, y], [aval.dtype for aval in equation.input_avals])
-        return Computed(self.graph.node("Not", [equal.name]), equal.shape, equal.channels_first)
+        return Computed(self.graph.add_node("Not", [equal.name]), equal.shape, equal.channels_first)
 
     def _select_n(self, equation: Equation, which: Value, *cases: Value) -> Value:
         if len(cases) != 2 or equation.input_avals[0].dtype != bool:
@@ -149,7 +149,7 @@ class _Writer(ShapeWriter):
         import onnx
 
         to = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-        return Computed(self.graph.node("Cast", [x.name], to=to), x.shape, x.channels_first)
+        return Computed(self.graph.add_node("Cast", [x.name], to=to), x.shape, x.channels_first)
 
     # ---- layers ----
 
@@ -174,7 +174,7 @@ class _Writer(ShapeWriter):
             "group": params["feature_group_count"],
         }
         source = self.graph.as_first(self._full(x, equation.input_avals[0].shape))
-        layer = self.graph.layer("Conv", source, 4, channels_first=True, weight=weight, attributes=attributes)
+        layer = self.graph.add_layer("Conv", source, 4, channels_first=True, weight=weight, attributes=attributes)
         return Computed(layer.output, tuple(equation.avals[0].shape), True, layer)
 
     def _dot_general(self, equation: Equation, x: Value, y: Value) -> Value:
@@ -192,11 +192,11 @@ class _Writer(ShapeWriter):
         if isinstance(y, Constant) and isinstance(x, Computed) and not batch and len(free[1]) == 1:
             if x.channels_first and contracted == (3,) and x.shape == tuple(shapes[0]):  # a 1×1 convolution
                 weight = (y.array.T if numbers[0][1] == (0,) else y.array)[:, :, None, None]
-                layer = self.graph.layer("Conv", x.name, 4, channels_first=True, weight=weight)
+                layer = self.graph.add_layer("Conv", x.name, 4, channels_first=True, weight=weight)
                 return Computed(layer.output, shape, True, layer)
             source = self._permuted(x, shapes[0], [*free[0], contracted[0]])
             weight = y.array if numbers[0][1] == (0,) else y.array.T
-            layer = self.graph.layer("MatMul", source, len(shape), weight=weight)
+            layer = self.graph.add_layer("MatMul", source, len(shape), weight=weight)
             return Computed(layer.output, shape, False, layer)
         if batch and any(len(axes) != 1 for axes in free):
             raise unsupported(equation)
@@ -209,16 +209,16 @@ class _Writer(ShapeWriter):
         (k_left,), (k_right,) = numbers[0][left], numbers[0][right]
         a = self._permuted(operands[left], shapes[left], [*numbers[1][left], *free[left], k_left])
         b = self._permuted(operands[right], shapes[right], [*numbers[1][right], k_right, *free[right]])
-        name = self.graph.node("MatMul", [a, b])
+        name = self.graph.add_node("MatMul", [a, b])
         if left == 1:
             rank = len(shape)
-            name = self.graph.node("Transpose", [name], perm=[rank - 1, *range(rank - 1)])
+            name = self.graph.add_node("Transpose", [name], perm=[rank - 1, *range(rank - 1)])
         return Computed(name, shape)
 
     def _permuted(self, value: Value, shape: Sequence[Any], order: Sequence[int]) -> str:
         """A whole value with its axes in that order."""
         value = self._full(value, shape)
         if isinstance(value, Constant):
-            return self.graph.constant(value.array.transpose(order))
+            return self.graph.add_constant(value.array.transpose(order))
         name = self.graph.as_last(value)
-        return name if list(order) == sorted(order) else self.graph.node("Transpose", [name], perm=list(order))
+        return name if list(order) == sorted(order) else self.graph.add_node("Transpose", [name], perm=list(order))

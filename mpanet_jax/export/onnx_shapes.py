@@ -50,7 +50,7 @@ class ShapeWriter:
             Constant(value.array.astype(dtype)) if isinstance(value, Constant) else value
             for value, dtype in zip(inputs, types, strict=False)
         ]
-        name = self.graph.node(kind, [self.graph.as_first(v) if first else self.graph.as_last(v) for v in inputs])
+        name = self.graph.add_node(kind, [self.graph.as_first(v) if first else self.graph.as_last(v) for v in inputs])
         return Computed(name, _broadcast([shape_of(value) for value in inputs]), first)
 
     # ---- along axes ----
@@ -65,9 +65,9 @@ class ShapeWriter:
         places = [{0: 0, 1: 2, 2: 3, 3: 1}[axis] for axis in axes] if first else list(axes)
         name = x.name if first else self.graph.as_last(x)
         if kind == "ArgMax":
-            name = self.graph.node(kind, [name], axis=places[0], keepdims=0)
+            name = self.graph.add_node(kind, [name], axis=places[0], keepdims=0)
         else:
-            name = self.graph.node(kind, [name, self.graph.constant(np.array(places, np.int64))], keepdims=0)
+            name = self.graph.add_node(kind, [name, self.graph.add_constant(np.array(places, np.int64))], keepdims=0)
         return Computed(name, tuple(equation.avals[0].shape))
 
     def _reduce_sum(self, equation: Equation, x: Value) -> Value:
@@ -85,7 +85,7 @@ class ShapeWriter:
         index = self._reduced(equation, x, "ArgMax", np.argmax)
         assert isinstance(index, Computed)
         to = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(equation.params["index_dtype"]))
-        return Computed(self.graph.node("Cast", [index.name], to=to), index.shape)
+        return Computed(self.graph.add_node("Cast", [index.name], to=to), index.shape)
 
     def _pool(self, equation: Equation, x: Value, kind: str, **attributes: Any) -> Computed:
         params = equation.params
@@ -95,7 +95,9 @@ class ShapeWriter:
             raise unsupported(equation)
         pads = [before for before, _ in padding[1:3]] + [after for _, after in padding[1:3]]
         source = self.graph.as_first(self._full(x, equation.input_avals[0].shape))
-        name = self.graph.node(kind, [source], kernel_shape=window[1:3], strides=strides[1:3], pads=pads, **attributes)
+        name = self.graph.add_node(
+            kind, [source], kernel_shape=window[1:3], strides=strides[1:3], pads=pads, **attributes
+        )
         return Computed(name, tuple(equation.avals[0].shape), True)
 
     def _reduce_window_max(self, equation: Equation, x: Value) -> Value:
@@ -125,7 +127,7 @@ class ShapeWriter:
         shape = tuple(equation.avals[0].shape)
         index = self._reshaped(indices, equation.input_avals[1].shape, shape)
         data = self.graph.as_last(self._full(x, equation.input_avals[0].shape))
-        return Computed(self.graph.node("GatherElements", [data, self.graph.as_last(index)], axis=along[0]), shape)
+        return Computed(self.graph.add_node("GatherElements", [data, self.graph.as_last(index)], axis=along[0]), shape)
 
     # ---- shapes ----
 
@@ -136,7 +138,7 @@ class ShapeWriter:
         if isinstance(value, Constant):
             if all(isinstance(n, int) for n in shape):
                 return Constant(np.broadcast_to(value.array, shape))
-            value = Computed(self.graph.constant(value.array), value.array.shape)
+            value = Computed(self.graph.add_constant(value.array), value.array.shape)
         if sum(not isinstance(n, int) for n in shape) > 0 and value.shape[0] == 1:
             raise UserError(
                 "the network computes something that is the same for all images and then reshapes it to the batch, "
@@ -144,7 +146,7 @@ class ShapeWriter:
             )
         name = self.graph.as_last(value)
         sizes = np.array([n if isinstance(n, int) else 1 for n in shape], np.int64)  # 1 keeps what is there
-        return Computed(self.graph.node("Expand", [name, self.graph.constant(sizes)]), tuple(shape))
+        return Computed(self.graph.add_node("Expand", [name, self.graph.add_constant(sizes)]), tuple(shape))
 
     def _broadcast_in_dim(self, equation: Equation, x: Value, *_: Value) -> Value:
         rank, places = len(equation.params["shape"]), equation.params["broadcast_dimensions"]
@@ -155,10 +157,10 @@ class ShapeWriter:
         if len(places) == rank:
             return x
         if rank == 4 and tuple(places) == (0, 3):  # one value a channel, as convolutions and masks want it
-            name = self.graph.node("Unsqueeze", [self.graph.as_last(x), self.graph.constant(np.array([2, 3]))])
+            name = self.graph.add_node("Unsqueeze", [self.graph.as_last(x), self.graph.add_constant(np.array([2, 3]))])
             return Computed(name, (x.shape[0], 1, 1, x.shape[1]), True)
         new = [axis for axis in range(rank) if axis not in places]
-        name = self.graph.node("Unsqueeze", [self.graph.as_last(x), self.graph.constant(np.array(new))])
+        name = self.graph.add_node("Unsqueeze", [self.graph.as_last(x), self.graph.add_constant(np.array(new))])
         shape: list[Any] = [1] * rank
         for place, length in zip(places, x.shape, strict=True):
             shape[place] = length
@@ -179,7 +181,7 @@ class ShapeWriter:
         if len(unknown) > 1:
             raise UserError("ONNX: a reshape of two axes of unknown length; write a .stablehlo file instead")
         sizes = np.array([n if isinstance(n, int) else -1 for n in after], np.int64)
-        name = self.graph.node("Reshape", [self.graph.as_last(x), self.graph.constant(sizes)])
+        name = self.graph.add_node("Reshape", [self.graph.as_last(x), self.graph.add_constant(sizes)])
         return Computed(name, tuple(after))
 
     def _expand_dims(self, equation: Equation, x: Value) -> Value:
@@ -189,14 +191,16 @@ class ShapeWriter:
         axes = tuple(equation.params["dimensions"])
         if isinstance(x, Constant):
             return Constant(np.squeeze(x.array, axes))
-        name = self.graph.node("Squeeze", [self.graph.as_last(x), self.graph.constant(np.array(axes, np.int64))])
+        name = self.graph.add_node(
+            "Squeeze", [self.graph.as_last(x), self.graph.add_constant(np.array(axes, np.int64))]
+        )
         return Computed(name, tuple(n for axis, n in enumerate(x.shape) if axis not in axes))
 
     def _transpose(self, equation: Equation, x: Value) -> Value:
         order = equation.params["permutation"]
         if isinstance(x, Constant):
             return Constant(x.array.transpose(order))
-        name = self.graph.node("Transpose", [self.graph.as_last(x)], perm=list(order))
+        name = self.graph.add_node("Transpose", [self.graph.as_last(x)], perm=list(order))
         return Computed(name, tuple(x.shape[axis] for axis in order))
 
     def _rev(self, equation: Equation, x: Value) -> Value:
@@ -206,8 +210,8 @@ class ShapeWriter:
         last = np.iinfo(np.int64).min
         numbers = (np.full(len(axes), n, np.int64) for n in (-1, last, axes, -1))
         starts, ends, places, steps = numbers
-        inputs = [self.graph.constant(array) for array in (starts, ends, places, steps)]
-        return Computed(self.graph.node("Slice", [self.graph.as_last(x), *inputs]), x.shape)
+        inputs = [self.graph.add_constant(array) for array in (starts, ends, places, steps)]
+        return Computed(self.graph.add_node("Slice", [self.graph.as_last(x), *inputs]), x.shape)
 
     def _slice(self, equation: Equation, x: Value) -> Value:
         params, before = equation.params, equation.input_avals[0].shape
@@ -235,10 +239,10 @@ class ShapeWriter:
             ranges = {axis: slice(*part) for axis, *part in zip(axes, starts, ends, steps, strict=True)}
             part = x.array[tuple(ranges.get(axis, slice(None)) for axis in range(x.array.ndim))]
             return Constant(part.squeeze(tuple(removed)))
-        inputs = [self.graph.constant(np.array(numbers, np.int64)) for numbers in (starts, ends, axes, steps)]
-        name = self.graph.node("Slice", [self.graph.as_last(x), *inputs])
+        inputs = [self.graph.add_constant(np.array(numbers, np.int64)) for numbers in (starts, ends, axes, steps)]
+        name = self.graph.add_node("Slice", [self.graph.as_last(x), *inputs])
         if removed:
-            name = self.graph.node("Squeeze", [name, self.graph.constant(np.array(removed, np.int64))])
+            name = self.graph.add_node("Squeeze", [name, self.graph.add_constant(np.array(removed, np.int64))])
         return Computed(name, tuple(equation.avals[0].shape))
 
     def _concatenate(self, equation: Equation, *parts: Value) -> Value:
@@ -248,7 +252,7 @@ class ShapeWriter:
         whole = [self._full(part, aval.shape) for part, aval in zip(parts, equation.input_avals, strict=True)]
         if all(isinstance(part, Constant) for part in whole):
             return Constant(np.concatenate([part.array for part in whole if isinstance(part, Constant)], axis))
-        name = self.graph.node("Concat", [self.graph.as_last(part) for part in whole], axis=axis)
+        name = self.graph.add_node("Concat", [self.graph.as_last(part) for part in whole], axis=axis)
         return Computed(name, tuple(equation.avals[0].shape))
 
     def _stack(self, equation: Equation, *parts: Value) -> Value:
@@ -257,11 +261,11 @@ class ShapeWriter:
             shape = (*aval.shape[:axis], 1, *aval.shape[axis:])
             part = self._full(part, aval.shape)
             if isinstance(part, Constant):
-                pieces.append(self.graph.constant(part.array.reshape(shape)))
+                pieces.append(self.graph.add_constant(part.array.reshape(shape)))
                 continue
-            place = self.graph.constant(np.array([axis], np.int64))
-            pieces.append(self.graph.node("Unsqueeze", [self.graph.as_last(part), place]))
-        return Computed(self.graph.node("Concat", pieces, axis=axis), tuple(equation.avals[0].shape))
+            place = self.graph.add_constant(np.array([axis], np.int64))
+            pieces.append(self.graph.add_node("Unsqueeze", [self.graph.as_last(part), place]))
+        return Computed(self.graph.add_node("Concat", pieces, axis=axis), tuple(equation.avals[0].shape))
 
     def _iota(self, equation: Equation, *_: Value) -> Value:
         shape, axis = equation.params["shape"], equation.params["dimension"]

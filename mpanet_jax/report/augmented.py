@@ -17,7 +17,7 @@ from mpanet_jax.log_pictures import visible_again
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import MODALITY_NAMES
-from mpanet_jax.report.figures import WIDTH_MM, new_figure, save
+from mpanet_jax.report.figures import WIDTH_MM, new_figure, save_figure
 from mpanet_jax.run_files import load_settings
 from mpanet_jax.state import random_keys
 
@@ -99,4 +99,4 @@ def draw_augmentation(
         for line, name in enumerate(names):
             axes[line, 0].set_ylabel(name, fontsize=6, labelpad=2)
         figure.suptitle(f"step {step}: images of the batch, and what the network sees of them")
-        return save(figure, folder, "augmentation")
+        return save_figure(figure, folder, "augmentation")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.report.figures import BLUE, COLOURS, DASHES, VERMILION, new_figure, plain_numbers, save
+from mpanet_jax.report.figures import BLUE, COLOURS, DASHES, VERMILION, new_figure, plain_numbers, save_figure
 from mpanet_jax.report.logs import Series, read_scalars
 
 # Of train/…: what is no loss.
@@ -69,7 +69,7 @@ def draw_curves(workdir: str | Path, folder: str | os.PathLike) -> list[Path]:
         bottom.set(xlabel="epoch", ylabel="%", title=settings[0] if settings else "not evaluated yet")
         if settings:
             bottom.legend()
-        return save(figure, folder, "curves")
+        return save_figure(figure, folder, "curves")
 
 
 def _positive(scalars: dict[str, Series], losses: list[str]) -> bool:

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.progress import Bar
-from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, save
+from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, save_figure
 from mpanet_jax.report.sources import Source
 from mpanet_jax.row_norms import l2_normalize
 
@@ -94,4 +94,4 @@ def draw_distances(source: Source, folder: str | os.PathLike) -> list[Path]:
         axes[-1].set_xlabel("distance, 1 − cosine")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=1.4)
-        return save(figure, folder, "distances")
+        return save_figure(figure, folder, "distances")

@@ -49,7 +49,7 @@ _STYLE: dict[Any, Any] = {
 
 @contextlib.contextmanager
 def new_figure(height_mm: float, *, width_mm: float = WIDTH_MM) -> Iterator[Any]:
-    """A matplotlib Figure of this size in the common style, on no screen; draw and `save` it inside the block.
+    """A matplotlib Figure of this size in the common style, on no screen; draw and `save_figure` it inside the block.
 
     Raises:
       UserError: matplotlib is not installed.
@@ -70,7 +70,7 @@ def plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def save(figure: Any, folder: str | os.PathLike, name: str) -> list[Path]:
+def save_figure(figure: Any, folder: str | os.PathLike, name: str) -> list[Path]:
     """Write `name`.png and `name`.svg into the folder, each whole or not at all, and return their paths."""
     written = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

@@ -7,7 +7,7 @@ import numpy as np
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.modality import INFRARED, MODALITY_NAMES, VISIBLE
-from mpanet_jax.report.figures import HEAT, WIDTH_MM, new_figure, save
+from mpanet_jax.report.figures import HEAT, WIDTH_MM, new_figure, save_figure
 from mpanet_jax.report.pattern_maps import grad_cam, targets_of
 from mpanet_jax.report.sources import Source
 
@@ -72,7 +72,7 @@ def draw_patterns(
             axes[line, 0].set_ylabel(f"{source.name_of(row)}\n{where}", fontsize=6, labelpad=2)
         what = "Pattern maps M" if plain else "Grad-CAM of M ⊙ F"
         figure.suptitle(f"{what}: blue is least, yellow is greatest")
-        return save(figure, folder, "patterns_plain" if plain else "patterns")
+        return save_figure(figure, folder, "patterns_plain" if plain else "patterns")
 
 
 def _to_one(values: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ def people_with_both(source: Source) -> np.ndarray:
     return found[found >= 0]
 
 
-def draw_people(candidates: np.ndarray, number: int, seed: int, where: str) -> np.ndarray:
+def choose_people(candidates: np.ndarray, number: int, seed: int, where: str) -> np.ndarray:
     """`number` of the identities, drawn by the seed, in ascending order.
 
     Raises:

@@ -8,7 +8,7 @@ import numpy as np
 from mpanet_jax.embeddings import check_embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.verification import CROSS, SAME, area_under, equal_error_rate, make_curve, make_pairs
-from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, plain_numbers, save
+from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, plain_numbers, save_figure
 from mpanet_jax.report.sources import Source
 
 LABELS = {CROSS: "cross-modality", SAME: "within one modality"}
@@ -52,4 +52,4 @@ def draw_roc(source: Source, folder: str | os.PathLike, *, seed: int = 0) -> lis
         panel.set(xlabel="false positive rate", ylabel="true positive rate")
         plain_numbers(panel.xaxis)
         figure.legend(loc="outside upper left")
-        return save(figure, folder, "roc")
+        return save_figure(figure, folder, "roc")

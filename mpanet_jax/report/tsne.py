@@ -9,8 +9,8 @@ from jaxtyping import Float
 
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.modality import INFRARED, VISIBLE
-from mpanet_jax.report.figures import COLOURS, WIDTH_MM, new_figure, save
-from mpanet_jax.report.people import draw_people, people_with_both
+from mpanet_jax.report.figures import COLOURS, WIDTH_MM, new_figure, save_figure
+from mpanet_jax.report.people import choose_people, people_with_both
 from mpanet_jax.report.requirements import require_report
 from mpanet_jax.report.sources import Source
 from mpanet_jax.row_norms import l2_normalize
@@ -18,7 +18,7 @@ from mpanet_jax.row_norms import l2_normalize
 MARKERS = {VISIBLE: ("o", "visible"), INFRARED: ("^", "infrared")}
 
 
-def project(features: np.ndarray, *, perplexity: float, seed: int) -> Float[np.ndarray, "n 2"]:
+def tsne_coordinates(features: np.ndarray, *, perplexity: float, seed: int) -> Float[np.ndarray, "n 2"]:
     """t-SNE of unit embeddings; the start is their first two principal components.
 
     Raises:
@@ -61,12 +61,14 @@ def draw_tsne(
     candidates = people_with_both(sources[0])
     for source in sources[1:]:
         candidates = np.intersect1d(candidates, people_with_both(source))
-    pids = draw_people(candidates, num_identities, seed, sources[0].title)
+    pids = choose_people(candidates, num_identities, seed, sources[0].title)
     with new_figure(8 + min(62.0, WIDTH_MM / len(sources)) + 8) as figure:
         axes = figure.subplots(1, len(sources), squeeze=False)[0]
         for source, panel, title in zip(sources, axes, titles or [s.title for s in sources], strict=True):
             rows = np.flatnonzero(np.isin(source.images.pids, pids) & (source.modality >= 0))
-            points = project(source.images.features[rows], perplexity=min(perplexity, (len(rows) - 1) / 3), seed=seed)
+            points = tsne_coordinates(
+                source.images.features[rows], perplexity=min(perplexity, (len(rows) - 1) / 3), seed=seed
+            )
             for colour, pid in zip(COLOURS, pids, strict=False):
                 for modality, (marker, word) in MARKERS.items():
                     chosen = (source.images.pids[rows] == pid) & (source.modality[rows] == modality)
@@ -82,4 +84,4 @@ def draw_tsne(
             axes[0].scatter([], [], s=9, marker=marker, c="#555555", label=word) for marker, word in MARKERS.values()
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, handletextpad=0.1)
-        return save(figure, folder, "tsne")
+        return save_figure(figure, folder, "tsne")
