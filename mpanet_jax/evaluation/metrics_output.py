@@ -10,16 +10,22 @@ from mpanet_jax.files import write_whole
 
 
 def format_table(metrics: Mapping[str, Mapping]) -> str:
-    """Lay out metrics for the terminal: how they were measured above, below one line, or two, for each setting.
+    """Lay out metrics as a table for the terminal.
 
-    Metrics without 'interval' (averages over models, files of version 0.1) have no second line.
+    Args:
+      metrics: {setting: what `evaluate_embeddings` gives for it}.
+
+    Returns:
+      A heading that says how the figures were measured, then two lines for each setting: the figures with their
+      standard deviations, and the bootstrap intervals. Metrics without 'interval' (averages over models, files of
+      version 0.1) have the first line only.
     """
     titles = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
     interval_title = f"  {LEVEL} % interval"
     width = max(
         map(len, ["setting", *metrics, *([interval_title] if any("interval" in v for v in metrics.values()) else [])])
     )
-    lines, described = [], None  # "queries" counts those with a match, which alone are averaged
+    lines, described = [], None  # the column "queries" counts those with a match: only they are averaged
     for name, values in metrics.items():
         description = describe_measurement(values)
         if description != described:
@@ -40,12 +46,17 @@ def format_table(metrics: Mapping[str, Mapping]) -> str:
         if values["num_query_without_match"]
     ]
     if left_out:
-        lines.append(f"left out, for lack of a match in the gallery: queries of {', '.join(left_out)}")
+        lines.append(f"queries left out because the gallery has no match: {', '.join(left_out)}")
     return "\n".join(lines)
 
 
 def describe_measurement(values: Mapping) -> str:
-    """One line that says how figures were measured."""
+    """One line that says how the figures of a setting were measured.
+
+    Args:
+      values: what `evaluate_embeddings` gives for a setting; further keys that it mentions are 'seeds', 'dataset' with
+        'trained_on', 'checkpoint' and 'flip'.
+    """
     trials = "1 trial" if values["trials"] == 1 else f"mean ± standard deviation of {values['trials']} trials"
     if "seeds" in values:
         number = values["trials"]
