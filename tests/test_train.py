@@ -102,7 +102,7 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(settings, tmp_path):
     assert run_script("evaluate.py", f"--workdir={tmp_path}/run", cwd=tmp_path).returncode == 0
     assert set(json.loads(report.read_text())) == set(written)
     moved = run_script("evaluate.py", f"--workdir={tmp_path}/run", f"--data_dir={tmp_path}", cwd=tmp_path)
-    assert moved.returncode == 2 and f"not prepared in {tmp_path}; name the folder" in moved.stderr
+    assert moved.returncode == 2 and f"not prepared in {tmp_path}; give the folder" in moved.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -344,7 +344,7 @@ def test_a_model_is_tested_on_another_data_set_by_that_ones_protocol(settings, t
             "euclidean",
         )
     save_settings(replace(settings, {"dataset": RegdbSettings(trial=2)}), tmp_path / "regdb2")
-    with pytest.raises(UserError, match="was trained on regdb trial 2, whose other splits share identities"):
+    with pytest.raises(UserError, match="was trained on regdb trial 2, which shares identities"):
         evaluate_workdir(tmp_path / "regdb2", dataset=RegdbSettings(trial=3), data_dir=str(tmp_path / "data"))
     for flags, message in (
         (["--dataset=llcm"], "llcm is not prepared in"),

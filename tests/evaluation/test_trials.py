@@ -170,5 +170,5 @@ def test_directories_without_a_trial_are_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         evaluate_workdirs(str(tmp_path), unwanted)
-    with pytest.raises(UserError, match="no working directory"):
+    with pytest.raises(UserError, match="workdirs"):
         evaluate_workdirs(str(tmp_path / "none*"), unwanted)
