@@ -1,4 +1,4 @@
-"""JAX's primitives as ONNX nodes: those of networks that are evaluated. `write_equations` applies them one by one."""
+"""Translates JAX's primitives, as far as networks use them in evaluation, into ONNX nodes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from mpanet_jax.export.equations import Equation, Equations
 from mpanet_jax.export.onnx_graph import Computed, Constant, Graph, Value
 from mpanet_jax.export.onnx_shapes import ShapeWriter, constant_of, unsupported
 
-# primitive: (ONNX node, the same for constants)
+# JAX's primitive: (ONNX node, the same function of constants in NumPy)
 _ELEMENTWISE: dict[str, tuple[str, Callable[..., Any]]] = {
     **{"add": ("Add", np.add), "sub": ("Sub", np.subtract), "mul": ("Mul", np.multiply), "div": ("Div", np.divide)},
     **{"max": ("Max", np.maximum), "min": ("Min", np.minimum), "pow": ("Pow", np.power)},
@@ -26,10 +26,18 @@ _ALIASES = ("stop_gradient", "copy", "copy_p")
 
 
 def write_equations(graph: Graph, equations: Equations, values: dict[int, Value]) -> Value:
-    """Adds all equations to the graph and returns the result's value. `values` has those of the inputs.
+    """Add all equations to the graph.
+
+    Args:
+      graph: the graph to add to.
+      equations: the function to translate.
+      values: {key: value} of the function's inputs.
+
+    Returns:
+      The value of the function's result.
 
     Raises:
-      UserError: a primitive that has no ONNX form here.
+      UserError: a primitive, or its form, is not supported.
     """
     writer = _Writer(graph, equations, values)
     for equation in equations.equations:
@@ -59,7 +67,7 @@ class _Writer(ShapeWriter):
             raise unsupported(equation)
         if isinstance(result, Computed) and result.layer is not None:
             for key, value in zip(equation.inputs, inputs, strict=True):
-                if value is result and self.uses[key] > 1:  # by another name, which others do not read
+                if value is result and self.uses[key] > 1:  # others read the value itself: fold nothing into it
                     result = replace(result, layer=None)
         self.values[equation.outputs[0]] = result
 
@@ -84,7 +92,7 @@ class _Writer(ShapeWriter):
         return self._joined(kind, inputs, [aval.dtype for aval in equation.input_avals])
 
     def _fold(self, equation: Equation, inputs: Sequence[Value], array: np.ndarray) -> Value | None:
-        """Takes a factor or summand into the layer before it, or makes it a layer that takes in the next."""
+        """Fold a factor or summand into the layer before it, or make it a layer that later ones are folded into."""
         primitive, constant_first = equation.primitive, isinstance(inputs[0], Constant)
         if primitive not in ("add", "sub", "mul", "div") or (primitive == "div" and constant_first):
             return None
@@ -216,7 +224,7 @@ class _Writer(ShapeWriter):
         return Computed(name, shape)
 
     def _permuted(self, value: Value, shape: Sequence[Any], order: Sequence[int]) -> str:
-        """A whole value with its axes in that order."""
+        """The name of a value with its axes at full length and in that order."""
         value = self._full(value, shape)
         if isinstance(value, Constant):
             return self.graph.add_constant(value.array.transpose(order))

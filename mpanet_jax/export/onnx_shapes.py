@@ -1,4 +1,4 @@
-"""JAX's primitives as ONNX nodes: reductions, pooling, and what moves values without a change."""
+"""Translates JAX's primitives into ONNX nodes: reductions, pooling, and those that only move values."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from mpanet_jax.export.onnx_graph import Computed, Constant, Graph, Value
 
 
 def shape_of(value: Value) -> tuple[Any, ...]:
-    """The lengths of a value's axes; 1 where it repeats."""
+    """The lengths of a value's axes; an axis along which it repeats may have length 1."""
     return value.array.shape if isinstance(value, Constant) else value.shape
 
 
@@ -24,10 +24,10 @@ def _broadcast(shapes: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def unsupported(equation: Equation) -> UserError:
-    """The error for a primitive, or a form of it, that is not here."""
+    """The error for a primitive, or a form of it, that this export does not support."""
     return UserError(
-        f"the network computes {equation.primitive!r} in a form that this ONNX export has not; "
-        "write a .stablehlo file instead, which holds all that JAX computes"
+        f"the network computes {equation.primitive!r} in a form that this ONNX export does not support; "
+        "write a .stablehlo file instead, which can hold whatever JAX computes"
     )
 
 
@@ -38,13 +38,13 @@ def constant_of(array: Any) -> Constant:
 
 
 class ShapeWriter:
-    """Writes the primitives that are its methods, by their names behind '_'; each gives the result's value."""
+    """Translates the primitives that it has methods for, named '_' + primitive; each gives the result's value."""
 
     def __init__(self, graph: Graph):
         self.graph = graph
 
     def _joined(self, kind: str, inputs: Sequence[Value], types: Sequence[Any]) -> Computed:
-        """A node whose inputs broadcast."""
+        """Add a node whose inputs are broadcast against each other."""
         first = any(isinstance(value, Computed) and value.channels_first for value in inputs)
         inputs = [
             Constant(value.array.astype(dtype)) if isinstance(value, Constant) else value
@@ -109,7 +109,7 @@ class ShapeWriter:
         return self._joined("Mul", [mean, Constant(size)], [np.float32] * 2)
 
     def _gather(self, equation: Equation, x: Value, indices: Value) -> Value:
-        """`jnp.take_along_axis`, and slices from a place that is known."""
+        """Supports `jnp.take_along_axis`, and slices that start at a known place."""
         numbers, axes = equation.params["dimension_numbers"], range(len(equation.input_avals[0].shape))
         along = numbers.start_index_map
         if isinstance(indices, Constant) and indices.array.ndim == 1 and not numbers.operand_batching_dims:
@@ -132,7 +132,7 @@ class ShapeWriter:
     # ---- shapes ----
 
     def _full(self, value: Value, shape: Sequence[Any]) -> Value:
-        """The value with all its axes at their whole length."""
+        """The value with all its axes at full length."""
         if shape_of(value) == tuple(shape):
             return value
         if isinstance(value, Constant):
@@ -141,11 +141,11 @@ class ShapeWriter:
             value = Computed(self.graph.add_constant(value.array), value.array.shape)
         if sum(not isinstance(n, int) for n in shape) > 0 and value.shape[0] == 1:
             raise UserError(
-                "the network computes something that is the same for all images and then reshapes it to the batch, "
-                "which a dynamic batch cannot say in ONNX; give a number of images as the batch, or write .stablehlo"
+                "the network computes a value that is the same for all images and then reshapes it to the batch, which "
+                "ONNX cannot express for a dynamic batch; give a number of images as the batch, or write .stablehlo"
             )
         name = self.graph.as_last(value)
-        sizes = np.array([n if isinstance(n, int) else 1 for n in shape], np.int64)  # 1 keeps what is there
+        sizes = np.array([n if isinstance(n, int) else 1 for n in shape], np.int64)  # 1 keeps the axis as it is
         return Computed(self.graph.add_node("Expand", [name, self.graph.add_constant(sizes)]), tuple(shape))
 
     def _broadcast_in_dim(self, equation: Equation, x: Value, *_: Value) -> Value:
@@ -156,7 +156,7 @@ class ShapeWriter:
             return Constant(x.array.reshape(sizes))
         if len(places) == rank:
             return x
-        if rank == 4 and tuple(places) == (0, 3):  # one value a channel, as convolutions and masks want it
+        if rank == 4 and tuple(places) == (0, 3):  # one value a channel, for convolutions and masks
             name = self.graph.add_node("Unsqueeze", [self.graph.as_last(x), self.graph.add_constant(np.array([2, 3]))])
             return Computed(name, (x.shape[0], 1, 1, x.shape[1]), True)
         new = [axis for axis in range(rank) if axis not in places]
@@ -233,7 +233,7 @@ class ShapeWriter:
         removed: Sequence[int] = (),
         steps: Sequence[int] | None = None,
     ) -> Value:
-        """The part of x between starts and ends along some axes, of which `removed` have length 1 then and go."""
+        """The part of x between starts and ends along some axes; the axes `removed`, then of length 1, are dropped."""
         x, steps = self._full(x, equation.input_avals[0].shape), steps or [1] * len(axes)
         if isinstance(x, Constant):
             ranges = {axis: slice(*part) for axis, *part in zip(axes, starts, ends, steps, strict=True)}
