@@ -1,4 +1,4 @@
-"""The retrieval page of a search: what scripts/search.py found, without right and wrong, which nothing says."""
+"""Makes the retrieval page of a search from its results.json; identities are unknown, so no match is right or wrong."""
 
 import json
 import math
@@ -17,15 +17,18 @@ from mpanet_jax.report.thumbnails import Photos, photos_of_folder
 
 
 def page_of_search(path: str | os.PathLike, images: str | os.PathLike | None = None) -> tuple[Page, Photos]:
-    """The page of a results.json (docs/search.md), and its photos.
+    """Read a results.json (docs/search.md) and make its page.
 
     Args:
-      path: the file.
-      images: the gallery's folder, out of which no path leads then; None: where the file says it was. Queries are read
-        where they were.
+      path: the results.json.
+      images: the folder that the gallery is in now; only images in it are shown. None: the folder that the file names,
+        and images outside of it where the file names them. Queries are always read from the paths in the file.
+
+    Returns:
+      The page, and the photos of its images.
 
     Raises:
-      UserError: no such file, or it is no search's results.
+      UserError: there is no such file, or it is damaged or not the results of a search.
     """
     tree = _read(Path(path))
     try:
@@ -43,7 +46,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as JSON; {expected}") from error
     if not isinstance(tree, dict) or {name: tree.get(name) for name in RESULTS_FORMAT} != RESULTS_FORMAT:
-        raise UserError(f"{path}: no results of a search of version {RESULTS_FORMAT['version']}; {expected}")
+        raise UserError(f"{path}: not results of a search, version {RESULTS_FORMAT['version']}; {expected}")
     return tree
 
 
@@ -62,10 +65,10 @@ def _page(tree: dict[str, Any], folder: Path, *, elsewhere: bool) -> tuple[Page,
     for ranking in tree["queries"]:
         distances = [float(match["distance"]) for match in ranking["matches"]]
         if not all(map(math.isfinite, distances)):
-            raise ValueError("a distance is no number")
+            raise ValueError("a distance is not finite")
         top = [number(match["path"], False, match.get("modality", "")) for match in ranking["matches"]]
         queries.append(Query(number(ranking["path"], True, ""), top, distances))
-    # Queries, and images of a gallery that its list names outside its folder, are where the file says.
+    # Queries are where the file says, and so are images that the gallery's list names outside its folder.
     asked = {image for image, is_query in numbers if is_query}
     readable = {image for image, is_query in numbers if is_query or not elsewhere}
     gallery = photos_of_folder(folder)

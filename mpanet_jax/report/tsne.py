@@ -1,4 +1,4 @@
-"""Figure 4 of the paper: how the images of ten people lie to each other, by t-SNE."""
+"""Draws figure 4 of the paper: the embeddings of ten people's images in two dimensions, by t-SNE."""
 
 import os
 from collections.abc import Sequence
@@ -19,16 +19,21 @@ MARKERS = {VISIBLE: ("o", "visible"), INFRARED: ("^", "infrared")}
 
 
 def tsne_coordinates(features: np.ndarray, *, perplexity: float, seed: int) -> Float[np.ndarray, "n 2"]:
-    """t-SNE of unit embeddings; the start is their first two principal components.
+    """Place n embeddings in two dimensions by t-SNE, starting from their first two principal components.
+
+    Args:
+      features: float[n, D]; they are L2-normalised first.
+      perplexity: t-SNE's number of effective neighbours, less than n.
+      seed: seeds t-SNE.
 
     Raises:
-      UserError: scikit-learn is not installed, or there are no more images than the perplexity.
+      UserError: scikit-learn is not installed, or `perplexity` is not less than n.
     """
     require_report("sklearn")
     from sklearn.manifold import TSNE
 
     if len(features) <= perplexity:
-        raise UserError(f"perplexity = {perplexity:g}: is to be less than the number of images, {len(features)}")
+        raise UserError(f"perplexity = {perplexity:g}: must be less than the number of images, {len(features)}")
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1)
     return tsne.fit_transform(l2_normalize(features))
 
@@ -42,19 +47,25 @@ def draw_tsne(
     perplexity: float = 30.0,
     seed: int = 0,
 ) -> list[Path]:
-    """Draw tsne.png and .svg: a panel for each source, circles visible and triangles infrared, a colour an identity.
+    """Draw tsne.png and .svg: a panel for each source, with circles for visible and triangles for infrared images.
+
+    Every identity has a colour.
 
     Args:
-      sources: networks to be held against each other, on the same images.
-      folder: where the files go.
-      titles: of the panels; by default the sources'.
-      num_identities: how many people are drawn by the seed, among those that all sources have in both modalities;
-        at most ten, the colours that can be told apart.
-      perplexity: of t-SNE, the same for all panels; fewer images than three times as many lower it to a third of them.
-      seed: of the people and of t-SNE.
+      sources: networks to compare, with embeddings of the same images.
+      folder: the folder to write to.
+      titles: the panels' titles; None: the sources' titles.
+      num_identities: how many people to choose at random among those that all sources have in both modalities; at most
+        ten, since no more colours can be told apart.
+      perplexity: t-SNE's perplexity, lowered to (n − 1) / 3 where a panel has n images and that is less.
+      seed: seeds the choice of people, and t-SNE.
+
+    Returns:
+      The paths of the two files.
 
     Raises:
-      UserError: fewer identities than that, or scikit-learn or matplotlib is not installed.
+      UserError: there are fewer identities than that, or scikit-learn or matplotlib is not installed.
+      ArgumentError: `num_identities` is not from 1 to 10.
     """
     if not 1 <= num_identities <= len(COLOURS):
         raise ArgumentError("num_identities", f"= {num_identities}: expected 1 to {len(COLOURS)}, one for each colour")
