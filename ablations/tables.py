@@ -76,8 +76,8 @@ TABLES = {
             Row("caj_one_rate", "CAJ, one rate for all", {"optim.body_rate": 1.0}, preset="caj"),
         ),
         "AGW and CAJ have their own batches, 8 identities × 8 images, and about as many training images as MPANet; "
-        "CAJ's network sees every visible image twice. Their backbone learns at a tenth of the rate, which was chosen "
-        "for a start from ImageNet; the last two rows have the same rate everywhere.",
+        "CAJ's network sees every visible image twice. All layers but neck and classifier learn at a tenth of the "
+        "rate, which was chosen for a start from ImageNet; the last two rows have the same rate everywhere.",
     ),
     "augmentations": Table(
         "Augmentations of MPANet",
