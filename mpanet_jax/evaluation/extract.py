@@ -1,4 +1,4 @@
-"""Computes embeddings: runs the network over batches of one shape, whose last one is padded."""
+"""Computes embeddings: runs the network over batches of one shape; the last batch is padded."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path

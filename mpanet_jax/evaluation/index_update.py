@@ -1,4 +1,4 @@
-"""What an update of an index does: it finds the images that are new or changed, and embeds those alone."""
+"""Updates an index: finds the images that are new or changed, and embeds only those."""
 
 import contextlib
 import os

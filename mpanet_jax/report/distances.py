@@ -42,7 +42,7 @@ def distance_distributions(features: np.ndarray, pids: np.ndarray, modality: np.
 
     Args:
       features: float[n, D], rows of any length.
-      pids, modality: int[n]; images of which one is unknown (-1) are left out.
+      pids, modality: int[n]; an image is left out if one of its two is unknown (-1).
 
     Returns:
       {'cross-modality': distribution, 'within one modality': distribution}.
