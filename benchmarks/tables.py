@@ -14,7 +14,7 @@ from mpanet_jax.methods import METHODS, settings_of
 from mpanet_jax.settings import differences
 
 TITLE = "# Measured\n\nWritten by `python -m benchmarks.tables` from the reports of `scripts/benchmark.py`.\n"
-# Fields that do not change what is measured.
+# Fields that are not listed: the method is in the heading, and the others do not change what is measured.
 LEFT_OUT = ("dataset.source", "dataset.data_dir", "init_from", "preset", "method")
 
 
