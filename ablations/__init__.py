@@ -1,1 +1,1 @@
-"""The paper's ablation tables, run here: rows, runs and reports, called by `scripts/ablate.py`."""
+"""Runs the paper's ablation tables: rows, runs and reports, called by `scripts/ablate.py`."""

@@ -1,7 +1,7 @@
-"""Runs rows × seeds, keeps what they gave in one JSON, and goes on from it.
+"""Trains the rows of a table with several seeds, keeps the results in one JSON file, and continues from it.
 
-A row's seeds share a process, so that the row is compiled once; the lab itself takes no accelerator. Each finished run
-is in the JSON before the next one ends, and the JSON alone is enough to go on, on another machine too.
+A row's seeds share a process, so that the row is compiled once; the lab's own process uses no accelerator. Each run is
+stored as soon as it is finished. The JSON file alone is enough to continue, on another machine too.
 """
 
 import json
@@ -22,8 +22,8 @@ from mpanet_jax.files import write_whole
 from mpanet_jax.methods import settings_of
 from mpanet_jax.settings import Settings, flat, replace, to_dict
 
-# What does not matter for a run's figures: where its data lie and how it is watched.
-INDIFFERENT = (
+# Settings that a run's figures do not depend on, such as where its data are; and the seed.
+IGNORED_FIELDS = (
     *("seed", "preset", "parallel", "dataset.source", "dataset.data_dir", "data.cache", "data.num_workers"),
     *("model.fused", "eval.batch_size", "eval.best", "train.eval_every_epochs", "train.checkpoint_every_epochs"),
     *("train.keep_checkpoints", "train.log_every_steps", "train.steps_per_call"),
@@ -34,12 +34,12 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run gave.
+    """A run that has ended.
 
     Attributes:
-      row: under which name it was run.
-      settings: of the run.
-      outcome: {"metrics": of the test split, "images": seen in training, "seconds", "device"}, or {"error": why}.
+      row: the name of the row that it was run for.
+      settings: the run's settings.
+      outcome: {"metrics": on the test split, "images": seen in training, "seconds", "device"}, or {"error": why}.
     """
 
     row: str
@@ -48,28 +48,28 @@ class Run:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """Of the settings."""
+        """`recipe_of` its settings."""
         return recipe_of(self.settings)
 
 
 def recipe_of(settings: Settings) -> dict[str, Any]:
-    """The fields that a run's figures depend on, but for the seed."""
-    return {name: value for name, value in flat(to_dict(settings)).items() if name not in INDIFFERENT}
+    """{field: value} of all fields that a run's figures depend on, except the seed."""
+    return {name: value for name, value in flat(to_dict(settings)).items() if name not in IGNORED_FIELDS}
 
 
 @dataclass
 class Results:
-    """The runs in the JSON file `path`: {"runs": [{"row", the outcome, "settings"}, …]}."""
+    """The runs in the JSON file `path`: {"runs": [{"row", "settings", and the entries of the outcome}, …]}."""
 
     path: Path
     runs: list[Run] = field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """The runs of a file, none where it does not exist.
+        """Read the runs of a file; a file that does not exist has none.
 
         Raises:
-          UserError: another file.
+          UserError: the file does not hold results of ablations.
         """
         if not path.exists():
             return cls(path)
@@ -78,17 +78,17 @@ class Results:
             for entry in json.loads(path.read_text())["runs"]:
                 run = Run(entry.pop("row"), settings_of(entry.pop("settings")), entry)
                 if ("metrics" in entry) == ("error" in entry):
-                    raise ValueError(f"a run of {run.row!r} without metrics")
+                    raise ValueError(f"a run of row {run.row!r} has neither metrics nor an error, or both")
                 runs.append(run)
         except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-            raise UserError(f"{path}: not the results of ablations ({first_line(error)}); name another --out") from None
+            raise UserError(f"{path}: not the results of ablations ({first_line(error)}); give another --out") from None
         return cls(path, runs)
 
     def check(self, row: str, settings: Settings) -> None:
-        """Refuses a row that was run by other settings.
+        """Check that a row's finished runs have the recipe of `settings`.
 
         Raises:
-          UserError: names the fields that differ.
+          UserError: they have another one; the message names the fields that differ.
         """
         recipe = recipe_of(settings)
         for run in self.runs:
@@ -96,21 +96,21 @@ class Results:
                 continue
             names = sorted(name for name in recipe | run.recipe if recipe.get(name) != run.recipe.get(name))
             fields = ", ".join(f"{name} = {recipe.get(name)!r} ({run.recipe.get(name)!r} there)" for name in names)
-            raise UserError(f"{self.path}: row {row!r} was run by other settings, {fields}; name another --out")
+            raise UserError(f"{self.path}: row {row!r} was run with other settings, {fields}; give another --out")
 
     def finished(self, settings: Settings) -> dict[int, dict[str, Any]]:
-        """The outcomes of the finished runs by these settings, whatever their row was called, by seed."""
+        """{seed: outcome} of the finished runs with this recipe, whatever the name of their row."""
         recipe = recipe_of(settings)
         return {r.settings.seed: r.outcome for r in self.runs if "error" not in r.outcome and r.recipe == recipe}
 
     def errors(self, settings: Settings) -> dict[int, str]:
-        """Why runs by these settings failed, by seed, where none by them has been finished since."""
+        """{seed: error} of the failed runs with this recipe, without seeds that have been finished since."""
         recipe, finished = recipe_of(settings), self.finished(settings)
         failed = [r for r in self.runs if "error" in r.outcome and r.recipe == recipe]
         return {r.settings.seed: r.outcome["error"] for r in failed if r.settings.seed not in finished}
 
     def add(self, run: Run) -> None:
-        """Puts a run in the file, in place of an earlier one of its row and seed."""
+        """Store a run in the file, in place of an earlier run of its row and seed."""
         place = run.row, run.settings.seed
         self.runs = [r for r in self.runs if (r.row, r.settings.seed) != place] + [run]
         self.runs.sort(key=lambda r: (r.row, r.settings.seed))
@@ -121,17 +121,25 @@ class Results:
 
 @dataclass(frozen=True)
 class Work:
-    """The runs of a row that are to be done: one settings a seed."""
+    """The runs of a row that are still to be done, as their settings: one for each seed."""
 
     row: str
     runs: tuple[Settings, ...]
 
 
 def work_left(rows: Mapping[str, Settings], seeds: Sequence[int], results: Results) -> list[Work]:
-    """What `results` lacks, in the order of the rows {name: settings with any seed}; of equal rows the first is run.
+    """The runs that `results` lacks.
+
+    Args:
+      rows: {row's name: its settings, with any seed}; of rows with the same recipe, only the first is run.
+      seeds: the seeds of every row.
+      results: the runs so far.
+
+    Returns:
+      The work in the order of `rows`.
 
     Raises:
-      UserError: a row was run by other settings.
+      UserError: a row was run with other settings.
     """
     left, recipes = [], []
     for row, settings in rows.items():
@@ -145,13 +153,13 @@ def work_left(rows: Mapping[str, Settings], seeds: Sequence[int], results: Resul
 
 @dataclass(frozen=True)
 class Options:
-    """How a row's process works.
+    """Options of a row's process.
 
     Attributes:
-      workdir: the runs' folders lie in it, ROW_SEED, and each row's output, ROW.log.
-      deadline: by `time.time`; no run starts after it.
-      compilation_cache: a folder for compiled programs, '' for none.
-      memory_share: of an accelerator's memory, for this process.
+      workdir: the folder for the runs' workdirs, ROW_SEED, and the rows' output, ROW.log.
+      deadline: the time after which no run starts, as `time.time` gives it, in seconds.
+      compilation_cache: a folder for compiled programs; '': none.
+      memory_share: the share of an accelerator's memory that the process may take, from 0 to 1; None: JAX's default.
     """
 
     workdir: Path
@@ -161,7 +169,7 @@ class Options:
 
 
 def train_row(work: Work, options: Options) -> Iterator[dict[str, Any]]:
-    """Trains the runs of a row, one after the other; yields what is to be kept of each."""
+    """Train the runs of a row, one after the other; yields the outcome of each (`Run.outcome`)."""
     import jax
 
     from mpanet_jax.compilation import set_compilation_cache
@@ -186,7 +194,7 @@ def train_row(work: Work, options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _end_with_the_lab() -> None:
-    """A lab that is killed leaves no row behind that holds the accelerator."""
+    """Ends this process with the lab, so that the row of a killed lab does not keep the accelerator."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -194,7 +202,7 @@ def _end_with_the_lab() -> None:
 
 
 def _process(work: Work, options: Options, connection: Connection) -> None:
-    """A row's process: sends each outcome, and None in the end; an error ends it, and so does the end of the lab."""
+    """What a row's process does: it sends each outcome, then None; an error or the end of the lab ends it."""
     threading.Thread(target=_end_with_the_lab, daemon=True).start()
     if options.memory_share is not None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{options.memory_share:.2f}")
@@ -209,7 +217,7 @@ def _process(work: Work, options: Options, connection: Connection) -> None:
     except Exception as error:
         traceback.print_exc()
         connection.send({"error": f"{type(error).__name__}: {first_line(error)}"})
-    except KeyboardInterrupt:  # of SIGTERM too: it is no failure, and the lab itself has been stopped
+    except KeyboardInterrupt:  # Ctrl-C or SIGTERM: not a failure; the lab has been stopped too
         return
     connection.send(None)
 
@@ -223,16 +231,16 @@ def run_work(
     report: Report,
     target: Callable[[Work, Options, Connection], None] = _process,
 ) -> None:
-    """Does the work, `jobs` rows at a time, each in a process of its own.
+    """Do the work, each row in a process of its own.
 
-    A run that fails is kept with its error and ends its row; the other rows go on.
+    A run that fails is stored with its error and ends its row; the other rows go on.
 
     Args:
-      left: the work.
-      results: where the outcomes are put.
-      options: of the processes.
-      jobs: how many rows at a time.
-      report: told each outcome in a line.
+      left: the work to do.
+      results: the outcomes are stored here.
+      options: options of the rows' processes.
+      jobs: how many rows run at a time.
+      report: called with a line for each outcome.
       target: what a row's process does.
     """
     options.workdir.mkdir(parents=True, exist_ok=True)
@@ -264,12 +272,12 @@ def run_work(
                 if outcome is not None:
                     settings = runs.pop(0)
                     results.add(Run(work.row, settings, outcome))
-                    report(f"{work.row}, seed {settings.seed}: {in_words(outcome)}")
+                    report(f"{work.row}, seed {settings.seed}: {outcome_line(outcome)}")
                 if ended:
                     process.join()
                     del running[connection]
     except KeyboardInterrupt:
-        # The terminal told the rows too: they save what they have. A second signal would cut that off.
+        # The terminal has stopped the rows too, and they save their state; a second signal would cut that off.
         for process, *_ in running.values():
             process.join()
         raise
@@ -278,8 +286,8 @@ def run_work(
             process.terminate()
 
 
-def in_words(outcome: dict[str, Any]) -> str:
-    """A run's outcome as one line."""
+def outcome_line(outcome: dict[str, Any]) -> str:
+    """A run's outcome in one line."""
     if "error" in outcome:
         return f"failed: {outcome['error']}"
     setting, values = next(iter(outcome["metrics"].items()))

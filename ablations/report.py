@@ -1,4 +1,4 @@
-"""What came out, for people: a table in Markdown and a picture, from the runs in `lab.Results`."""
+"""Reports the runs in `lab.Results` as a table in Markdown and as a picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ PUBLISHED_ON = "SYSU-MM01, all-search, single-shot"
 
 @dataclass(frozen=True)
 class Line:
-    """A row with what its runs gave.
+    """A row of the table, with the results of its runs.
 
     Attributes:
-      row: of the table.
-      seeds: of its finished runs.
-      errors: why others failed, by seed.
-      mean, std: {"rank1": …} over the seeds, in percent; empty where no run is finished.
-      interval: the ends of the runs' bootstrap intervals over query identities, averaged over the seeds.
-      gains: mAP minus that of the first row with the same seed, for the seeds that they have in common.
-      images: training images of a run, each time that one is seen.
-      data: what the figures are of: the protocol's first setting, and the images' size.
+      row: the row.
+      seeds: the seeds of its finished runs.
+      errors: {seed: error} of the runs that failed.
+      mean, std: {"rank1": …}, mean and standard deviation over the seeds, in percent; empty if no run is finished.
+      interval: {"rank1": (low, high)}, the ends of the runs' bootstrap intervals, averaged over the seeds.
+      gains: for each seed that both rows have, this row's mAP minus the first row's, in percentage points.
+      images: how many images a run saw in training, counting repetitions.
+      data: what the figures were measured on: the protocol's first setting, and the images' size.
     """
 
     row: Row
@@ -44,7 +44,7 @@ class Line:
 
 
 def lines_of(table: Table, recipes: Mapping[str, Settings], results: Results) -> list[Line]:
-    """The lines of a table, whose rows' settings are `recipes`."""
+    """The lines of a table; `recipes` is {row's name: settings}."""
     first = results.finished(recipes[table.rows[0].name])
     return [_line(row, recipes[row.name], results, first) for row in table.rows]
 
@@ -75,7 +75,7 @@ def _line(row: Row, settings: Settings, results: Results, first: dict[int, Any])
 
 
 def markdown(table: Table, recipes: Mapping[str, Settings], results: Results) -> str:
-    """The table, and what its columns are."""
+    """The table in Markdown, with an explanation of its columns; `recipes` is {row's name: settings}."""
     lines = lines_of(table, recipes, results)
     header = ["row", "published Rank-1 / mAP", *FIGURES.values(), "mAP − first row's"]
     header += ["Rank-1 interval", "mAP interval", "images", "seeds"]
@@ -86,10 +86,10 @@ def markdown(table: Table, recipes: Mapping[str, Settings], results: Results) ->
     data = sorted({line.data for line in lines if line.seeds})
     text += [
         "",
-        f"Published: {PUBLISHED_ON}. The other columns are of the runs here ({'; '.join(data) or 'none yet'}): mean ± "
-        "standard deviation over the seeds. The difference is between runs of one seed. An interval is the 95 % "
-        "bootstrap of a run over query identities, its ends averaged over the seeds. All in percent. Images: how many "
-        "a run saw in training, each as often as it was seen." + (f" {table.note}" if table.note else ""),
+        f"Published: {PUBLISHED_ON}. The other columns are from the runs here ({'; '.join(data) or 'none yet'}): mean "
+        "± standard deviation over the seeds, in percent. The difference is between runs of the same seed. Intervals "
+        "are 95 % bootstrap intervals over query identities, their ends averaged over the seeds. Images: how many a "
+        "run saw in training, counting repetitions." + (f" {table.note}" if table.note else ""),
     ]
     return "\n".join(text) + "\n"
 
@@ -111,16 +111,16 @@ def _plus_minus(mean: float, std: float, count: int, form: str = ".1f") -> str:
 
 
 def load_pyplot() -> Any:
-    """matplotlib's pyplot, for files.
+    """Import matplotlib's pyplot, set up to write files.
 
     Raises:
-      UserError: it is not installed.
+      UserError: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError:
         raise UserError(
-            "--png: draws with matplotlib, which is not installed: pip install 'mpanet_jax[report]', or give --nopng"
+            "--png: needs matplotlib, which is not installed; pip install 'mpanet_jax[report]', or give --nopng"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -129,7 +129,13 @@ def load_pyplot() -> Any:
 
 
 def draw(table: Table, recipes: Mapping[str, Settings], results: Results, path: Path) -> None:
-    """A bar a row with its standard deviation over the seeds, for Rank-1 and mAP, the published figure as a mark.
+    """Draw Rank-1 and mAP of every row as a bar, with the standard deviation over the seeds and the published figure.
+
+    Args:
+      table: the table.
+      recipes: {row's name: settings}.
+      results: the runs.
+      path: the picture to write.
 
     Raises:
       UserError: matplotlib is not installed.

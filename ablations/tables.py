@@ -1,4 +1,4 @@
-"""The tables: which rows they have, what a row changes in the settings, and the published figures beside it."""
+"""The tables: their rows, what each row changes in the settings, and the published figures."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table, which is trained with several seeds.
+    """A row of a table; it is trained with several seeds.
 
     Attributes:
-      name: of its folders, and in the flag --rows.
-      title: in the table.
-      changes: fields of the settings, as for `settings.replace`.
-      preset: the config file's option for it; None is the one of the command line.
-      published: Rank-1 and mAP on SYSU-MM01, all-search, single-shot, in percent; None where there are none.
+      name: its name in folders and in the flag --rows.
+      title: its name in the table.
+      changes: {field: value} of the settings that it changes, as `settings.replace` takes them.
+      preset: the preset of the config file that it starts from; None: the one given on the command line.
+      published: published Rank-1 and mAP on SYSU-MM01, all-search, single-shot, in percent; None if there are none.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Some rows, the first of which the others are held against; `note` says what else a reader has to know."""
+    """A table: the rows after the first are compared with the first; `note` is printed below the table."""
 
     title: str
     rows: tuple[Row, ...]
@@ -75,9 +75,9 @@ TABLES = {
             Row("agw_one_rate", "AGW, one rate for all", {"optim.body_rate": 1.0}, preset="agw"),
             Row("caj_one_rate", "CAJ, one rate for all", {"optim.body_rate": 1.0}, preset="caj"),
         ),
-        "AGW and CAJ have batches of their own, 8 identities × 8 images, and as many epochs of them as come near to "
-        "MPANet's images; CAJ's network sees every visible one twice. Their body learns at a tenth of the rate, which "
-        "was chosen for a start from ImageNet; the last two rows have one rate.",
+        "AGW and CAJ have their own batches, 8 identities × 8 images, and about as many training images as MPANet; "
+        "CAJ's network sees every visible image twice. All layers but neck and classifier learn at a tenth of the "
+        "rate, which was chosen for a start from ImageNet; the last two rows have the same rate everywhere.",
     ),
     "augmentations": Table(
         "Augmentations of MPANet",
@@ -93,7 +93,7 @@ TABLES = {
             Row("rle", "RLE", {**_NO_ERASING, "augment.mrle_probability": 0.5, "augment.rrle_probability": 0.5}),
             Row("strong", "RLE + its erasing (strong)", preset="strong", published=(75.4, 72.4)),
         ),
-        "All rows have the flip, and the crop of the config. The published figures are those of RLE's authors, on a "
-        "network of their own at 384×192.",
+        "All rows have the config's flip and crop. The published figures are those of RLE's authors, measured with "
+        "their own network at 384×192.",
     ),
 }

@@ -1,1 +1,1 @@
-"""Measurements of the parts, called by `scripts/benchmark.py`."""
+"""Measures the parts of the project, called by `scripts/benchmark.py`."""

@@ -1,4 +1,4 @@
-"""How fast images reach the network: a plain Pillow loop, its parts, streaming, and the host cache, in one run."""
+"""Measures how fast images reach the network: a plain Pillow loop, its parts, streaming, and the host cache."""
 
 import dataclasses
 import io
@@ -22,10 +22,18 @@ from mpanet_jax.settings import DataSettings, Settings, replace
 
 
 def benchmark_dataset(settings: Settings, *, num_images: int = 1000, num_batches: int = 12) -> dict[str, float | str]:
-    """`benchmark_data` on the training split of dataset; where it names none, on a small drawn one.
+    """Run `benchmark_data` on the training split of the settings' data set, or on a small synthetic one.
 
-    With dataset.source the raw folder is prepared anew in a temporary folder, and the result has `preparation`:
-    images/s by the clock on all cores, both splits, every image decoded for verification and then written.
+    The synthetic one is used if the data set is not prepared and dataset.source is empty. If dataset.source names a raw
+    folder, it is prepared anew in a temporary folder, and the result has 'preparation': images/s of wall-clock time on
+    all cores, over both splits; every image is decoded for verification and then written.
+
+    Args:
+      settings: the run's settings; only data set, data settings and seed are read.
+      num_images, num_batches: as for `benchmark_data`.
+
+    Returns:
+      'data_set', what was measured; 'preparation', see above; and what `benchmark_data` gives.
 
     Raises:
       UserError: dataset.source cannot be prepared.
@@ -36,7 +44,7 @@ def benchmark_dataset(settings: Settings, *, num_images: int = 1000, num_batches
         drawn = not (dataset.source or prepared)
         if drawn:
             settings = replace(settings, {"dataset.source": f"{folder}/raw"})
-            # Enough for some batches; the images' size is that of the small synthetic set.
+            # Enough for some batches; the images have the size of the small synthetic set.
             write_dataset(dataset.name, f"{folder}/raw", num_train_ids=40, num_test_ids=2)
         preparation = {}
         if settings.dataset.source:
@@ -60,27 +68,34 @@ def benchmark_data(
     repeats: int = 3,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Measure the data pipeline on `split`, on this machine, in this run; nothing is left behind on the disk.
+    """Measure the data pipeline on `split`; nothing is left behind on the disk.
 
-    Figures "per core" count the seconds that a CPU has worked for this process, not those on the clock, so that other
-    work on the machine doesn't enter. Every figure but the cache's building is the best of `repeats` rounds, over the
-    same `num_images` images, or over `num_batches` batches or more after those that were ready before. A whole cache of
-    the split is built, so the temporary folder needs N·height·width·3 bytes.
+    Figures "per core" divide by the CPU time of this process, so other work on the machine does not enter; all others
+    divide by wall-clock time. Every figure except 'cache_build' is the best of `repeats` rounds. A round covers the
+    same `num_images` images, or at least `num_batches` batches after those that were ready before. The whole split is
+    cached, so the temporary folder needs N·height·width·3 bytes.
+
+    Args:
+      split: the prepared training images.
+      data: how they are read and resized, and the size of a batch.
+      num_images: images in a round.
+      num_batches: batches in a round, at least.
+      repeats: rounds.
+      seed: seeds the choice of images and the order of batches.
 
     Returns:
       cores: CPUs that this process may use.
-      images, cache_gib: images of the split, and size of its cache.
-      pillow_loop: images/s per core of a plain loop: read a record, Pillow's decode, Pillow's resize by data.resize.
-      project_loop: images/s per core of the same with the project's decode, which gives the same pixels.
-      read: records/s per core, nothing decoded.
+      images, cache_gib: the number of images in the split, and the size of its cache.
+      pillow_loop: images/s per core of a plain loop: read a record, decode and resize (data.resize) it with Pillow.
+      project_loop: images/s per core of the same loop with the project's decoder, which gives the same pixels.
+      read: records/s per core, without decoding.
       decode_pillow, decode_project: images/s per core of decoding alone.
       resize_bilinear, resize_lanczos: images/s per core of resizing alone.
-      streaming, streaming_per_core: images/s with cache 'none' and threads, by the clock, and per core.
+      streaming, streaming_per_core: images/s with cache 'none' and threads, and the same per core.
       streaming_over_pillow: streaming_per_core / pillow_loop.
-      workers, streaming_workers: where data.num_workers comes to processes: how many, and images/s by the clock with
-        them.
-      cache_build: images/s of building the host cache, by the clock on all cores.
-      host_cache, host_cache_batches: images/s and batches/s out of the finished cache, by the clock.
+      workers, streaming_workers: if data.num_workers results in worker processes: their number, and images/s with them.
+      cache_build: images/s of building the host cache, on all cores.
+      host_cache, host_cache_batches: images/s and batches/s from the finished cache.
     """
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(split))[:num_images]
@@ -139,9 +154,10 @@ def _best_rates(loops: dict[str, tuple[Callable, list]], repeats: int) -> dict[s
 
 
 def _batches_per_second(batches: Iterator, count: int, repeats: int, skip: int) -> tuple[float, float]:
-    """The best rate at which batches come after `skip` that were ready: by the clock, and by this process's CPU.
+    """The best rates of `repeats` rounds, in batches per second of wall-clock time and of this process's CPU time.
 
-    `count` batches a round or more: what works in parallel delivers in bursts, and a round has to hold several.
+    The first `skip` batches were ready before and are dropped. A round has `count` batches or more, since parallel
+    workers deliver in bursts and a round must hold several.
     """
     for _ in range(skip):
         next(batches)

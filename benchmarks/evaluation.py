@@ -1,4 +1,4 @@
-"""How fast the evaluator is on SYSU-MM01's real structure: 3,803 x 6,775 images, four settings, ten trials."""
+"""Measures the evaluator on SYSU-MM01's real structure: 3,803 x 6,775 images, four settings, ten trials."""
 
 import os
 import resource
@@ -17,7 +17,7 @@ from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
 from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
 
-# Images of SYSU-MM01's 96 test identities in cameras 1 to 6, and how many of those identities a camera saw.
+# {camera: (images of SYSU-MM01's 96 test identities, how many of these identities it saw)}.
 CAMERA_IMAGES = {1: (1374, 56), 2: (1565, 56), 3: (1883, 93), 4: (1918, 94), 5: (1918, 95), 6: (1920, 96)}
 NUM_TEST_IDS = 96
 
@@ -25,9 +25,12 @@ NUM_TEST_IDS = 96
 def test_set_counts(
     permutation: str | os.PathLike | None = None, test_ids: list[int] | None = None
 ) -> dict[tuple[int, int], int]:
-    """{(camera, identity): images} of SYSU-MM01's test set.
+    """{(camera, identity): number of images} of SYSU-MM01's test set.
 
-    From the data set's own `permutation` file and `test_ids` where given, else its totals spread evenly.
+    Args:
+      permutation: the data set's own permutation file, which has the true numbers; None: the totals of each camera,
+        spread evenly over its identities.
+      test_ids: the test identities to read from the file; None: 1 to 96.
     """
     if permutation is not None:
         matrices = load_permutation(permutation)
@@ -46,7 +49,14 @@ def test_set_counts(
 def random_embeddings(
     counts: dict[tuple[int, int], int], dimension: int, *, noise: float = 3.0, seed: int = 0
 ) -> tuple[Embeddings, Embeddings]:
-    """Query and gallery with the given counts: one random centre an identity plus `noise` times the noise."""
+    """Random query and gallery embeddings: each is its identity's random centre plus `noise` times N(0, 1).
+
+    Args:
+      counts: {(camera, identity): number of images}; cameras 3 and 6 are the query.
+      dimension: D, the length of an embedding.
+      noise: the standard deviation of the noise.
+      seed: seeds centres and noise.
+    """
     generator = np.random.default_rng(seed)
     centres = {pid: generator.standard_normal(dimension, np.float32) for pid in sorted({pid for _, pid in counts})}
     result = []
@@ -77,11 +87,20 @@ def benchmark_evaluation(
     seed: int = 0,
     on_device: bool = False,
 ) -> dict:
-    """Time all four SYSU-MM01 settings with ten trials each on random features of the real structure.
+    """Time all four SYSU-MM01 settings with ten trials each, on random features with the data set's real structure.
 
-    Without `permutation` the galleries are drawn by `sysu_mm01_random`, which is the same work. Returns {'seconds'
-    (median), 'seconds_all', 'peak_gib' (this process's peak resident memory, features included), 'num_query',
-    'num_gallery', 'dimension', 'threads', 'rank1' (all-search, single-shot)}.
+    Args:
+      dimension: D, the length of an embedding.
+      permutation: the data set's permutation file; None: protocol `sysu_mm01_random` draws the galleries, which is the
+        same work.
+      test_ids: as for `test_set_counts`.
+      repeats: how often to evaluate.
+      noise, seed: as for `random_embeddings`.
+      on_device: compute products with JAX (`evaluate_embeddings`).
+
+    Returns:
+      {'seconds' (median), 'seconds_all', 'peak_gib' (this process's peak resident memory, features included),
+      'num_query', 'num_gallery', 'dimension', 'threads', 'rank1' (all-search, single-shot, in percent)}.
     """
     query, gallery = random_embeddings(test_set_counts(permutation, test_ids), dimension, noise=noise, seed=seed)
     protocol = make_protocol("sysu_mm01_random" if permutation is None else "sysu_mm01", permutation=permutation)
@@ -110,10 +129,14 @@ def benchmark_all(
     repeats: int = 3,
     on_device: bool = False,
 ) -> dict:
-    """`benchmark_evaluation` for each of the `dimensions`, then `benchmark_rerank`: {'256_seconds': …}, one table.
+    """Run `benchmark_evaluation` for each dimension and, with `rerank`, `benchmark_rerank`.
+
+    Returns:
+      Their results in one dict, under the dimension or 'rerank': {'256_seconds': …, 'rerank_seconds': …, …}.
 
     Raises:
-      UserError: a dimension that is no number, or a permutation file without SYSU-MM01's test identities beside it.
+      UserError: a dimension is not a whole number, or SYSU-MM01's list of test identities is not beside the permutation
+        file.
     """
     if not all(str(d).isdigit() and int(d) for d in dimensions):
         raise UserError(f"--dimensions={','.join(map(str, dimensions))}: expected whole numbers, like 256,14336")
@@ -130,7 +153,7 @@ def benchmark_all(
 
 
 def _test_ids(folder: Path) -> list[int]:
-    """SYSU-MM01's test identities, from the list that lies beside its permutation file."""
+    """SYSU-MM01's test identities, from the list beside its permutation file."""
     for path in (folder / "test_id.txt", folder / "test_id.mat"):
         if not path.exists():
             continue
@@ -144,7 +167,14 @@ def _test_ids(folder: Path) -> list[int]:
 
 
 def benchmark_rerank(num_query: int = 2060, num_gallery: int = 2060, dimension: int = 256, *, repeats: int = 3) -> dict:
-    """Time k-reciprocal re-ranking on RegDB's counts: 206 identities with ten images in each modality."""
+    """Time k-reciprocal re-ranking on random features with RegDB's structure.
+
+    That is 206 identities with ten images in each modality.
+
+    Returns:
+      {'seconds' (median, without the distances), 'distance_seconds' (median), 'peak_gib' (this process's peak resident
+      memory), 'num_query', 'num_gallery', 'dimension'}.
+    """
     generator = np.random.default_rng(0)
     pids = np.concatenate([np.arange(num_query) // 10, np.arange(num_gallery) // 10])
     features = generator.standard_normal((pids.max() + 1, dimension), np.float32)[pids]
@@ -168,7 +198,7 @@ def benchmark_rerank(num_query: int = 2060, num_gallery: int = 2060, dimension: 
 
 
 def anonymous_memory_gib() -> float:
-    """Resident memory of this process without mapped files, in GiB; Linux only, 0 elsewhere."""
+    """Resident memory of this process without mapped files, in GiB; 0 on systems other than Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20

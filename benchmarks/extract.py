@@ -1,4 +1,4 @@
-"""How fast embeddings come: from images in device memory, and from the files of a data set."""
+"""Measures how fast images are embedded: from device memory, and from the files of a data set."""
 
 import itertools
 import time
@@ -21,20 +21,20 @@ from mpanet_jax.state import init_variables
 def benchmark_extract(
     settings: Settings, *, num_steps: int = 60, num_images: int = 2048, from_files: bool = False
 ) -> dict[str, Any]:
-    """Measure the embedding of batches of settings.eval.batch_size, by a random network, as `evaluate` runs it.
+    """Measure the embedding of batches of settings.eval.batch_size images by a random network, as evaluation runs it.
 
     Args:
       settings: the run whose network is measured.
-      num_steps: timed batches, out of device memory.
+      num_steps: timed batches from device memory.
       num_images: random images in device memory; at least one batch.
       from_files: also embed the test split of config.dataset through the host's pipeline.
 
     Returns:
-      images_per_second, median_ms, p10_ms, p90_ms: of a batch in device memory, its embeddings left there.
-      fetched_images_per_second: the same with every embedding fetched to the host, by the clock.
-      files_images_per_second: decoded, resized, embedded and fetched, by the clock (with `from_files`).
-      compile_seconds, programs_from_cache, peak_gib: as for `benchmark_step`; peak_gib before files are read.
-      tflops, share_of_arithmetic: of convolutions and matrix products, and over the measured ceiling.
+      images_per_second, median_ms, p10_ms, p90_ms: of a batch in device memory, whose embeddings stay there.
+      fetched_images_per_second: the same with every embedding fetched to the host, in wall-clock time.
+      files_images_per_second: with `from_files`, read, decoded, resized, embedded and fetched, in wall-clock time.
+      compile_seconds, programs_from_cache, peak_gib: as for `benchmark_step`; peak_gib is read before the files.
+      tflops: TFLOP/s of convolutions and matrix products; share_of_arithmetic: the same over the measured ceiling.
     """
     compiled = measure.CompileLog()
     num_devices = jax.local_device_count()
@@ -81,7 +81,7 @@ def benchmark_extract(
 
 
 def _fetched_rate(call: Any, batch_size: int, num_batches: int) -> float:
-    """Images/s of `extract_embeddings` over batches whose images are in device memory."""
+    """Images/s of `extract_embeddings` on batches whose images are in device memory."""
     rows = np.arange(batch_size)
     batch = {
         "images": None,

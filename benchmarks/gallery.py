@@ -1,4 +1,4 @@
-"""How long, and in how much memory, the evaluator ranks a large gallery, plainly and re-ranked."""
+"""Measures time and memory of evaluation on a large gallery, with and without re-ranking."""
 
 import time
 
@@ -10,12 +10,20 @@ from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.evaluation.evaluate import evaluate_comparison
 from mpanet_jax.protocol import Comparison, Setting
 
-IMAGES_OF_AN_ID = 10  # in the gallery
+IMAGES_OF_AN_ID = 10  # of each identity in the gallery
 _ROWS = 4096  # features drawn at once
 
 
 def clustered_embeddings(number: int, num_ids: int, dimension: int, *, noise: float, seed: int) -> Embeddings:
-    """Image i shows identity i mod `num_ids`: its centre, the same for every `seed`, plus `noise` times N(0, 1)."""
+    """Random embeddings: image i is the centre of identity i mod `num_ids` plus `noise` times N(0, 1).
+
+    Args:
+      number: N, how many images.
+      num_ids: identities; their centres are the same for every `seed`.
+      dimension: D, the length of an embedding.
+      noise: the standard deviation of the noise.
+      seed: seeds the noise.
+    """
     centres = np.random.default_rng(0).standard_normal((num_ids, dimension), np.float32)
     pids, generator = np.arange(number) % num_ids, np.random.default_rng([1, seed])
     features = np.empty((number, dimension), np.float32)
@@ -37,11 +45,17 @@ def benchmark_gallery(
     noise: float = 4.0,
     on_device: bool = False,
 ) -> dict:
-    """Evaluate `num_query` queries against one gallery of `num_gallery` synthetic images, ten of each identity.
+    """Evaluate random queries against one gallery of random embeddings, ten of each identity.
+
+    Args:
+      num_gallery, num_query: how many images.
+      dimension: D, the length of an embedding.
+      rerank, metric, on_device: as for `evaluate_comparison`.
+      noise: as for `clustered_embeddings`.
 
     Returns:
-      {'seconds', 'peak_gib' (this process's peak resident memory), 'before_gib' (that peak before the evaluation:
-      features, libraries), 'added_gib' (their difference), 'features_gib', 'rank1', 'mAP', 'mINP', …}
+      {'seconds', 'peak_gib' (this process's peak resident memory), 'before_gib' (the same before the evaluation:
+      features and libraries), 'added_gib' (their difference), 'features_gib', 'rank1', 'mAP', 'mINP', …}
     """
     num_ids = max(1, num_gallery // IMAGES_OF_AN_ID)
     query = clustered_embeddings(num_query, num_ids, dimension, noise=noise, seed=0)

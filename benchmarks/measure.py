@@ -1,4 +1,4 @@
-"""What the measurements share: timing, the machine's ceilings, the work of a network, and the report."""
+"""What the measurements have in common: timing, the machine's ceilings, the work of a network, and reports."""
 
 import datetime
 import json
@@ -21,17 +21,17 @@ from mpanet_jax.files import write_whole
 from mpanet_jax.metric_log import wait_until_ready
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
-# Reads and writes of every convolution's output in a training step where convolution, batch norm and ReLU are separate
-# layers, at the least. A program that fuses them can get below.
+# How often a training step reads or writes every convolution's output, at least, if convolution, batch norm and ReLU
+# are separate layers. A program that fuses them can need less.
 ACTIVATION_MOVES = 8
 
 
 class CompileLog:
-    """What JAX has compiled since this object was made.
+    """Records what JAX has compiled since this object was made.
 
     Attributes:
-      times: when each compilation ended, by `time.perf_counter`.
-      from_cache: programs that came out of the compilation cache instead.
+      times: when each compilation ended, as `time.perf_counter` gives it.
+      from_cache: how many programs came from the compilation cache instead.
     """
 
     def __init__(self):
@@ -49,12 +49,20 @@ class CompileLog:
 
 
 def seconds_per_call(call: Callable[[], Any], num_calls: int, *, warm_up: int = 2) -> np.ndarray:
-    """Seconds between the results of consecutive calls, as a loop that never lets the device wait sees them.
+    """Seconds between the results of consecutive calls, in a loop that never lets the device wait.
 
-    Call n+1 is sent off before call n's result is waited for. The first `warm_up` intervals are left out.
+    Call n+1 is dispatched before the loop waits for the result of call n.
+
+    Args:
+      call: dispatches work and returns JAX arrays.
+      num_calls: how many intervals to measure.
+      warm_up: how many intervals before them to leave out.
+
+    Returns:
+      float[num_calls].
     """
     finished: list[Future[float]] = []
-    # In a thread, for sending a call off may take longer than the call before it.
+    # The clock has a thread of its own, since dispatching a call may take longer than the call before it.
     with ThreadPoolExecutor(1) as clock:
         for _ in range(1 + warm_up + num_calls):
             finished.append(clock.submit(wait_until_ready, call()))
@@ -64,7 +72,12 @@ def seconds_per_call(call: Callable[[], Any], num_calls: int, *, warm_up: int = 
 
 
 def rates(seconds: np.ndarray, images: int) -> dict[str, float]:
-    """Median, p10 and p90 in milliseconds of `seconds`, each for `images` images, and images/s by the median."""
+    """Median, p10 and p90 of `seconds` in milliseconds, and images/s at the median.
+
+    Args:
+      seconds: the times of several calls.
+      images: how many images a call handles.
+    """
     p10, median, p90 = np.percentile(seconds, (10, 50, 90))
     return {
         "images_per_second": float(images / median),
@@ -75,7 +88,7 @@ def rates(seconds: np.ndarray, images: int) -> dict[str, float]:
 
 
 def peak_device_memory_gib() -> float:
-    """Peak of the fullest accelerator since the process began, in GiB; on CPU the process's peak resident memory."""
+    """Peak memory of the fullest accelerator so far, in GiB; on CPU this process's peak resident memory."""
     stats = [device.memory_stats() for device in jax.local_devices() if device.platform != "cpu"]
     if not stats or None in stats:
         return peak_memory_gib()
@@ -83,10 +96,10 @@ def peak_device_memory_gib() -> float:
 
 
 def ceilings(dtype: jnp.dtype) -> dict[str, float]:
-    """What one device reaches, on random data: a large copy in GB/s, a large matmul of `dtype` in TFLOP/s.
+    """Measure what one device reaches on random data: a large copy in GB/s, a large matmul of `dtype` in TFLOP/s.
 
-    The copy counts bytes read and bytes written. Matmuls of float32 are what JAX makes of them by default (TF32 on
-    NVIDIA's). To be called after the peak memory is read.
+    The copy counts bytes read and bytes written. Matmuls of float32 have JAX's default precision (TF32 on NVIDIA GPUs).
+    Read the peak memory before calling this, as it takes memory itself.
     """
     on_cpu = jax.default_backend() == "cpu"
     num_bytes, size = (2**24, 512) if on_cpu else (2**30, 8192)
@@ -103,14 +116,17 @@ def ceilings(dtype: jnp.dtype) -> dict[str, float]:
 
 
 def _repeat(call: Callable[[], jax.Array], times: int) -> jax.Array:
-    """The last of so many results; one call alone would measure the time of sending it off too."""
+    """The last of `times` results; a single call would measure the time of its dispatch too."""
     for _ in range(times - 1):
         call()
     return call()
 
 
 def convolution_work(function: Callable, *arguments: Any) -> tuple[float, float]:
-    """(floating-point operations, output values) of all convolutions and matrix products that `function` does."""
+    """(floating-point operations, output values) of all convolutions and matrix products in `function`.
+
+    It is traced on `arguments`, arrays or `jax.ShapeDtypeStruct`s, and not run.
+    """
     operations = outputs = 0.0
     for equation in _equations(jax.make_jaxpr(function)(*arguments).jaxpr):
         if equation.primitive.name not in ("conv_general_dilated", "dot_general"):
@@ -130,11 +146,11 @@ def convolution_work(function: Callable, *arguments: Any) -> tuple[float, float]
 def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         yield equation
-        # Of branches one is run; where the platform decides, all do the same work.
+        # Only one branch runs; where the platform decides which, all branches do the same work.
         parameters = {**equation.params, "branches": equation.params.get("branches", ())[:1]}
         for value in parameters.values():
             for inner in value if isinstance(value, list | tuple) else (value,):
-                inner = getattr(inner, "jaxpr", inner)  # a closed one
+                inner = getattr(inner, "jaxpr", inner)  # of a ClosedJaxpr
                 if hasattr(inner, "eqns"):
                     yield from _equations(inner)
 
@@ -145,7 +161,7 @@ def has_accelerator() -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """The device, the versions and the commit that a figure holds for."""
+    """The date, commit, device and versions that a figure was measured with."""
     device = jax.devices()[0]
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -170,7 +186,7 @@ def environment() -> dict[str, Any]:
 
 
 def seconds_since_process_start() -> float | None:
-    """How long ago this process was started; None where the system does not say (it is Linux that does)."""
+    """Seconds since this process was started; None on systems other than Linux, which do not say."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
@@ -180,7 +196,7 @@ def seconds_since_process_start() -> float | None:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """A table of the results, under a line with the device."""
+    """A line with the device, and below it a table of the results, for the terminal."""
     name, device, results = report["name"], report["device"], report["results"]
     width = max(map(len, results))
     lines = [f"{name} on {device['count']} x {device['kind']}, jax {report['versions']['jax']}"]
@@ -188,13 +204,13 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A result as the tables print it."""
+    """Format a result for a table."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return ", ".join(map(format_value, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Writes the report as JSON, whole or not at all."""
+    """Write a report as JSON; the file appears whole or not at all."""
     with write_whole(path) as file:
         file.write(json.dumps(report, indent=2) + "\n")

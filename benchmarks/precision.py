@@ -1,4 +1,4 @@
-"""Whether training in bfloat16 follows training in float32: the same batches, from several nearby starts."""
+"""Measures how closely training in bfloat16 follows training in float32, on the same batches, from several starts."""
 
 from typing import Any
 
@@ -21,25 +21,25 @@ DTYPES = ("float32", "bfloat16")
 def benchmark_precision(
     settings: Settings, *, num_steps: int = 200, num_starts: int = 4, window: int = 20
 ) -> dict[str, Any]:
-    """Train `num_steps` steps in float32 and in bfloat16, with the same batches and draws.
+    """Train in float32 and in bfloat16 with the same batches and random draws, and compare the loss curves.
 
-    The first steps from a random network amplify every rounding, so two runs in float32 come apart too. Therefore each
-    type is trained from the same `num_starts` starts, the random network and copies of it whose parameters are off by
-    one in a million, and the means over the starts are compared.
+    The first steps from a random network amplify every rounding, so two runs in float32 diverge too. Therefore each
+    type is trained from the same `num_starts` starts, a random network and copies of it with relative changes of 1e-6
+    in the parameters, and the means over the starts are compared.
 
     Args:
-      settings: the run; its data set has to be prepared, or config.dataset.source named. dtype is not read.
-      num_steps: of each run; at most those of train.num_epochs.
+      settings: the run; its data set must be prepared, or config.dataset.source given. dtype is not read.
+      num_steps: steps of each run; at most those of train.num_epochs.
       num_starts: runs of each type.
-      window: the loss curves are smoothed by the mean over so many steps.
+      window: loss curves are smoothed by a moving mean over this many steps.
 
     Returns:
-      largest_difference: of the mean curves, relative to that of float32.
-      final_difference: that of the last `window` steps.
-      spread_float32, spread_bfloat16: the largest relative difference of a single curve from its type's mean; with one
-        start there are none. The means are uncertain by about spread/√num_starts.
-      loss_float32, loss_bfloat16: the mean curves, over consecutive windows.
-      steps, window, starts.
+      largest_difference: the largest difference of the mean curves, relative to that of float32.
+      final_difference: their relative difference over the last `window` steps.
+      spread_float32, spread_bfloat16: the largest relative difference of a single curve from its type's mean; absent
+        with a single start. The means are uncertain by about spread/√num_starts.
+      loss_float32, loss_bfloat16: the mean curves, one value for each window of steps.
+      steps, window, starts: as used.
     """
     settings = replace(settings, {"init_from": ""})
     parallel = all_devices(settings.parallel)
@@ -76,7 +76,7 @@ def benchmark_precision(
 
 
 def _start(variables: dict[str, Any], number: int) -> dict[str, Any]:
-    """The variables as they are (0), or with parameters off by one in a million."""
+    """The variables as they are (number 0), or with relative changes of 1e-6 in the parameters."""
     if number == 0:
         return variables
     rng = np.random.default_rng(number)

@@ -1,4 +1,4 @@
-"""Of which code and machine a figure is: commit and processor."""
+"""Says which code and machine a figure was measured with: commit and processor."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def commit(*folders: str) -> str:
-    """The commit that is checked out, with a word on changes in `folders` since; 'unknown' without git."""
+    """The commit that is checked out, with ' with changes' if files in `folders` differ; 'unknown' without git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
@@ -21,7 +21,7 @@ def commit(*folders: str) -> str:
 
 
 def processor() -> str:
-    """The name that the kernel gives the processor."""
+    """The processor's name, as the kernel gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

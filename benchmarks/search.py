@@ -1,4 +1,4 @@
-"""How long, and in how much memory, the k nearest of a memory-mapped gallery are found."""
+"""Measures time and memory of finding the k nearest rows of a memory-mapped gallery."""
 
 import resource
 import threading
@@ -25,14 +25,21 @@ def benchmark_search(
     k: int = 10,
     on_device: bool = False,
 ) -> dict:
-    """Time the exact `k` nearest by cosine in unit rows that lie in a file of `folder`, which is removed afterwards.
+    """Time the search for the exact `k` nearest rows by cosine, in a gallery of random unit rows in a file.
 
-    Queries are rows of the gallery plus noise, so that there is something near them.
+    Queries are rows of the gallery plus noise, so that each has a near row.
+
+    Args:
+      folder: where the gallery's file is written; it is removed afterwards.
+      num_gallery, num_query: how many rows.
+      dimension: D, the length of a row.
+      k: how many rows to find.
+      on_device: compute products with JAX on its default device.
 
     Returns:
-      {'seconds', 'cpu_seconds' (of the process, user and system, the file's pages among it), 'added_gib' (peak of the
-      memory without mapped files, above what it was before: sampled every 20 ms), 'gallery_gib', …}; with `on_device`
-      also 'upload_seconds', 'first_seconds' (with compilation) and 'seconds' of a second search.
+      {'seconds', 'cpu_seconds' (user and system time of the process, reading the file's pages included), 'added_gib'
+      (peak memory without mapped files above that before, sampled every 20 ms), 'gallery_gib', …}. With `on_device`
+      also 'upload_seconds' and 'first_seconds' (with compilation); 'seconds' is then that of a second search.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "benchmark_gallery.npy"
@@ -93,7 +100,7 @@ def _cpu_seconds() -> float:
 
 @contextmanager
 def _peak_memory_gib() -> Iterator[list[float]]:
-    """A list whose one value is the peak of `anonymous_memory_gib` while the block runs."""
+    """Yields a list whose only value is the peak of `anonymous_memory_gib` while the block runs, in GiB."""
     peak, finished = [anonymous_memory_gib()], threading.Event()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""How fast the whole training step is: augmentation, losses, backward pass, Adam, mean classifiers."""
+"""Measures the whole training step: augmentation, losses, backward pass, Adam, mean classifiers."""
 
 import time
 from typing import Any
@@ -21,7 +21,7 @@ STEPS_PER_EPOCH = 183
 
 
 def random_images(settings: Settings, num_images: int) -> np.ndarray:
-    """uint8[N, height, width, 3]; random, since zeros make an accelerator faster than it is."""
+    """Random images uint8[N, height, width, 3]; zeros would make an accelerator faster than it really is."""
     shape = (num_images, settings.data.height, settings.data.width, 3)
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
@@ -29,33 +29,35 @@ def random_images(settings: Settings, num_images: int) -> np.ndarray:
 def benchmark_step(
     settings: Settings, *, num_steps: int = 240, num_images: int = 2048, profile: str | None = None
 ) -> dict[str, Any]:
-    """Measure the training step on a random image set in device memory, as `train` runs it, in steady state.
+    """Measure the training step in steady state, as `train` runs it, on random images in device memory.
 
-    On accelerators train.steps_per_call steps are one program, so a call is the smallest thing that can be
-    timed; its time is shared out evenly. The network is random (init_from is not read); nothing is logged or
+    On accelerators train.steps_per_call steps are one program, so a call of it is the smallest thing that can be timed;
+    its time is divided evenly among its steps. The network is random (init_from is not read), and nothing is logged or
     saved.
 
     Args:
       settings: the run whose step is measured.
-      num_steps: timed steps, after two calls of warm-up; raised to a whole number of calls, five at least.
+      num_steps: timed steps, after two calls of warm-up; rounded up to a whole number of calls, at least five.
       num_images: images in device memory.
-      profile: a folder that a `jax.profiler` trace of three further calls is written to.
+      profile: a folder for a `jax.profiler` trace of three further calls; None: no trace.
 
     Returns:
       images_per_second, median_ms, p10_ms, p90_ms: of a step.
-      compile_seconds: tracing, lowering and compiling the program (see programs_from_cache).
-      programs_from_cache: compiled programs that a compilation cache held; 0: all of it was compiled.
-      peak_gib, image_set_gib: device memory (on CPU: of the process), and the image set's share of it.
-      step_tflop, tflops: a step's convolutions and matrix products, 3 × those of the forward pass, and their rate.
-      copy_ceiling_gb_per_second, matmul_ceiling_tflops: measured here, by `measure.ceilings`, over all devices.
-      arithmetic_floor_ms, memory_floor_ms: the step's work at the ceilings; memory: all convolution outputs moved eight
-        times, as separate layers would at the least. share_of_…: floor / median.
+      compile_seconds: the time to trace, lower and compile the program (see programs_from_cache).
+      programs_from_cache: how many compiled programs came from a compilation cache; 0: all were compiled.
+      peak_gib, image_set_gib: peak memory of the device (on CPU: of the process), and the image set's share of it.
+      step_tflop: the work of a step's convolutions and matrix products, 3 × that of the forward pass, in TFLOP.
+      tflops: the same per second.
+      copy_ceiling_gb_per_second, matmul_ceiling_tflops: what all devices together reach, by `measure.ceilings`.
+      arithmetic_floor_ms, memory_floor_ms: how long the step's work takes at the ceilings; its memory traffic is every
+        convolution's output moved eight times, the least for separate layers.
+      share_of_arithmetic, share_of_memory: floor / median.
     """
     method = make_method(replace(settings, {"init_from": ""}))
     compiled = measure.CompileLog()
     parallel = all_devices(settings.parallel)
     num_ids_per_batch = global_num_ids(settings.data.num_ids_per_batch, parallel.num_devices, settings.batch_scale)
-    # On the CPU training feeds from the host, a step a call: in a loop of several convolutions would run on one thread.
+    # On the CPU, training takes one step a call: inside a loop of steps XLA runs convolutions on one thread.
     steps_per_call = 1 if jax.default_backend() == "cpu" else settings.train.steps_per_call
     images_per_id = settings.data.images_per_id
     batch_size = num_ids_per_batch * images_per_id
@@ -126,13 +128,14 @@ def _shares(settings: Settings, batch_size: int, num_devices: int, median_ms: fl
 
 
 def forward_work(settings: Settings) -> tuple[float, float]:
-    """(floating-point operations, output values) of the forward pass's convolutions and matrix products, an image.
+    """(floating-point operations, output values) per image of the forward pass's convolutions and matrix products.
 
-    As they are computed: the stem's convolution over blocks counts the zeros that fill its kernel, 1.4 % of the whole.
+    The operations are those actually computed: the stem's convolution over blocks includes the zeros that pad its
+    kernel, 1.4 % of the whole.
     """
     network, data = make_method(settings).build(NUM_IDS), settings.data
     variables = jax.eval_shape(lambda key: init_variables(network, key, data.height, data.width), jax.random.key(0))
     image = jax.ShapeDtypeStruct((2, data.height, data.width, 3), jnp.float32)
-    # With running statistics, so that how a program comes by those of the batch does not count.
+    # With running statistics, so that computing the batch's statistics does not count.
     work = measure.convolution_work(lambda v, x: network.apply(v, x, jnp.arange(2), train=False), variables, image)
     return work[0] / 2, work[1] / 2

@@ -1,4 +1,4 @@
-"""Reports of scripts/benchmark.py as tables in Markdown, each under what it was measured on.
+"""Turns reports of scripts/benchmark.py into tables in Markdown, each under a line on what it was measured with.
 
 python -m benchmarks.tables runs/benchmark/*.json > benchmarks.md
 """
@@ -14,12 +14,12 @@ from mpanet_jax.methods import METHODS, settings_of
 from mpanet_jax.settings import differences
 
 TITLE = "# Measured\n\nWritten by `python -m benchmarks.tables` from the reports of `scripts/benchmark.py`.\n"
-# Where data lie and how long the run is says nothing of what was measured.
+# Fields that are not listed: the method is in the heading, and the others do not change what is measured.
 LEFT_OUT = ("dataset.source", "dataset.data_dir", "init_from", "preset", "method")
 
 
 def table(report: dict[str, Any]) -> str:
-    """One report: its name, what it was measured on, the settings that are not the method's own, and its results."""
+    """One report as a table: its name, settings that differ from the method's defaults, machine, and results."""
     device, versions = report["device"], report["versions"]
     settings = settings_of(report["config"])
     changed = differences(settings, METHODS[settings.method].settings())
@@ -43,17 +43,17 @@ def table(report: dict[str, Any]) -> str:
 
 
 def page(files: list[Path]) -> str:
-    """The tables of some reports.
+    """A page with the tables of all reports in `files`.
 
     Raises:
-      UserError: a file that is no report.
+      UserError: a file is not a report of scripts/benchmark.py.
     """
     tables = []
     for file in files:
         try:
             tables.append(table(json.loads(file.read_text())))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: no report of scripts/benchmark.py ({type(error).__name__}: {error})") from None
+            raise UserError(f"{file}: not a report of scripts/benchmark.py ({type(error).__name__}: {error})") from None
     return "\n".join([TITLE, *tables])
 
 

@@ -1,4 +1,4 @@
-"""How fast training is from end to end: feed, steps, logging and checkpoints, as `scripts/train.py` runs them."""
+"""Measures training from end to end: feed, steps, logging and checkpoints, as `scripts/train.py` runs them."""
 
 import contextlib
 import itertools
@@ -24,27 +24,30 @@ RECIPE_IMAGES = 140 * 183 * 128  # SYSU-MM01: epochs, steps, images a step
 
 
 class _EnoughError(Exception):
-    """Ends a training run from within."""
+    """Raised in a training run to end it."""
 
 
 def benchmark_train(settings: Settings, folder: Path, *, num_steps: int | None = None) -> dict[str, Any]:
     """Run `train` for some steps in a temporary workdir below `folder`, then `benchmark_step` in the same process.
 
-    The first call and all in which a program was compiled are left out (seconds_compiling says for how long one was);
-    everything else that the loop does counts, checkpoints and logs among it. Nothing is evaluated.
+    The first call and every call during which a program was compiled are left out (seconds_compiling is their time).
+    Everything else that the loop does counts, including checkpoints and logs. Nothing is evaluated.
 
     Args:
-      settings: the run; its data set has to be prepared, or config.dataset.source named.
-      folder: where the temporary workdir is made: a place on the disk that runs are written to.
-      num_steps: steps to train; by default a tenth of the config's epochs.
+      settings: the run; its data set must be prepared, or config.dataset.source given.
+      folder: the temporary workdir is made here; choose the disk that runs are written to.
+      num_steps: steps to train; None: a tenth of the config's epochs.
 
     Returns:
-      images_per_second: of all timed steps together; median_ms, p10_ms, p90_ms: of a step, by calls.
-      share_of_step: over step_images_per_second, which `benchmark_step` has measured.
-      seconds_to_first_step: from the start of this process until the first call's metrics were there.
+      images_per_second: over all timed steps; median_ms, p10_ms, p90_ms: of a step, from the times of calls.
+      share_of_step: images_per_second / step_images_per_second, the latter measured by `benchmark_step`.
+      seconds_to_first_step: from the start of this process until the first call's metrics are known.
       recipe_minutes: SYSU-MM01's 140 epochs x 183 steps x 128 images at this rate.
-      timed_steps, timed_seconds, seconds_compiling, checkpoints: what the rate is made of.
-      cache: where the images were; programs_from_cache: compiled programs that the compilation cache held.
+      timed_steps, timed_seconds: what the rate is computed from; seconds_compiling; checkpoints: how many were saved.
+      cache: where the images were; programs_from_cache: how many compiled programs came from the compilation cache.
+
+    Raises:
+      UserError: in every call after the first a program was compiled; train for more steps.
     """
     settings = replace(settings, {"init_from": "", "train.eval_every_epochs": 0})
     split = datasets.open_split(settings.dataset, "train")
@@ -72,7 +75,7 @@ def benchmark_train(settings: Settings, folder: Path, *, num_steps: int | None =
         train(settings, Path(workdir), feed=feed, on_steps=on_steps)
     peak = measure.peak_device_memory_gib()
     feed.batches.close()
-    del feed  # and with it the images: the step alone has its own
+    del feed  # and its images: `benchmark_step` has its own
 
     timed, compiling = _timed_calls(finished, compiled.times)
     steps, seconds = timed.sum(axis=0)
@@ -102,9 +105,9 @@ def benchmark_train(settings: Settings, folder: Path, *, num_steps: int | None =
 
 
 def _timed_calls(finished: list[tuple[int, float]], compiled: list[float]) -> tuple[np.ndarray, float]:
-    """(steps, seconds) of the calls in which nothing was compiled, and the seconds of those in which something was.
+    """(steps, seconds) of each call during which nothing was compiled, and the total seconds of the others.
 
-    Without the first, which compiles the step.
+    The first call, which compiles the step, is in neither.
     """
     timed, compiling = [], 0.0
     for (before, start), (after, end) in itertools.pairwise(finished):
@@ -114,7 +117,7 @@ def _timed_calls(finished: list[tuple[int, float]], compiled: list[float]) -> tu
             timed.append((after - before, end - start))
     if not timed:
         raise UserError(
-            "--steps: too few, there is no call behind the first in which nothing was compiled; train for more steps "
-            "(config.train.steps_per_call are one call where images are in device memory)"
+            "--steps: too few, something was compiled in every call after the first; train for more steps (a call is "
+            "config.train.steps_per_call steps if the images are in device memory)"
         )
     return np.array(timed), compiling

@@ -21,6 +21,7 @@ from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.methods.method import Method
 from mpanet_jax.metric_log import MetricLog
 from mpanet_jax.modality import INFRARED, VISIBLE
+from mpanet_jax.row_norms import l2_normalize
 from mpanet_jax.state import random_keys
 
 NUM_BATCH = 16  # images of the augmented batch
@@ -93,8 +94,7 @@ def cross_modality_distances(embeddings: Embeddings, seed: int) -> tuple[np.ndar
     if number > MAX_DISTANCES:
         rows = np.sort(np.random.default_rng(seed).choice(number, MAX_DISTANCES, replace=False))
     some = embeddings.take(rows)
-    features = np.asarray(some.features, np.float32)
-    features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    features = l2_normalize(some.features)
     modality = np.full(len(some), -1) if some.modality is None else some.modality
     visible, infrared = modality == VISIBLE, modality == INFRARED
     distances = 1 - features[visible] @ features[infrared].T

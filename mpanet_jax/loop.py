@@ -16,8 +16,8 @@ from mpanet_jax.data.pipeline import TrainFeed
 from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.errors import Stopped
 from mpanet_jax.evaluation.best import keep_best
-from mpanet_jax.evaluation.evaluate import write_metrics
-from mpanet_jax.evaluation.workdir import evaluate_set, of_checkpoint
+from mpanet_jax.evaluation.metrics_output import write_metrics
+from mpanet_jax.evaluation.workdir import evaluate_set, with_checkpoint
 from mpanet_jax.log_pictures import LogPictures
 from mpanet_jax.methods import make_method
 from mpanet_jax.metric_log import MetricLog, MetricReader
@@ -92,7 +92,7 @@ def _train(
             training.train(first_step)
             results = training.final_results()
     run.feed.batches.close()
-    results = of_checkpoint(results, "last", run.total_steps)
+    results = with_checkpoint(results, "last", run.total_steps)
     if is_first_process():
         write_metrics(workdir / METRICS_FILES["last"], results)
     wait_for_all_processes("the end of the run")

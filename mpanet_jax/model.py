@@ -23,13 +23,13 @@ from mpanet_jax.errors import ArgumentError, UserError, first_line
 from mpanet_jax.evaluation.calibration import Calibration
 from mpanet_jax.evaluation.extract import Embed, make_embed, whole_variables
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images, rows_of_images
-from mpanet_jax.evaluation.metrics import l2_normalize
 from mpanet_jax.evaluation.pair_score import PairScore, calibration_path, score_pair
 from mpanet_jax.files import write_whole, write_whole_folder
 from mpanet_jax.methods import make_method
-from mpanet_jax.methods.method import Method
+from mpanet_jax.methods.method import Method, compute_dtype
 from mpanet_jax.modality import UNKNOWN, Modality, modality_numbers
 from mpanet_jax.model_card import model_card
+from mpanet_jax.row_norms import l2_normalize
 from mpanet_jax.run_files import METRICS_FILES
 from mpanet_jax.settings import Settings, replace, to_dict
 from mpanet_jax.weights.convert import read_weights
@@ -102,6 +102,11 @@ class Model:
         images = jax.ShapeDtypeStruct((1, data.height, data.width, 3), jnp.uint8)
         modality = jax.ShapeDtypeStruct((1,), jnp.int32)
         return jax.eval_shape(partial(function, self.network), self.variables, images, modality).shape[1:]
+
+    @property
+    def dtype(self) -> str:
+        """The type in which convolutions and matrix products are computed here: `settings.dtype`, 'auto' resolved."""
+        return compute_dtype(self.settings.dtype).name
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpanet_jax.datasets import make_dataset
-from mpanet_jax.evaluation.evaluate import describe
+from mpanet_jax.evaluation.metrics_output import describe_measurement
 from mpanet_jax.settings import Settings, differences
 
 HEADER = """---
@@ -86,7 +86,7 @@ def _figures(metrics: Mapping[str, Mapping[str, Any]] | None) -> str:
     titles = list(FIGURES.values())
     lines, described = [], None
     for setting, values in metrics.items():
-        if described != (described := describe(values)):
+        if described != (described := describe_measurement(values)):
             head = ["", *titles, "queries", "gallery"]
             lines += ["", described[:1].upper() + described[1:] + ":", "", _row(head), _row(["---"] * len(head))]
         cells = [f"{values[key]:.2f} ± {values['std'][key]:.2f}" for key in FIGURES]

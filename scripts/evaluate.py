@@ -15,8 +15,9 @@ from absl import flags
 from mpanet_jax import datasets
 from mpanet_jax.datasets import DATASETS, PROTOCOLS
 from mpanet_jax.errors import ArgumentError, UserError, run_script
-from mpanet_jax.evaluation.evaluate import evaluate, format_table, write_metrics
+from mpanet_jax.evaluation.evaluate import evaluate
 from mpanet_jax.evaluation.metrics import CMC_DEFINITIONS, METRICS
+from mpanet_jax.evaluation.metrics_output import format_table, write_metrics
 
 FEATURES = flags.DEFINE_string(
     "features", None, "QUERY.npz, followed by GALLERY.npz (regdb, llcm, own: the visible and the infrared images)."

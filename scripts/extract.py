@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--out={OUT.value}: expected the name of a file that ends in .npz")
     from mpanet_jax.embeddings import check_embeddings, save_embeddings
     from mpanet_jax.evaluation.given_images import UnreadableImage
-    from mpanet_jax.evaluation.images import embeddings_of, list_images, of_modality
+    from mpanet_jax.evaluation.images import embeddings_of, keep_modality, list_images
     from mpanet_jax.methods import settings_of
     from mpanet_jax.modality import MODALITY_NAMES
     from mpanet_jax.model import Model, load
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
 
     images = list_images(IMAGES.value, split=SPLIT.value)
     if MODALITY.value:
-        images = of_modality(images, {name: number for number, name in MODALITY_NAMES.items()}[MODALITY.value])
+        images = keep_modality(images, {name: number for number, name in MODALITY_NAMES.items()}[MODALITY.value])
     settings = settings_of(CONFIG.value.to_dict()) if CONFIG.value is not None else None
     model = load(WORKDIR.value or WEIGHTS.value, dtype=DTYPE.value, settings=settings)
     size = {f"data.{name}": flag.value for name, flag in (("height", HEIGHT), ("width", WIDTH)) if flag.value}

@@ -6,7 +6,8 @@ python scripts/search.py --model=hf:owner/name --gallery=photos --modality=visib
 
 --gallery is a folder (with all folders below it), a text file with one path a line, or an images.csv, as in extract.py.
 Its embeddings are kept in an index beside it (--index); a later call embeds only images that are new, or whose file has
-another size or time. Files that changed but kept both need --rebuild.
+another size or time. Files that changed but kept both need --rebuild. An index belongs to one model and one precision:
+to search an index in bfloat16 on a CPU, give --dtype=bfloat16.
 
 Images that cannot be read are named and left out, and the exit code is 1. docs/search.md describes results.json.
 """

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     if of_several and not distributed_flag.value:
         raise UserError(f"--{of_several[0].name} goes with --distributed; without it this process trains alone")
     from mpanet_jax.compilation import set_compilation_cache
-    from mpanet_jax.evaluation.evaluate import format_table
+    from mpanet_jax.evaluation.metrics_output import format_table
     from mpanet_jax.loop import train
     from mpanet_jax.methods import settings_of
     from mpanet_jax.processes import is_first_process, start_processes

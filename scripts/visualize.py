@@ -161,13 +161,13 @@ def _embedded(files: list[str]):
 
 def _patterns() -> list[Path]:
     from mpanet_jax.report.patterns import draw_patterns
-    from mpanet_jax.report.people import draw_people, named_people, people_with_both
+    from mpanet_jax.report.people import choose_people, named_people, people_with_both
 
     (source,) = _sources()
     if PEOPLE.value:
         pids = named_people(source, PEOPLE.value)
     else:
-        pids = draw_people(people_with_both(source), NUM_IDENTITIES.value or 3, SEED.value, source.title)
+        pids = choose_people(people_with_both(source), NUM_IDENTITIES.value or 3, SEED.value, source.title)
     return draw_patterns(source, pids, _folder(), seed=SEED.value, plain=PLAIN.value)
 
 
@@ -188,8 +188,8 @@ def _retrieval(files: list[str]) -> None:
 
         (page, photos), maps = page_of_search(RESULTS.value, IMAGES.value), None
     else:
+        from mpanet_jax.report.page_content import page_of_ranking
         from mpanet_jax.report.retrieval import rank_queries
-        from mpanet_jax.report.retrieval_page import page_of_ranking
         from mpanet_jax.report.thumbnails import photos_of_folder
 
         if not IMAGES.value or not Path(IMAGES.value).is_dir():
@@ -208,7 +208,7 @@ def _retrieval(files: list[str]) -> None:
 
 
 def _page_of_run(options: dict):
-    from mpanet_jax.report.retrieval_page import page_of_ranking
+    from mpanet_jax.report.page_content import page_of_ranking
     from mpanet_jax.report.sources import makes_maps, rank_run, source_of_run
 
     source = source_of_run(WORKDIR.value[0], checkpoint=_checkpoints()[0], data_dir=DATA_DIR.value)

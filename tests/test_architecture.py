@@ -15,6 +15,7 @@ ALLOWED = {
     "compilation": set(),
     "call_plan": set(),
     "losses": set(),
+    "row_norms": set(),
     "optim": set(),
     "state": set(),
     "models": {"errors"},
@@ -48,20 +49,20 @@ ALLOWED = {
     "weights": {"methods", "models", "run_files", "checkpoint", "settings", "state", "errors", "files"},
     "evaluation": {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),
-        *("parallel", "processes", "embeddings", "protocol", "modality", "files", "progress"),
+        *("parallel", "processes", "embeddings", "protocol", "modality", "files", "progress", "row_norms"),
     },
     "report": {
         *("model", "evaluation", "datasets", "data", "methods", "run_files", "settings", "errors", "cpus", "state"),
-        *("embeddings", "protocol", "modality", "files", "progress", "log_pictures", "models"),
+        *("embeddings", "protocol", "modality", "files", "progress", "log_pictures", "models", "row_norms"),
     },
     "log_pictures": {
-        *("data", "datasets", "embeddings", "errors", "methods", "metric_log", "modality", "state"),
+        *("data", "datasets", "embeddings", "errors", "methods", "metric_log", "modality", "row_norms", "state"),
     },
     "export": {"model", "methods", "datasets", "settings", "modality", "errors", "files"},
     "model_card": {"datasets", "evaluation", "settings"},
     "model": {
         *("evaluation", "methods", "weights", "checkpoint", "run_files", "modality", "settings", "errors", "files"),
-        "model_card",
+        *("model_card", "row_norms"),
     },
 }
 

@@ -21,7 +21,7 @@ from configs import synthetic as synthetic_config  # noqa: E402
 from mpanet_jax.checkpoint import Checkpoints, load_model  # noqa: E402
 from mpanet_jax.datasets.synthetic import write_dataset  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
-from mpanet_jax.evaluation.extract import embed_of  # noqa: E402
+from mpanet_jax.evaluation.extract import make_trained_embed  # noqa: E402
 from mpanet_jax.loop import train  # noqa: E402
 from mpanet_jax.methods import METHODS, Entry, make_method, settings_of  # noqa: E402
 from mpanet_jax.methods.method import Method  # noqa: E402
@@ -99,7 +99,7 @@ def test_a_published_checkpoint_embeds_as_pytorch_does_before_the_first_step(tmp
     images = np.random.default_rng(0).integers(0, 256, (2 * jax.local_device_count(), 32, 32, 3), dtype=np.uint8)
     with jax.enable_x64(True):
         variables = initial_variables(method, 7, report=lines.append)
-        found = embed_of(method, variables, "x")(images)
+        found = make_trained_embed(method, variables, "x")(images)
         # The mean classifiers begin as what they average.
         averages = jax.tree.map(np.asarray, initial_state(method, variables, steps_per_epoch=1).averages)
     normalised = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]

@@ -221,6 +221,8 @@ def test_a_method_without_maps_says_so(agw, workdir):
 
 # ---- what decides an embedding ----
 
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "auto": "float32"}  # on a CPU, where the tests run
+
 
 def test_the_fingerprint_is_of_what_decides_an_embedding(model, agw):
     def of(changes):
@@ -229,6 +231,8 @@ def test_the_fingerprint_is_of_what_decides_an_embedding(model, agw):
     assert len(bytes.fromhex(model.fingerprint)) == hashlib.sha256().digest_size
     same = {"seed": 5, "model.fused": "off", "dtype": "bfloat16", "train.num_epochs": 3, "dataset.data_dir": "/x"}
     assert of(same) == model.fingerprint
+    types = {name: Model(replace(model.settings, {"dtype": name}), model.variables, "x").dtype for name in DTYPES}
+    assert types == DTYPES
     others = [
         *({"data.height": 96}, {"data.width": 96}, {"data.resize": "lanczos"}, {"eval.flip": True}),
         {"model.channel_module": "se"},

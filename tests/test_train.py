@@ -27,7 +27,7 @@ from mpanet_jax.checksums import CHECKSUMS_FILE
 from mpanet_jax.datasets.regdb import RegdbSettings
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import SettingsError, Stopped, UserError
-from mpanet_jax.evaluation.evaluate import describe
+from mpanet_jax.evaluation.metrics_output import describe_measurement
 from mpanet_jax.evaluation.workdir import evaluate_set, evaluate_workdir
 from mpanet_jax.loop import train
 from mpanet_jax.methods import METHODS, make_method, settings_of
@@ -104,7 +104,7 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(settings, tmp_path):
     assert run_script("evaluate.py", f"--workdir={tmp_path}/run", cwd=tmp_path).returncode == 0
     assert set(json.loads(report.read_text())) == set(written)
     moved = run_script("evaluate.py", f"--workdir={tmp_path}/run", f"--data_dir={tmp_path}", cwd=tmp_path)
-    assert moved.returncode == 2 and f"not prepared in {tmp_path}; name the folder" in moved.stderr
+    assert moved.returncode == 2 and f"not prepared in {tmp_path}; give the folder" in moved.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -154,8 +154,8 @@ def test_flip_is_named_in_the_output(settings, tmp_path):
         save_settings(replace(settings, {"eval.flip": flip}), tmp_path / f"{flip}")
         results.append(evaluate_workdir(tmp_path / f"{flip}", checkpoint="untrained"))
     plain, flipped = results
-    assert not any("flip" in values or "flip" in describe(values) for values in plain.values())
-    assert all(values["flip"] is True and "flip ON" in describe(values) for values in flipped.values())
+    assert not any("flip" in values or "flip" in describe_measurement(values) for values in plain.values())
+    assert all(values["flip"] is True and "flip ON" in describe_measurement(values) for values in flipped.values())
     assert any(plain[name]["mAP"] != flipped[name]["mAP"] for name in plain)
 
 
@@ -346,7 +346,7 @@ def test_a_model_is_tested_on_another_data_set_by_that_ones_protocol(settings, t
             "euclidean",
         )
     save_settings(replace(settings, {"dataset": RegdbSettings(trial=2)}), tmp_path / "regdb2")
-    with pytest.raises(UserError, match="was trained on regdb trial 2, whose other splits share identities"):
+    with pytest.raises(UserError, match="was trained on regdb trial 2, which shares identities"):
         evaluate_workdir(tmp_path / "regdb2", dataset=RegdbSettings(trial=3), data_dir=str(tmp_path / "data"))
     for flags, message in (
         (["--dataset=llcm"], "llcm is not prepared in"),

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from mpanet_jax.checkpoint import Checkpoints, load_model  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
-from mpanet_jax.evaluation.extract import embed_of  # noqa: E402
+from mpanet_jax.evaluation.extract import make_trained_embed  # noqa: E402
 from mpanet_jax.methods import make_method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
 from mpanet_jax.run_files import load_settings, save_settings  # noqa: E402
@@ -177,7 +177,7 @@ def test_classifiers_of_other_identities_are_left_out_on_request_only(published)
     variables, left_out = to_flax(published, template(num_ids=7), drop_classifiers=True)
     assert [name for name in left_out if "num_batches" not in name] == CLASSIFIER_NAMES
     assert not any("classifier" in name for name in variables["params"])
-    embedding = embed_of(SMALL_METHOD, variables, "x.pth")(IMAGES)
+    embedding = make_trained_embed(SMALL_METHOD, variables, "x.pth")(IMAGES)
     np.testing.assert_allclose(embedding, pytorch_embedding(network()), rtol=1e-3, atol=1e-4)
 
 
@@ -511,7 +511,7 @@ def test_resnet_to_orbax_and_back(torchvision, tmp_path):
     assert same(read_state_dict(tmp_path / "back.pth"), without_counters(expected))
     settings, variables, _ = read_weights(tmp_path / "folder")
     with pytest.raises(UserError, match=r"^x\.pth: these weights are a bare backbone's"):
-        embed_of(make_method(settings), variables, "x.pth")
+        make_trained_embed(make_method(settings), variables, "x.pth")
 
 
 def test_a_training_run_becomes_a_published_checkpoint(tmp_path):
@@ -575,7 +575,7 @@ def ablation(request, tmp_path):
 
 def embedding_of(source, **options):
     settings, variables, _ = read_weights(source, drop_classifiers=True, **options)
-    return embed_of(make_method(settings), variables, source)(IMAGES)
+    return make_trained_embed(make_method(settings), variables, source)(IMAGES)
 
 
 def test_settings_go_with_the_weights(ablation):

@@ -1,12 +1,12 @@
-"""The best of a run's evaluations: its checkpoint and its record."""
+"""The best evaluation of a run so far: its checkpoint and its record."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from mpanet_jax.checkpoint import Checkpoints
-from mpanet_jax.evaluation.evaluate import write_metrics
-from mpanet_jax.evaluation.workdir import of_checkpoint
+from mpanet_jax.evaluation.metrics_output import write_metrics
+from mpanet_jax.evaluation.workdir import with_checkpoint
 from mpanet_jax.processes import gather, is_first_process
 from mpanet_jax.run_files import METRICS_FILES, VALIDATION_FILE
 from mpanet_jax.state import TrainState
@@ -15,23 +15,32 @@ from mpanet_jax.state import TrainState
 def keep_best(
     workdir: Path, figure: str, step: int, results: Any, state: TrainState, batches: Any, *, validation: bool
 ) -> None:
-    """Saves `state` as the best checkpoint if its `figure` ('rank1', 'mAP', …; '': never) beats the best before.
+    """Save `state` as the best checkpoint if its results beat those of every evaluation before.
 
-    The figure is that of the protocol's first setting. The record, which a resumed run reads, is metrics_best.json;
-    with `validation`, where the results are not the test set's, metrics_best_validation.json.
+    The best results so far are recorded in the workdir, where a resumed run finds them: in metrics_best.json, or with
+    `validation` in metrics_best_validation.json.
+
+    Args:
+      workdir: the run's folder.
+      figure: the figure to compare, 'rank1', 'mAP' …, in the protocol's first setting; '': nothing is saved.
+      step: training steps done.
+      results: what `evaluate_set` gives for `state`.
+      state: the training state to save.
+      batches: the training batches' iterator, whose position is saved too.
+      validation: whether `results` are of the validation identities instead of the test set.
     """
     if not figure:
         return
     record = workdir / (VALIDATION_FILE if validation else METRICS_FILES["best"])
     setting = next(iter(results))
     better = not record.exists() or json.loads(record.read_text())[setting][figure] < results[setting][figure]
-    # All save, or none: process 0 decides, as the others may see an older record.
+    # Process 0 decides for all, since the others may still see an older record.
     if not gather(int(better), "the choice of the best checkpoint")[0]:
         return
     with Checkpoints(workdir, keep=1, which="best") as checkpoints:
-        # It is there where the run was killed before it wrote the record, or evaluates the same step again.
+        # It is there already if the run was killed before it wrote the record, or evaluates the same step again.
         if not gather(int(checkpoints.latest_step == step), "the best checkpoint")[0]:
             checkpoints.save(step, state, batches)
             checkpoints.wait()
     if is_first_process():
-        write_metrics(record, of_checkpoint(results, "best", step))
+        write_metrics(record, with_checkpoint(results, "best", step))

@@ -1,7 +1,8 @@
-"""How far a figure depends on the people who happen to be in the test set: the bootstrap over query identities.
+"""How much a figure depends on which people are in the test set: a bootstrap over query identities.
 
-Efron & Tibshirani, "An Introduction to the Bootstrap", 1993: the percentile interval. The queries of one identity are
-alike, so identities are drawn, each with all its queries; single queries would give far too narrow an interval.
+The interval is the percentile interval of Efron & Tibshirani, "An Introduction to the Bootstrap", 1993. Queries of one
+identity are alike, so identities are drawn, each with all its queries: drawing single queries would give far too narrow
+an interval.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,10 @@ from jaxtyping import Int
 
 from mpanet_jax.evaluation.metrics import FIGURES, QueryScores, query_figures
 
-LEVEL = 95  # percent
+LEVEL = 95  # percent of the resamples that an interval covers
 RESAMPLES = 2000
 SEED = 0
-_BLOCK = 2**21  # draws held at once
+_BLOCK = 2**21  # draws held in memory at once
 
 
 def bootstrap_intervals(
@@ -25,20 +26,21 @@ def bootstrap_intervals(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> dict[str, tuple[float, float]]:
-    """Intervals of LEVEL percent for the FIGURES, each the mean over trials of the mean over queries.
+    """Confidence intervals of LEVEL percent for the FIGURES.
 
-    A resample draws as many identities as there are, with replacement, the same ones for all trials; an identity that
-    is drawn twice counts twice. A trial in which no query of the resample has a match is left out of its mean.
+    A figure is the mean over trials of its mean over queries. A resample draws as many identities as there are, with
+    replacement, and the same ones for all trials; an identity that is drawn twice counts twice. A trial in which no
+    query of a resample has a match is left out of that resample's mean.
 
     Args:
-      pids: identities of the q queries.
-      trials: the scores of the same q queries, in each trial's gallery.
-      cmc: as in `query_figures`.
-      resamples: how many.
-      seed: of the draws.
+      pids: the identity of each of the q queries.
+      trials: for each trial, the scores of the same q queries in its gallery.
+      cmc: 'identity' or 'image', as in `query_figures`.
+      resamples: the number of resamples.
+      seed: seeds the draws.
 
     Returns:
-      {'rank1': (low, high), …} in percent; empty where fewer than two identities have a query with a match.
+      {'rank1': (low, high), …} in percent; empty if fewer than two identities have a query with a match.
     """
     scored = np.any([scores.matches > 0 for scores in trials], axis=0)
     order = np.flatnonzero(scored)[np.argsort(pids[scored], kind="stable")]
@@ -63,6 +65,6 @@ def bootstrap_intervals(
 
 
 def _sums_and_count(scores: QueryScores, cmc: str) -> np.ndarray:
-    """float64[7, q]: the FIGURES of each query, and 1; 0 everywhere for a query without a match."""
+    """float64[7, q]: the FIGURES of each query, then 1; all 0 for a query without a match."""
     matched = scores.matches > 0
     return np.concatenate([query_figures(scores, cmc) * matched, matched[None]])

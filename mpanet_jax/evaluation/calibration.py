@@ -1,7 +1,7 @@
-"""From a similarity to a probability that two images show the same person, for pairs of either kind.
+"""Turns a similarity into the probability that two images show the same person, for each kind of pair.
 
-log-odds = slope · similarity + intercept + log(prior / (1 − prior)): logistic regression in which the pairs of the same
-person and those of different people weigh the same in sum (prior ½), so that any prior can be put in afterwards.
+log-odds = slope · similarity + intercept + log(prior / (1 − prior)), fitted by logistic regression. In the fit, the
+pairs of the same person and those of different people weigh ½ each (a prior of ½); any other prior can be put in later.
 """
 
 import json
@@ -33,26 +33,30 @@ from mpanet_jax.protocol import Protocol
 
 FORMAT = {"format": "mpanet_jax calibration", "version": 1}
 NUM_BINS = 10  # of the reliability diagram
-CURVE_POINTS = 100
+CURVE_POINTS = 100  # of the ROC curve that calibration.json keeps, at most
 
 
 @dataclass(frozen=True)
 class Logistic:
-    """log-odds of 'same person' at prior ½ = slope · similarity + intercept."""
+    """The line of log-odds: log-odds of 'same person' at prior ½ = slope · similarity + intercept."""
 
     slope: float
     intercept: float
 
     def probability(self, similarity: Any, prior: float) -> Any:
-        """The probability of 'same person' where a share `prior` of all pairs is so."""
+        """The probability of 'same person' for similarities of any shape.
+
+        `prior` is the share of pairs of the same person among all pairs that are asked about.
+        """
         return expit(self.slope * np.asarray(similarity, np.float64) + self.intercept + logit(prior))
 
 
 def fit_logistic(pairs: Pairs) -> Logistic:
-    """The line of log-odds with the smallest cross-entropy, both sorts of pairs weighing ½ (Newton's method).
+    """Fit the line of log-odds with the smallest cross-entropy, by Newton's method.
 
-    The targets are Platt's (1999): (n + 1)/(n + 2) for n pairs of the same person and 1/(m + 2) for m others instead of
-    1 and 0, so that there is a solution where a threshold separates them without a fault.
+    The pairs of the same person and those of different people weigh ½ each. The targets are Platt's (1999):
+    (n + 1)/(n + 2) for n pairs of the same person and 1/(m + 2) for m others, instead of 1 and 0. So there is a finite
+    solution even if a threshold separates the two without an error.
     """
     count = {sort: int(np.count_nonzero(pairs.same == sort)) for sort in (True, False)}
     target = np.where(pairs.same, (count[True] + 1) / (count[True] + 2), 1 / (count[False] + 2))
@@ -81,13 +85,19 @@ def fit_logistic(pairs: Pairs) -> Logistic:
     return Logistic(float(line[0] / scale), float(line[1] - line[0] * centre / scale))
 
 
-def figures(pairs: Pairs, line: Logistic, prior: float) -> dict[str, Any]:
-    """How well similarity and probability tell pairs apart that the calibration has not seen.
+def measure_calibration(pairs: Pairs, line: Logistic, prior: float) -> dict[str, Any]:
+    """Measure how well similarity and probability tell apart pairs that the calibration was not fitted to.
+
+    Args:
+      pairs: of one kind, with some of the same person and some of different people.
+      line: the fitted calibration.
+      prior: the share of pairs of the same person that probabilities assume.
 
     Returns:
-      'pairs' of either sort; 'auc'; 'eer'; 'tpr_at_fpr', None where it cannot be told; 'roc', some points of the curve;
-      'reliability', for each range of probabilities the mean probability and the share of the same person, at `prior`;
-      'calibration_error', the mean of their absolute differences, weighted by how frequent the ranges are.
+      A dict as calibration.json stores it (docs/search.md): 'pairs', the numbers of pairs; 'auc'; 'eer'; 'tpr_at_fpr',
+      {rate: value, or None where there are too few pairs to tell}; 'roc', points of the curve; 'reliability', for each
+      range of probabilities the mean probability and the share of pairs of the same person, at `prior`; and
+      'calibration_error', the mean absolute difference of these two, weighted by the frequency of the ranges.
     """
     curve = make_curve(pairs)
     number = len(curve.thresholds)
@@ -116,7 +126,10 @@ def _counts(pairs: Pairs) -> dict[str, Any]:
 
 
 def _reliability(pairs: Pairs, line: Logistic, prior: float) -> tuple[list[dict[str, Any]], float]:
-    """The diagram's numbers; a pair weighs what its sort does at `prior`, whatever the numbers of pairs."""
+    """The bins of the reliability diagram, and the calibration error.
+
+    Pairs of the same person weigh `prior` in all and the others 1 − `prior`, however many there are of each.
+    """
     probability = line.probability(pairs.similarity, prior)
     same = pairs.same
     weight = np.where(same, prior / np.count_nonzero(same), (1 - prior) / np.count_nonzero(~same))
@@ -143,12 +156,13 @@ class Calibration:
     """A fitted calibration, as calibration.json holds it.
 
     Attributes:
-      model, fingerprint: of the model whose similarities they are.
-      data: the images that it was fitted and tested on.
-      prior: the share of pairs of the same person that is assumed unless another is said.
-      seed: of the split of the identities.
-      identities: {'calibration', 'test'}: how many.
-      kinds: {kind: {'slope', 'intercept', 'pairs', 'test': of `figures`}}, of the kinds of which there are pairs.
+      model, fingerprint: where the model was read from, and its `Model.fingerprint`.
+      data: the name of the images that it was fitted and tested on.
+      prior: the share of pairs of the same person that is assumed by default.
+      seed: the seed that split the identities into halves.
+      identities: {'calibration': number, 'test': number}.
+      kinds: {kind: {'slope', 'intercept', 'pairs', 'test': what `measure_calibration` gives}}, for each kind of pair
+        that the data has.
     """
 
     model: str
@@ -160,21 +174,21 @@ class Calibration:
     kinds: Mapping[str, Any]
 
     def logistic(self, kind: str) -> Logistic | None:
-        """The line of a kind of pairs, where it was fitted."""
+        """The fitted line of a kind of pair; None where the data had no such pairs."""
         values = self.kinds.get(kind)
         return None if values is None else Logistic(values["slope"], values["intercept"])
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes it as JSON, whole or not at all."""
+        """Write calibration.json; the file appears whole or not at all."""
         with write_whole(path) as file:
             file.write(json.dumps({**FORMAT, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Calibration":
-        """Reads what `write` wrote.
+        """Read what `write` wrote.
 
         Raises:
-          UserError: it is not there, or no calibration.
+          UserError: the file is missing, or is not a calibration.
         """
         try:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -193,7 +207,11 @@ class Calibration:
 
 
 def check_prior(prior: float) -> None:
-    """Raises `ArgumentError` for a prior that is no probability strictly between 0 and 1."""
+    """Check that `prior` is a number strictly between 0 and 1.
+
+    Raises:
+      ArgumentError: it is not.
+    """
     if isinstance(prior, bool) or not isinstance(prior, int | float) or not 0 < prior < 1:
         raise ArgumentError("prior", f"= {prior!r}: expected a number between 0 and 1, such as 0.5")
 
@@ -208,19 +226,19 @@ def calibrate(
     prior: float = 0.5,
     seed: int = 0,
 ) -> Calibration:
-    """Fit on the pairs of one half of the identities, and report on those of the other.
+    """Fit a calibration on the pairs of one half of the identities, and test it on those of the other half.
 
     Args:
       embeddings: images of known identity and modality.
-      model, fingerprint: of the model that made them.
-      data: what they are images of.
-      protocol: of the data set; it says which images are of one place. None: those of one camera.
-      prior: that is assumed unless another is said.
-      seed: of the split of the identities.
+      model, fingerprint: where the model that made them was read from, and its `Model.fingerprint`.
+      data: the name of the images, for reports and errors.
+      protocol: the data set's protocol, which says which images show one place. None: images of one camera do.
+      prior: the share of pairs of the same person that is assumed by default, between 0 and 1.
+      seed: seeds the split of the identities.
 
     Raises:
-      UserError: too few identities, or no kind of pairs of which either half has pairs of both sorts.
-      ArgumentError: `prior` is no probability.
+      UserError: for no kind of pair do both halves have pairs of the same person and pairs of different people.
+      ArgumentError: `prior` is not between 0 and 1.
     """
     check_prior(prior)
     places = np.asarray((protocol or Protocol()).places(embeddings))
@@ -232,19 +250,19 @@ def calibrate(
         if fitted is None or tested is None or any(not p.same.any() or p.same.all() for p in (fitted, tested)):
             continue
         line = fit_logistic(fitted)
-        kinds[kind] = {**asdict(line), "pairs": _counts(fitted), "test": figures(tested, line, prior)}
+        kinds[kind] = {**asdict(line), "pairs": _counts(fitted), "test": measure_calibration(tested, line, prior)}
     counts = [len(np.unique(part.pids)) for part, _ in parts]
     if not kinds:
         raise UserError(
-            f"{data}: in neither kind of pairs, {' or '.join(KINDS)}, do both halves of the {sum(counts)} identities "
-            "have pairs of the same person and of different people, from different cameras"
+            f"{data}: has too few {' and '.join(KINDS)} pairs: expected some of the same person and some of different "
+            f"people, from different cameras, in both halves of its {sum(counts)} identities; add images of more people"
         )
     identities = {"calibration": counts[0], "test": counts[1]}
     return Calibration(model, fingerprint, data, float(prior), seed, identities, kinds)
 
 
 def format_calibration(calibration: Calibration) -> str:
-    """A table of the figures, one line a kind of pairs."""
+    """A table of the test figures for the terminal, one line for each kind of pair."""
     head = ("pairs", "same", "different", "AUC", "EER", *(f"TPR at FPR {rate:g}" for rate in FALSE_POSITIVE_RATES))
     lines: list[tuple[str, ...]] = [(*head, "calibration error")]
     for kind, values in calibration.kinds.items():

@@ -1,8 +1,7 @@
-"""From embeddings to the figures of a results table: `evaluate_embeddings`, the one evaluator of this project."""
+"""From embeddings to the figures of a results table: `evaluate_embeddings`, the project's only evaluator."""
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +10,7 @@ from mpanet_jax.cpus import available_cpus
 from mpanet_jax.datasets import make_protocol
 from mpanet_jax.embeddings import Embeddings, check_embeddings, load_embeddings
 from mpanet_jax.errors import ArgumentError, UserError
-from mpanet_jax.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_intervals
+from mpanet_jax.evaluation.bootstrap import bootstrap_intervals
 from mpanet_jax.evaluation.metrics import (
     CMC_DEFINITIONS,
     FIGURES,
@@ -24,12 +23,11 @@ from mpanet_jax.evaluation.metrics import (
     summarize,
 )
 from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
-from mpanet_jax.files import write_whole
 from mpanet_jax.progress import Bar, track
 from mpanet_jax.protocol import Comparison, Protocol, check_pair
 
-_CHUNK = 2**25  # distances held at once: 128 MiB of float32
-_BLOCK = 2**20  # distances ranked by one thread at once; smaller blocks spend their time waiting for Python's lock
+_CHUNK = 2**25  # distances held in memory at once: 128 MiB of float32
+_BLOCK = 2**20  # distances one thread ranks at once; with smaller blocks the threads wait for Python's lock
 
 
 def evaluate(
@@ -42,31 +40,33 @@ def evaluate(
     cmc: str | None = None,
     rerank: bool = False,
 ) -> dict[str, dict]:
-    """Evaluate embeddings of any framework by a protocol (docs/protocols.md).
+    """Evaluate embeddings from any framework by a protocol (docs/protocols.md).
 
     Args:
       query, gallery: the two sets, or the `.npz` files that hold them (`embeddings.load_embeddings`). For regdb, llcm
-        and own these are the visible and the infrared images.
+        and own they are the visible and the infrared images.
       protocol: 'sysu_mm01', 'sysu_mm01_random', 'regdb', 'llcm', 'own' or 'query_gallery'; or a `Protocol`.
-      permutation: SYSU-MM01's rand_perm_cam.mat, which protocol 'sysu_mm01' needs.
+      permutation: the path of SYSU-MM01's rand_perm_cam.mat, which protocol 'sysu_mm01' needs.
       metric: 'cosine' or 'euclidean'; by default the protocol's.
       cmc: 'identity' (first appearance of each identity) or 'image'; by default the protocol's.
       rerank: k-reciprocal re-ranking, within each trial's gallery.
 
     Returns:
-      {'sysu/all/single': {'rank1': percent, …, 'mAP', 'mINP', 'std', 'interval', …}, …}, as `evaluate_embeddings`;
-      `format_table` lays it out.
+      {'sysu/all/single': {'rank1': percent, …, 'mAP', 'mINP', 'std', 'interval', …}, …}, as `evaluate_embeddings`
+      gives it; `metrics_output.format_table` makes a table of it.
 
     Raises:
-      ArgumentError: an argument has a value that there isn't, or the protocol needs one that is missing.
-      UserError: a file that cannot be read, or embeddings that do not fit the protocol.
+      ArgumentError: an argument has an unknown value, or one that the protocol needs is missing.
+      UserError: a file cannot be read, or the embeddings do not fit the protocol.
     """
     if isinstance(protocol, str):
         protocol = make_protocol(protocol, permutation=permutation)
     elif not isinstance(protocol, Protocol):
         raise ArgumentError("protocol", f"= {protocol!r}: expected a protocol or its name")
     elif permutation is not None:
-        raise ArgumentError("permutation", "goes with the name of a protocol; the protocol that was given has its own")
+        raise ArgumentError(
+            "permutation", "goes with a protocol's name; the protocol object given has its own: omit it"
+        )
     query, gallery = (x if isinstance(x, Embeddings) else load_embeddings(x) for x in (query, gallery))
     return evaluate_embeddings(query, gallery, protocol=protocol, metric=metric, cmc=cmc, rerank=rerank)
 
@@ -85,21 +85,21 @@ def evaluate_embeddings(
     """Evaluate `query` against `gallery` by a protocol (docs/protocols.md).
 
     Args:
-      query: one of the two sets that the protocol wants.
-      gallery: the other one.
-      protocol: who is compared with whom; `datasets.make_protocol` makes one by its name.
+      query, gallery: the two sets of embeddings that the protocol compares.
+      protocol: who is compared with whom; `datasets.make_protocol` makes one from its name.
       metric: 'cosine' or 'euclidean'; by default the protocol's.
       cmc: 'identity' (first appearance of each identity) or 'image'; by default the protocol's.
       rerank: k-reciprocal re-ranking, within each trial's gallery.
-      trial: RegDB's split that the model was trained and tested on; stored in the result.
-      on_device: compute the distances' products by JAX, on its default device, instead of by numpy.
+      trial: the RegDB split that the model was trained and tested on; it is only stored in the result.
+      on_device: compute the matrix products of the distances with JAX on its default device, instead of with numpy.
 
     Returns:
-      {'sysu/all/single': {what `evaluate_comparison` returns, 'protocol' (, 'trial')}, …}
+      {setting: metrics}, such as {'sysu/all/single': {'rank1': …, …}, …}: what `evaluate_comparison` gives, and
+      'protocol' and, if given, 'trial'.
 
     Raises:
-      ArgumentError: an unknown `metric` or `cmc`.
-      UserError: embeddings that do not fit the protocol.
+      ArgumentError: `metric` or `cmc` is unknown.
+      UserError: the embeddings do not fit the protocol.
     """
     metric, cmc = metric or protocol.metric, cmc or protocol.cmc
     for argument, value, known in (("metric", metric, METRICS), ("cmc", cmc, CMC_DEFINITIONS)):
@@ -117,24 +117,24 @@ def evaluate_embeddings(
 def evaluate_comparison(
     comparison: Comparison, metric: str, cmc: str, *, rerank: bool = False, on_device: bool = False
 ) -> dict[str, dict]:
-    """Evaluate every setting of a comparison; arguments as in `evaluate_embeddings`.
+    """Evaluate every setting of a comparison; the other arguments are those of `evaluate_embeddings`.
 
     Returns:
-      {setting: {'rank1', 'rank5', 'rank10', 'rank20', 'mAP', 'mINP' (percent, mean over trials), 'std' (the same keys;
-      population standard deviation over trials), 'interval' (the same keys; [low, high], see `bootstrap_intervals`; not
-      where only one identity has a match), 'rerank', 'metric', 'cmc', 'trials', 'num_query', 'num_query_without_match',
-      'num_gallery'}, …}
+      {setting: metrics}, where metrics are 'rank1', 'rank5', 'rank10', 'rank20', 'mAP' and 'mINP' (percent, mean over
+      the trials); 'std' (the same keys; population standard deviation over the trials); 'interval' (the same keys;
+      [low, high] of `bootstrap_intervals`; absent if only one identity has a match); 'rerank', 'metric' and 'cmc';
+      'trials' (their number); 'num_query'; 'num_query_without_match' and 'num_gallery' (means over the trials).
 
     Raises:
-      UserError: a trial in which no query has a match.
+      UserError: there is a trial in which no query has a match.
     """
     query, results = comparison.query, {}
     scores = (_score_reranked if rerank else _score_plain)(comparison, metric, on_device)
     for setting, trials in zip(comparison.settings, scores, strict=True):
         if not all((trial_scores.matches > 0).any() for trial_scores in trials):
             raise UserError(
-                f"{setting.name}: no query of {query.source} has a match in "
-                f"{comparison.gallery.source}; are both of the same test identities?"
+                f"{setting.name}: no query of {query.source} has a match in {comparison.gallery.source}; "
+                "expected images of the same test identities in both"
             )
         summaries = [summarize(trial_scores, cmc) for trial_scores in trials]
         intervals = bootstrap_intervals(query.pids, trials, cmc)
@@ -153,18 +153,18 @@ def evaluate_comparison(
     return results
 
 
-Galleries = list[list[np.ndarray]]  # rows of the gallery, [setting][trial]
+Galleries = list[list[np.ndarray]]  # int[g], the gallery rows of each [setting][trial]
 
 
 def _score_plain(comparison: Comparison, metric: str, on_device: bool) -> list[list[QueryScores]]:
-    """Score every setting and trial: result[setting][trial]. Each distance is computed, and each query ranked, once."""
+    """Score every setting and trial, result[setting][trial]; each distance is computed and each query ranked once."""
     distances = distance_function(comparison.gallery.features, metric, on_device=on_device)
     galleries = [setting.galleries for setting in comparison.settings]
     return _score(comparison, lambda rows: distances(comparison.query.features[rows]), galleries)
 
 
 def _score_reranked(comparison: Comparison, metric: str, on_device: bool) -> list[list[QueryScores]]:
-    """As `_score_plain`, with each trial's gallery re-ranked by itself: neighbours are its images and all queries."""
+    """Like `_score_plain`, but every trial is re-ranked by itself, among its gallery's images and all queries."""
     distances = reranked_distances(comparison, metric, on_device=on_device)
 
     def score_trial(images: np.ndarray) -> QueryScores:
@@ -178,9 +178,11 @@ def _score_reranked(comparison: Comparison, metric: str, on_device: bool) -> lis
 def reranked_distances(
     comparison: Comparison, metric: str, *, on_device: bool = False
 ) -> Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]:
-    """Gallery rows int[g] of a trial → (query rows int[r] → re-ranked distances float32[r, gallery]).
+    """Prepare the re-ranked distances of a comparison; the arguments are those of `evaluate_embeddings`.
 
-    They are infinite to images that are not in the trial's gallery.
+    Returns:
+      A function of a trial's gallery rows int[g]. It returns a function of query rows int[r] that gives their re-ranked
+      distances float32[r, n] to all n gallery images, infinite to images outside the trial's gallery.
     """
     query, gallery = comparison.query, comparison.gallery
     everything = squared_distances(np.concatenate([query.features, gallery.features]), metric, on_device=on_device)
@@ -203,7 +205,10 @@ def reranked_distances(
 def _score(
     comparison: Comparison, distances: Callable[[np.ndarray], np.ndarray], galleries: Galleries
 ) -> list[list[QueryScores]]:
-    """Score against galleries[setting][trial] by `distances`: query rows int[r] → float32[r, gallery], in blocks."""
+    """Score all queries against galleries[setting][trial], in blocks.
+
+    `distances` takes query rows int[r] and gives their distances float32[r, n] to all n gallery images.
+    """
     score = _scorer(comparison)
     num_query, num_gallery = len(comparison.query), len(comparison.gallery)
     chunk, block_rows = max(1, _CHUNK // num_gallery), max(1, _BLOCK // num_gallery)
@@ -227,7 +232,7 @@ def _score(
 
 
 def _scorer(comparison: Comparison) -> Callable[[np.ndarray, np.ndarray, Galleries], list[list[QueryScores]]]:
-    """Return `score(rows, distance, galleries)`: rank queries `rows`, score them against galleries[setting][trial]."""
+    """Return `score(rows, distance, galleries)`, which ranks query rows and scores them for each [setting][trial]."""
     gallery_size = len(comparison.gallery)
     relative, num_identities = relative_identities(comparison.query.pids, comparison.gallery.pids)
 
@@ -235,7 +240,7 @@ def _scorer(comparison: Comparison) -> Callable[[np.ndarray, np.ndarray, Galleri
         order = rank_gallery(distance)
         results = []
         for trials in galleries:
-            # One pass leaves only the images that any trial of this setting uses: single-shot uses few.
+            # Keep only the images that some trial of this setting uses; single-shot settings use few.
             used = _mask(np.concatenate(trials), gallery_size)
             ranked = np.compress(used.take(order).ravel(), order.ravel()).reshape(len(rows), -1)
             identities = relative(rows, ranked)
@@ -259,62 +264,3 @@ def _mask(rows: np.ndarray, size: int) -> np.ndarray:
     mask = np.zeros(size, bool)
     mask[rows] = True
     return mask
-
-
-def format_table(metrics: Mapping[str, Mapping]) -> str:
-    """Lay out metrics for the terminal: how they were measured above, below one line, or two, for each setting.
-
-    Metrics without 'interval' (averages over models, files of version 0.1) have no second line.
-    """
-    titles = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
-    interval_title = f"  {LEVEL} % interval"
-    width = max(
-        map(len, ["setting", *metrics, *([interval_title] if any("interval" in v for v in metrics.values()) else [])])
-    )
-    lines, described = [], None  # "queries" counts those with a match, which alone are averaged
-    for name, values in metrics.items():
-        description = describe(values)
-        if description != described:
-            described = description
-            lines += ["", description] if lines else [description]
-            lines.append(
-                f"{'setting':<{width}}" + "".join(f"{title:>15}" for title in titles) + f"{'queries':>9}{'gallery':>9}"
-            )
-        cells = [f"{values[key]:.2f} ± {values['std'][key]:.2f}" for key in FIGURES]
-        scored = values["num_query"] - values["num_query_without_match"]
-        lines.append(f"{name:<{width}}" + "".join(f"{c:>15}" for c in cells) + f"{scored:>9}{values['num_gallery']:>9}")
-        if "interval" in values:
-            ends = ["{:.2f}–{:.2f}".format(*values["interval"][key]) for key in FIGURES]
-            lines.append(f"{interval_title:<{width}}" + "".join(f"{e:>15}" for e in ends))
-    left_out = [
-        f"{name} {values['num_query_without_match']} of {values['num_query']}"
-        for name, values in metrics.items()
-        if values["num_query_without_match"]
-    ]
-    if left_out:
-        lines.append(f"left out, for lack of a match in the gallery: queries of {', '.join(left_out)}")
-    return "\n".join(lines)
-
-
-def describe(values: Mapping) -> str:
-    """One line that says how figures were measured."""
-    trials = "1 trial" if values["trials"] == 1 else f"mean ± standard deviation of {values['trials']} trials"
-    if "seeds" in values:
-        number = values["trials"]
-        trials = f"mean ± standard deviation of {len(values['seeds'])} seeds, {number} trial{'s' * (number > 1)} each"
-    dataset = f" · tested on {values['dataset']}, trained on {values['trained_on']}" if "trained_on" in values else ""
-    split = dataset + (f" · trial {values['trial']}" if "trial" in values else "")
-    checkpoint = f" · {values['checkpoint']} checkpoint" if "checkpoint" in values else ""
-    flip = " · flip ON (mean of image and mirror image)" if values.get("flip") else ""
-    interval = f" · bootstrap over query identities, {RESAMPLES} resamples" if "interval" in values else ""
-    return (
-        f"protocol {values['protocol']}{split}{checkpoint} · metric {values['metric']} · CMC by {values['cmc']} · "
-        f"re-ranking {'ON (k-reciprocal)' if values['rerank'] else 'off'}{flip} · {trials}{interval} · percent"
-    )
-
-
-def write_metrics(path: str | os.PathLike, metrics: Mapping[str, Mapping]) -> None:
-    """Write metrics as JSON; the file appears whole or not at all."""
-    with write_whole(path) as file:
-        json.dump(metrics, file, indent=2)
-        file.write("\n")

@@ -1,4 +1,4 @@
-"""Embeddings of a list of images: the network over padded, masked batches of one shape."""
+"""Computes embeddings: runs the network over batches of one shape; the last batch is padded."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,12 +24,18 @@ Batch = dict[str, np.ndarray]
 
 
 def make_embed(method: Method, num_ids: int, function: Callable[..., Array] | None = None) -> Callable[[Any], Embed]:
-    """variables {params, batch_stats} → `Embed`, compiled, on all devices of this process, which divide the rows.
+    """Make the function that turns variables into a compiled `Embed`.
+
+    The `Embed` splits the rows among all devices of this process, so there must be a multiple of their number.
 
     Args:
-      method: of the network.
-      num_ids: which its classifiers tell apart.
-      function: `(network, variables, images, modality) → rows` to compute in place of `method.embed`.
+      method: the method whose network is run.
+      num_ids: the number of identities that the network's classifiers tell apart.
+      function: `(network, variables, images, modality) → rows`, computed instead of `method.embed`.
+
+    Returns:
+      {params, batch_stats} → `Embed`. The `Embed` raises `ArgumentError` if the method needs the modality and that of
+      some image is unknown.
     """
     devices, network, function = local_devices(), method.build(num_ids), function or method.embed
     mapped = devices.map_rows(lambda v, rows: function(network, v, rows["images"], rows.get("modality")))
@@ -55,10 +61,15 @@ def make_embed(method: Method, num_ids: int, function: Callable[..., Array] | No
 
 
 def whole_variables(method: Method, variables: Variables, source: str | Path) -> tuple[int, Variables]:
-    """The number of identities, and {params, batch_stats} of a trained network.
+    """Add the classifiers that a trained network's variables lack, as zeros; embeddings do not need them.
 
-    Classifiers that were left out, which embeddings do not need, become zeros. `source` is what an error calls the
-    variables.
+    Args:
+      method: the method of the network.
+      variables: {params, batch_stats}, with or without the classifiers.
+      source: what an error calls the variables.
+
+    Returns:
+      The number of identities that the classifiers tell apart, and the whole {params, batch_stats}.
 
     Raises:
       UserError: the variables are of a backbone alone, which has no embedding.
@@ -79,17 +90,20 @@ def whole_variables(method: Method, variables: Variables, source: str | Path) ->
     return num_ids, unflatten_dict({**zeros, **given})
 
 
-def embed_of(method: Method, variables: Variables, source: str | Path) -> Embed:
-    """`Embed` of a trained network; arguments and errors as of `whole_variables`."""
+def make_trained_embed(method: Method, variables: Variables, source: str | Path) -> Embed:
+    """The `Embed` of a trained network; arguments and errors are those of `whole_variables`."""
     num_ids, variables = whole_variables(method, variables, source)
     return make_embed(method, num_ids)(variables)
 
 
-def results_of(function: Embed, batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Each eval batch with the rows that `function` makes of it, float32, without padding (where `mask` is False)."""
+def run_batches(function: Embed, batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Run `function` over eval batches; yields each batch with its rows, float32, without the padding.
+
+    Rows are padding where the batch's `mask` is False.
+    """
     waiting = None
     for batch in batches:
-        # The previous result is fetched only after the next batch has been sent off, so the device never waits.
+        # The previous result is fetched after the next batch has been dispatched, so the device never waits.
         result = function(batch["images"], batch["modality"])
         if waiting is not None:
             yield waiting[0], np.asarray(waiting[1], np.float32)[waiting[0]["mask"]]
@@ -99,7 +113,7 @@ def results_of(function: Embed, batches: Iterable[Batch]) -> Iterator[tuple[Batc
 
 
 def track_batches(batches: Iterable[Batch], total: int, *, active: bool = True) -> Iterator[Batch]:
-    """Eval batches of `total` images, with a bar that counts those; `active` as of `progress.Bar`."""
+    """The same eval batches, with a progress bar that counts their `total` images; `active` as in `progress.Bar`."""
     return track(batches, "embedding", total, size=lambda batch: int(batch["mask"].sum()), active=active)
 
 
@@ -108,18 +122,18 @@ def extract_embeddings(
     batches: Iterable[Batch],
     paths: np.ndarray,
 ) -> Embeddings:
-    """Runs `embed` over eval batches.
+    """Run `embed` over eval batches and collect the embeddings.
 
     Args:
-      embed: resized bytes to embeddings; compiled once, since all batches have one shape.
-      batches: eval batches (docs/method.md); rows whose `mask` is False are padding and dropped.
-      paths: str[N] of the whole split, indexed by the batches' `index`.
+      embed: turns resized bytes into embeddings; it is compiled once, since all batches have the same shape.
+      batches: eval batches (docs/method.md); rows whose `mask` is False are padding and are dropped.
+      paths: str[N], the paths of the whole split, which the batches' `index` points into.
 
     Returns:
-      One row an image, in the batches' order; features are float32 and not normalised.
+      One row for each image, in the order of the batches; features are float32 and not normalised.
     """
     features, columns = [], {name: [] for name in ("pids", "camids", "index", "modality")}
-    for batch, rows in results_of(embed, batches):
+    for batch, rows in run_batches(embed, batches):
         features.append(rows)
         for name, column in columns.items():
             column.append(batch[name][batch["mask"]])

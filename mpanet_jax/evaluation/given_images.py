@@ -1,6 +1,6 @@
-"""Images as callers give them: files, Pillow's images and arrays, in one list, to rows of results.
+"""Turns images as callers give them (paths, PIL images and arrays, in one list) into rows of results.
 
-An image that cannot be read costs its own row, not the run: it is named, masked out, and the rest goes on.
+An image that cannot be read costs its own row only: it is named and masked out, and the others go on.
 """
 
 import os
@@ -16,17 +16,23 @@ from PIL import Image
 from mpanet_jax.data.decode import BadImageError, read_image_file, resized, resized_pixels, to_rgb
 from mpanet_jax.data.pipeline import eval_batches
 from mpanet_jax.errors import ArgumentError, UserError
-from mpanet_jax.evaluation.extract import Embed, results_of, track_batches
+from mpanet_jax.evaluation.extract import Embed, run_batches, track_batches
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.settings import DataSettings
 
-# A file, an image of Pillow's, or uint8[h, w, 3] or uint8[h, w]; of any size.
+# A path, a PIL image, or an array uint8[h, w, 3] or uint8[h, w]; of any size.
 GivenImage = str | os.PathLike | Image.Image | np.ndarray
 EXPECTED = "expected a list of paths, PIL images and uint8 arrays (H, W, 3) or (H, W)"
 
 
 class SkippedImage(NamedTuple):
-    """An image that could not be read: its place in the list, its path (or 'images[3]'), and why."""
+    """An image that could not be read.
+
+    Attributes:
+      position: its place in the caller's list, from 0.
+      name: its path, or 'images[3]' for an image without one.
+      reason: why it could not be read.
+    """
 
     position: int
     name: str
@@ -34,7 +40,7 @@ class SkippedImage(NamedTuple):
 
 
 class UnreadableImage(UserError):
-    """An image that could not be read, where none may be skipped."""
+    """An image could not be read, and the caller did not ask to skip such images."""
 
     def __init__(self, image: SkippedImage):
         super().__init__(f"{image.name}: {image.reason}; replace it, or leave such images out with errors='skip'")
@@ -42,10 +48,10 @@ class UnreadableImage(UserError):
 
 
 def listed_images(images: Iterable[GivenImage]) -> list[GivenImage]:
-    """The images as a list.
+    """Check what a caller gave as images, and return them as a list.
 
     Raises:
-      ArgumentError: they are one image alone, or one of them is nothing that can be read as an image.
+      ArgumentError: `images` is a single image, or holds something that is not an image.
     """
     if isinstance(images, str | os.PathLike | Image.Image) or _is_one_image(images):
         raise ArgumentError("images", f"is a single {type(images).__name__}; {EXPECTED}: put it in a list, [image]")
@@ -83,19 +89,19 @@ def rows_of_images(
     batch_size: int,
     errors: str = "raise",
 ) -> tuple[list[np.ndarray], list[SkippedImage]]:
-    """What `function` makes of the images that can be read, batch by batch; and the others.
+    """Run `function` over the images that can be read, batch by batch.
 
     Args:
-      function: of resized bytes and their modality.
-      images: of `listed_images`.
-      modality: int32[N], of each.
-      data: the images' size and the filter of the resize.
-      batch_size: rows sent to the devices at once; rounded up to a multiple of their number. Fewer images are filled up
-        to a power of two, so that calls with other numbers of images share compiled programs.
-      errors: 'raise' or 'skip'.
+      function: takes resized bytes and their modality.
+      images: N images, as `listed_images` gives them.
+      modality: int32[N], the modality of each image.
+      data: the size to resize to, and the filter of the resize.
+      batch_size: images sent to the devices at once, rounded up to a multiple of the number of devices. Fewer images
+        than that are padded to a power of two, so that calls with different numbers of images share compiled programs.
+      errors: what to do with images that cannot be read: 'raise' or 'skip'.
 
     Returns:
-      Blocks of rows that lie one behind the other; and the images that were skipped.
+      Blocks of rows, to be concatenated, for the images that could be read, in their order; and the skipped images.
 
     Raises:
       ArgumentError: `errors` is neither.
@@ -108,7 +114,7 @@ def rows_of_images(
     if not images:
         return [], []
     skipped: list[SkippedImage] = []
-    locks = defaultdict(threading.Lock)  # one of Pillow's images may be in the list twice, and is decoded in its place
+    locks = defaultdict(threading.Lock)  # PIL decodes an image in place, and one may be in the list twice
 
     def pixels(place: int) -> np.ndarray:
         image = images[place]
@@ -134,7 +140,7 @@ def rows_of_images(
     num_devices = jax.local_device_count()
     size = -(-min(batch_size, 1 << (len(images) - 1).bit_length()) // num_devices) * num_devices
     batches = eval_batches(rows, pixels, data, size, on_fault)
-    return [rows for _, rows in results_of(function, track_batches(batches, len(images)))], skipped
+    return [rows for _, rows in run_batches(function, track_batches(batches, len(images)))], skipped
 
 
 def _name(image: GivenImage, place: int) -> str:

@@ -1,4 +1,4 @@
-"""Plain image files: find them, and say of each what its list or its folder says."""
+"""Finds image files, with what their list or their folder says about each of them."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.given_images import SkippedImage
 from mpanet_jax.modality import MODALITY_NAMES, UNKNOWN
 
-# What counts as an image in a folder; in a list every line does.
+# What counts as an image in a folder; in a list every line is one.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 
 
@@ -25,13 +25,14 @@ class ImageFile:
     """An image to embed.
 
     Attributes:
-      file: where it lies.
-      path: what the embeddings file calls it: its path as listed, or relative to the folder that was named. Where that
-        leaves out a part of a known layout ('0007/0003.jpg' of the folder cam3), the layout's: 'cam3/0007/0003.jpg'.
+      file: the file to read.
+      path: its name in an embeddings file: the path as listed, or the path from the folder that was given. If that
+        leaves out a part of a known layout, such as '0007/0003.jpg' in the folder cam3, the missing part is put back:
+        'cam3/0007/0003.jpg'.
       pid, camid, modality: what images.csv or a known layout says (SYSU-MM01: cam3/0007/0003.jpg; LLCM:
-        test_vis/cam3/0007/name.jpg; RegDB: Visible/7/name.bmp is camera 1, Thermal/7/name.bmp camera 2); -1, unknown,
-        in any other folder.
-      pid_name: what images.csv calls the identity.
+        test_vis/cam3/0007/name.jpg; RegDB: Visible/7/name.bmp is camera 1, Thermal/7/name.bmp camera 2); in any other
+        folder -1, unknown.
+      pid_name: the identity's name in images.csv; '' elsewhere.
     """
 
     file: Path
@@ -43,17 +44,18 @@ class ImageFile:
 
 
 def list_images(source: str | os.PathLike, *, split: str = "") -> list[ImageFile]:
-    """The images of a folder, of a list file or of a CSV.
+    """List the images of a folder, of a text file of paths or of an images.csv.
 
     Args:
-      source: a folder: all files in it and below it whose names end as `SUFFIXES` (in any case) and do not begin with a
-        dot, sorted by path; links are followed. Or a UTF-8 text file with one path a line, absolute or relative to the
-        file's folder, in its order; blank lines are nothing. Or an images.csv (`datasets/own.py`), whose pids are
-        numbered as they are when it is prepared.
-      split: of an images.csv the lines of this split alone; '': all.
+      source: a folder, a list or a CSV. Of a folder: all files in it and below it whose names end in one of `SUFFIXES`
+        (in upper or lower case) and do not begin with a dot, sorted by path; links are followed. A list is a UTF-8 text
+        file with one path a line, absolute or relative to the list's folder; its order is kept, and blank lines are
+        skipped. A CSV is an images.csv (`datasets/own.py`); its pids get the numbers that preparing it gives them.
+      split: only the lines of this split of an images.csv; '': all lines.
 
     Raises:
-      UserError: no such folder or file, no text, a fault in a CSV, or no images in it.
+      UserError: the folder or file does not exist, is not UTF-8 text, is a faulty CSV, or has no images.
+      ArgumentError: `split` with a `source` that is not a CSV, or one that the CSV does not have.
     """
     source = Path(source)
     if source.suffix == ".csv":
@@ -77,11 +79,15 @@ def list_images(source: str | os.PathLike, *, split: str = "") -> list[ImageFile
     return [_image_file(folder, name) for name in names]
 
 
-def of_modality(images: list[ImageFile], modality: int) -> list[ImageFile]:
-    """The images that are of `modality`, and those of which nothing is known, which are taken to be.
+def keep_modality(images: list[ImageFile], modality: int) -> list[ImageFile]:
+    """Keep the images of a modality, and those of unknown modality, which are then taken to be of it.
+
+    Args:
+      images: what `list_images` gives.
+      modality: 0 visible, 1 infrared.
 
     Raises:
-      UserError: all are of the other.
+      ArgumentError: all images are of the other modality.
     """
     kept = [dataclasses.replace(image, modality=modality) for image in images if image.modality in (modality, UNKNOWN)]
     if not kept:
@@ -105,7 +111,7 @@ def _listed_in_csv(source: Path, split: str) -> list[ImageFile]:
 def _walk(root: Path, below: Path, above: frozenset[str] = frozenset()) -> Iterator[str]:
     folder = root / below
     real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it lies in
+    if real in above:  # a link to a folder that contains it
         return
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
@@ -121,7 +127,7 @@ def _walk(root: Path, below: Path, above: frozenset[str] = frozenset()) -> Itera
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself; as an image it is reported when it is read
+    except OSError:  # a link to itself; it counts as an image, and reading that reports the fault
         return False
 
 
@@ -136,10 +142,15 @@ def _image_file(folder: Path, name: str) -> ImageFile:
 
 
 def embeddings_of(images: list[ImageFile], features: np.ndarray, skipped: Sequence[SkippedImage] = ()) -> Embeddings:
-    """What is known of listed images beside their `features`, of which the skipped ones have none.
+    """Join listed images and their features.
+
+    Args:
+      images: what `list_images` gives.
+      features: float32[N, D] of the images that were not skipped, in their order.
+      skipped: the images that could not be read.
 
     Raises:
-      UserError: all were skipped.
+      UserError: all images were skipped.
     """
     left_out = {image.position for image in skipped}
     kept = [image for place, image in enumerate(images) if place not in left_out]

@@ -1,7 +1,7 @@
 """Distances, rankings and the three figures of person re-identification: CMC, mAP and mINP.
 
-Everything here works on plain numpy arrays and knows no data set: `protocols.py` says which images are query and
-gallery, `evaluate.py` joins the two. A ranking is stable: ascending distance, equal distances in gallery order.
+Everything here works on plain numpy arrays and knows no data set: a `Protocol` says which images are query and gallery,
+and `evaluate.py` joins the two. Rankings are stable: ascending distance, equal distances in gallery order.
 """
 
 import functools
@@ -12,61 +12,34 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int
 
+from mpanet_jax.row_norms import in_safe_range, l2_normalize, squared_norms
+
 METRICS = ("cosine", "euclidean")
 CMC_DEFINITIONS = ("identity", "image")
 RANKS = (1, 5, 10, 20)
 FIGURES = (*(f"rank{k}" for k in RANKS), "mAP", "mINP")
 
 
-def squared_norms(features: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, " n"]:
-    """‖row‖² of each row, by numpy's pairwise sums; infinite where it exceeds float32."""
-    squares = np.empty(len(features), np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(features), 256):
-            np.sum(np.square(features[start : start + 256]), axis=1, out=squares[start : start + 256])
-    return squares
-
-
-def l2_normalize(features: np.ndarray) -> Float32[np.ndarray, "n d"]:
-    """Divide each row of `features` float[n, d] by its Euclidean norm; a zero row stays zero (similarity 0 to all).
-
-    Any finite float32 row is normalised correctly: in float64 where its squares overflow or vanish in float32.
-    """
-    features = np.asarray(features, np.float32)
-    squares = squared_norms(features)
-    ordinary = _ordinary(squares)
-    normalized = features / np.sqrt(np.where(ordinary, squares, 1))[:, None]
-    for row in np.flatnonzero(~ordinary):
-        exact = features[row].astype(np.float64)
-        normalized[row] = exact / (np.linalg.norm(exact) or 1.0)
-    return normalized
-
-
-def _ordinary(squares: np.ndarray) -> np.ndarray:
-    """Squared norms that, and whose products with each other, float32 holds with all its digits."""
-    return (squares > 1e-25) & (squares < 1e37)
-
-
 def _direction(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, 1/norm of each row), to give features/‖features‖ by a product; zero rows have factor 1.
+    """(rows, factor of each row), whose product is the L2-normalised features; zero rows have factor 1.
 
-    Copies the features only where some norm is too large or too small to multiply.
+    The features are copied only if some norm is too large or too small to multiply by its inverse.
     """
     squares = squared_norms(features)
-    ordinary = _ordinary(squares)
-    if not ordinary.all() and features[~ordinary].any():
+    safe = in_safe_range(squares)
+    if not safe.all() and features[~safe].any():
         return l2_normalize(features), np.ones(len(features), np.float32)
-    return features, 1 / np.sqrt(np.where(ordinary, squares, np.float32(1)))
+    return features, 1 / np.sqrt(np.where(safe, squares, np.float32(1)))
 
 
 def first_equal_row(features: np.ndarray) -> Int[np.ndarray, " n"]:
-    """For each row, the index of the first row with the same bytes (its own where there is none before it).
+    """For each row, the index of the first row with the same bytes (its own index if no earlier row is equal).
 
-    Matrix products on some CPUs give the same row other last bits at another position, which would break a tie between
-    two equal images at random; the distances of the first of them are used for all.
+    On some CPUs the last bits of a matrix product depend on a row's position, which would break ties between equal
+    images at random. So the distances of the first of them are used for all.
     """
     first = np.arange(len(features))
-    # Most rows are told apart by some of their columns; only those that are not are read whole.
+    # A sample of the columns tells most rows apart; only rows that agree in it are read whole.
     sample = features[:, :: -(-features.shape[1] // 256)]
     groups: dict[int, list[int]] = {}
     for index, row in enumerate(sample):
@@ -82,18 +55,29 @@ def first_equal_row(features: np.ndarray) -> Int[np.ndarray, " n"]:
 def distance_function(
     gallery: np.ndarray, metric: str, *, on_device: bool = False
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Return `distances(query) -> float32[q, n]` against a fixed `gallery` float32[n, d].
+    """Return a function that computes distances to a fixed gallery, for ranking only.
 
-    'cosine' is minus the cosine similarity times ‖q‖; a zero vector has similarity 0 to everything. 'euclidean' is half
-    the squared Euclidean distance without the query's own term ‖q‖²/2. Both rank a row like the distance itself and
-    keep more digits than it would; neither is meant to be compared between rows. `on_device` as in `product_function`.
+    Under 'cosine' a value is minus the cosine similarity times ‖q‖; a zero vector has similarity 0 to everything. Under
+    'euclidean' it is half the squared Euclidean distance without the query's own term ‖q‖²/2. Both rank a query's
+    gallery like the distance itself, with less rounding; values of different queries cannot be compared.
+
+    Args:
+      gallery: float32[n, d].
+      metric: 'cosine' or 'euclidean'.
+      on_device: compute products with JAX (`product_function`).
+
+    Returns:
+      query float32[q, d] → float32[q, n].
+
+    Raises:
+      ValueError: an unknown metric.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
     first = first_equal_row(gallery)
     duplicates = np.flatnonzero(first != np.arange(len(first)))
     if metric == "cosine":
-        # The query's norm is the same for the whole row; the gallery's is divided out after the product.
+        # The query's norm is the same for its whole row, and the gallery's norms are divided out after the product.
         gallery, factor = _direction(gallery)
         half_squares = np.float32(0)
         scale = None
@@ -106,7 +90,7 @@ def distance_function(
     def distances(query: np.ndarray) -> np.ndarray:
         result = product(_direction(query)[0] if scale is None else query * scale)
         result *= factor
-        np.subtract(half_squares, result, out=result)  # from a +0 or more: never gives -0, which would not tie with 0
+        np.subtract(half_squares, result, out=result)  # never −0, which would not tie with 0
         result[:, duplicates] = result[:, first[duplicates]]
         return result
 
@@ -114,13 +98,16 @@ def distance_function(
 
 
 def scale_to_one(features: np.ndarray) -> np.float32:
-    """The power of two that brings the largest |value| near 1, so that no square overflows; it rounds nothing."""
+    """The power of two that scales the largest |value| to near 1, so that no square overflows; exact in float32."""
     largest = max(np.max(features, initial=0), -np.min(features, initial=0))
     return np.ldexp(np.float32(1), -int(np.frexp(largest)[1]))
 
 
 def product_function(gallery: np.ndarray, on_device: bool) -> Callable[[np.ndarray], np.ndarray]:
-    """Return `query -> query @ gallery.T` in float32: by numpy, or by JAX on its default device (`on_device`)."""
+    """Return `query float32[q, d] → query @ gallery.T`, computed by numpy, or with `on_device` by JAX.
+
+    JAX computes on its default device, to which the gallery float32[n, d] is copied once, in full float32 precision.
+    """
     if not on_device:
         return lambda query: query @ gallery.T
     import jax
@@ -133,7 +120,7 @@ def product_function(gallery: np.ndarray, on_device: bool) -> Callable[[np.ndarr
 def _device_product() -> Callable:
     import jax
 
-    # XLA would try out ways to compute the product for longer than the product takes.
+    # Without this, XLA tries out variants of the product for longer than the product takes.
     options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
     return jax.jit(
         lambda query, gallery: jax.numpy.matmul(query, gallery.T, precision=jax.lax.Precision.HIGHEST),
@@ -142,10 +129,17 @@ def _device_product() -> Callable:
 
 
 def rank_gallery(distance: Float32[np.ndarray, "q n"], number: int | None = None) -> Int[np.ndarray, "q m"]:
-    """Order the gallery for each query: ascending distance, ties by gallery order; of `number`: its first so many.
+    """Rank the gallery for each query: ascending distance, equal distances in gallery order.
 
-    One int64 key holds the distance's bits above the gallery index, so that one plain sort, which numpy vectorises, is
-    also stable; several times the speed of a stable argsort. `distance` must not be NaN.
+    Each int64 key holds the distance's bits above the gallery index. So a plain sort, which numpy vectorises, is stable
+    too, at several times the speed of a stable argsort.
+
+    Args:
+      distance: without NaN.
+      number: how many of the nearest to return; None: all.
+
+    Returns:
+      Gallery indices, the nearest first; m is the smaller of n and `number`.
     """
     bits = np.ascontiguousarray(distance, np.float32).view(np.int32)
     bits = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))  # negative floats: now ordered as integers too
@@ -163,14 +157,16 @@ def rank_gallery(distance: Float32[np.ndarray, "q n"], number: int | None = None
 def relative_identities(
     query_pids: Int[np.ndarray, " q"], gallery_pids: Int[np.ndarray, " n"]
 ) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], int]:
-    """Return `relative(rows, order) -> int[r, m]` and how many different numbers it gives.
+    """Renumber identities for each query, so that 0 is the query's own.
 
-    `relative` renumbers the identities of gallery images `order` int[r, m] for the queries `rows` int[r]: 0 is the
-    query's own identity, other identities have other numbers.
+    Returns:
+      `relative(rows, order) → int[r, m]`, for queries `rows` int[r] and ranked gallery images `order` int[r, m]: 0
+      where an image shows the query's identity, and one other number for each other identity; and how many different
+      numbers it gives.
     """
     pids, codes = np.unique(gallery_pids, return_inverse=True)
     found = np.searchsorted(pids, query_pids).clip(max=len(pids) - 1)
-    own = np.where(pids[found] == query_pids, found, len(pids))  # the last number: an identity the gallery lacks
+    own = np.where(pids[found] == query_pids, found, len(pids))  # the last: an identity that the gallery lacks
     number = len(pids) + 1
     small = np.int16 if number < 2**14 else np.int64
     codes, own = codes.reshape(-1).astype(small), own.astype(small)
@@ -184,14 +180,14 @@ def relative_identities(
 
 
 class QueryScores(NamedTuple):
-    """One value for each of q queries; queries without a match have `matches` 0 and must not be averaged.
+    """The scores of q queries; a query without a match has `matches` 0 and must not be averaged.
 
     Attributes:
-      matches: how many gallery images show the query's identity.
-      identity_rank: position of the query's identity, from 1, when each identity counts once, at its first appearance.
-      image_rank: position of the first matching image, from 1.
-      average_precision: mean over the matches of (matches so far / position).
-      inverse_penalty: matches / position of the last match (mINP is its mean).
+      matches: the number of gallery images that show the query's identity.
+      identity_rank: the position of the query's identity, from 1, when each identity counts once, at its first image.
+      image_rank: the position of the first matching image, from 1.
+      average_precision: the mean over the matches of (matches so far / position), from 0 to 1.
+      inverse_penalty: matches / position of the last match, from 0 to 1; mINP is its mean.
     """
 
     matches: Int[np.ndarray, " q"]
@@ -204,18 +200,18 @@ class QueryScores(NamedTuple):
 def score_rankings(
     ranked_identities: Int[np.ndarray, "q n"], keep: Bool[np.ndarray, "q n"], num_identities: int
 ) -> QueryScores:
-    """Score q rankings of n gallery images each, of which only the kept ones take part.
+    """Score q rankings of n gallery images each; only the images to `keep` count.
 
     Args:
-      ranked_identities: the images' identities in ranked order, in [0, num_identities) and renumbered for each query so
-        that 0 is its own (see `relative_identities`).
-      keep: whether that image is in this query's gallery at all (trial, camera rules).
-      num_identities: how many numbers `ranked_identities` may use.
+      ranked_identities: the images' identities in ranked order, from 0 to num_identities − 1, renumbered for each query
+        so that 0 is its own (`relative_identities`).
+      keep: whether the image is in this query's gallery at all, by the rules on trials and cameras.
+      num_identities: the number of different numbers that `ranked_identities` may hold.
     """
     num_queries = len(keep)
     ends = np.cumsum(np.count_nonzero(keep, axis=1))
     starts = np.concatenate([[0], ends[:-1]])
-    # The kept images of all queries one after the other; query i owns [starts[i], ends[i]).
+    # The kept images of all queries, concatenated; those of query i are [starts[i], ends[i]).
     identities = np.compress(keep.ravel(), ranked_identities.ravel())
     hits = np.flatnonzero(identities == 0)
 
@@ -233,7 +229,7 @@ def score_rankings(
     last_position[matched] = position[last_hit[matched]]
     precision = np.bincount(row, weights=ordinal / position, minlength=num_queries)
 
-    # Identities met before the first match: only those prefixes are looked at.
+    # Identities that come before the first match: only these prefixes are looked at.
     ahead = np.maximum(image_rank - 1, 0)
     owner = np.repeat(np.arange(num_queries), ahead)
     offset = np.arange(len(owner)) - np.repeat(np.cumsum(ahead) - ahead, ahead)
@@ -245,9 +241,14 @@ def score_rankings(
 
 
 def query_figures(scores: QueryScores, cmc: str) -> Float64[np.ndarray, "6 q"]:
-    """What each query adds to the FIGURES, one row each, as fractions; columns without a match must not be averaged.
+    """Each query's own FIGURES as fractions, one row a figure; columns without a match must not be averaged.
 
-    `cmc` names the definition: 'identity' counts each identity once, at its first appearance; 'image' counts images.
+    Args:
+      scores: of q queries.
+      cmc: what a rank counts: 'identity' counts each identity once, at its first image; 'image' counts images.
+
+    Raises:
+      ValueError: an unknown `cmc`.
     """
     if cmc not in CMC_DEFINITIONS:
         raise ValueError(f"cmc must be one of {CMC_DEFINITIONS}, got {cmc!r}")
@@ -256,9 +257,10 @@ def query_figures(scores: QueryScores, cmc: str) -> Float64[np.ndarray, "6 q"]:
 
 
 def summarize(scores: QueryScores, cmc: str) -> dict[str, float]:
-    """Average over the queries that have a match: the FIGURES, in percent; `cmc` as in `query_figures`.
+    """The FIGURES in percent, averaged over the queries that have a match; `cmc` as in `query_figures`.
 
-    Raises ValueError if no query has a match.
+    Raises:
+      ValueError: no query has a match, or an unknown `cmc`.
     """
     matched = scores.matches > 0
     if not matched.any():

@@ -1,4 +1,4 @@
-"""What is said of two images: their similarity, and with a calibration the probability that they show one person."""
+"""Compares two images: their similarity and, with a calibration, the probability that they show the same person."""
 
 import os
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from mpanet_jax.weights.hub import CALIBRATION_FILE, MODEL_FILE, resolve
 
 
 def calibration_path(source: str | os.PathLike) -> Path:
-    """Where the calibration of a model lies: in its folder, beside its file, or in Hugging Face's cache."""
+    """The path of a model's calibration: in its folder, beside its file, or in Hugging Face's cache."""
     path = resolve(str(source)) if str(source).startswith("hf:") else Path(os.path.abspath(source))
     if path.is_dir():
         return path / CALIBRATION_FILE
@@ -22,14 +22,14 @@ def calibration_path(source: str | os.PathLike) -> Path:
 
 @dataclass(frozen=True)
 class PairScore:
-    """What is said of two images.
+    """How alike two images are.
 
     Attributes:
-      similarity: the cosine of their embeddings, −1 to 1.
-      probability: that they show the same person, at `prior`; None without a calibration for such a pair.
-      prior: the share of pairs of the same person that was assumed; None without a probability.
-      kind: 'cross_modality' or 'same_modality'; None where a modality is not known.
-      note: why there is no probability; '' where there is one.
+      similarity: the cosine of their embeddings, from −1 to 1.
+      probability: the probability that they show the same person; None if no calibration covers such a pair.
+      prior: the share of pairs of the same person that the probability assumes; None without a probability.
+      kind: 'cross_modality' or 'same_modality'; None if a modality is unknown.
+      note: why there is no probability; '' if there is one.
     """
 
     similarity: float
@@ -49,19 +49,19 @@ def score_pair(
     calibration: Calibration | str | os.PathLike | None,
     prior: float | None,
 ) -> PairScore:
-    """What two embeddings say.
+    """Compare two embeddings.
 
     Args:
-      rows: float[2, D].
-      modality: int[2].
-      fingerprint, source: of their model.
-      path: where its calibration lies, if there is one.
-      calibration: another one, or its file; None: that at `path`.
-      prior: None: the calibration's.
+      rows: float[2, D], the two embeddings, of any length.
+      modality: int[2], 0 visible, 1 infrared, -1 unknown.
+      fingerprint, source: the model's `Model.fingerprint`, and where it was read from.
+      path: the model's own calibration, if the file exists.
+      calibration: a calibration to use instead, or its file; None: the one at `path`.
+      prior: the share of pairs of the same person; None: the calibration's.
 
     Raises:
-      UserError: a calibration that cannot be read, or of another model.
-      ArgumentError: `prior` is no probability.
+      UserError: the calibration cannot be read, or is of another model.
+      ArgumentError: `prior` is not between 0 and 1.
     """
     if prior is not None:
         check_prior(prior)
@@ -70,21 +70,23 @@ def score_pair(
     if calibration is None and path.is_file():
         calibration = path
     if calibration is None:
-        note = f"no calibration, {path} is not there: only the similarity; scripts/calibrate.py makes one"
+        note = f"there is no calibration, {path}, so only the similarity is known; scripts/calibrate.py makes one"
         return PairScore(similarity, None, None, kind, note)
     name = "calibration" if isinstance(calibration, Calibration) else os.fspath(calibration)
     found = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
     if found.fingerprint != fingerprint:
         raise UserError(
             f"{name}: is the calibration of another model, {found.model}, not of {source}; make one with "
-            "scripts/calibrate.py, or name another"
+            "scripts/calibrate.py, or give another"
         )
     if kind is None:
-        note = f"say the modality of both images: the calibration differs between pairs, {' and '.join(found.kinds)}"
+        note = f"give the modality of both images: pairs are calibrated by kind, {' and '.join(found.kinds)}"
         return PairScore(similarity, None, None, kind, note)
     line = found.logistic(kind)
     if line is None:
-        note = f"the calibration has no {kind} pairs, only {', '.join(found.kinds)}: only the similarity"
+        note = (
+            f"the calibration covers {', '.join(found.kinds)} pairs and not {kind} ones; only the similarity is known"
+        )
         return PairScore(similarity, None, None, kind, note)
     prior = found.prior if prior is None else prior
     return PairScore(similarity, float(line.probability(similarity, prior)), prior, kind, "")

@@ -1,11 +1,11 @@
 """k-reciprocal re-ranking: Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017.
 
-Two images are k-reciprocal neighbours if each is among the other's k nearest. An image becomes a vector over all
-images, weighted exp(−distance) on its (expanded) reciprocal neighbours; the Jaccard distance of two such vectors is
-mixed with the original distance.
+Two images are k-reciprocal neighbours if each is among the other's k nearest. Every image becomes a vector over all
+images, with weights exp(−distance) on its (expanded) reciprocal neighbours. The new distance is a mean of the original
+distance and the Jaccard distance of two such vectors.
 
-The sets and the vectors are sparse matrices, and distances are asked for in blocks of rows, so that memory grows with
-the number of images n and not with n².
+Neighbourhoods and vectors are sparse matrices, and distances are requested in blocks of rows. So memory grows with the
+number of images n and not with n².
 """
 
 from collections.abc import Callable
@@ -17,19 +17,13 @@ import scipy.sparse as sparse
 from jaxtyping import Float32, Int
 
 from mpanet_jax.cpus import available_cpus
-from mpanet_jax.evaluation.metrics import (
-    first_equal_row,
-    l2_normalize,
-    product_function,
-    rank_gallery,
-    scale_to_one,
-    squared_norms,
-)
+from mpanet_jax.evaluation.metrics import first_equal_row, product_function, rank_gallery, scale_to_one
 from mpanet_jax.progress import Bar, track
+from mpanet_jax.row_norms import l2_normalize, squared_norms
 
-Sparse = Any  # a csr_array or csc_array; type checkers do not see what comes out of their products
+Sparse = Any  # a csr_array or csc_array; type checkers cannot infer the type of their products
 
-_KEPT = 2**28  # where n² distances are no more than these, they are kept: 1 GiB
+_KEPT = 2**28  # n² distances are kept in memory up to this number: 1 GiB
 _CHUNK = 2**25  # distances computed at once: 128 MiB
 _BLOCK = 2**20  # distances ranked by one thread at once
 _SET_ROWS = 4096  # images whose neighbours are expanded by one thread at once
@@ -38,7 +32,7 @@ _QUERY_ROWS = 64  # queries whose vectors are compared by one thread at once
 
 
 class KeptDistances:
-    """Distances between n images, as a matrix float32[n, n]."""
+    """Distances between n images, kept as a matrix float32[n, n]."""
 
     def __init__(self, matrix: Float32[np.ndarray, "n n"]):
         self._matrix = matrix
@@ -60,7 +54,7 @@ class KeptDistances:
 
 
 class ComputedDistances:
-    """Squared Euclidean distances between the rows of `features` float32[n, d], computed when they are asked for."""
+    """Squared Euclidean distances between the rows of `features` float32[n, d], computed on request."""
 
     def __init__(self, features: Float32[np.ndarray, "n d"], on_device: bool = False):
         self._features, self._on_device = features, on_device
@@ -73,7 +67,10 @@ class ComputedDistances:
         return len(self._features)
 
     def block(self, rows: Int[np.ndarray, " r"]) -> Float32[np.ndarray, "r n"]:
-        """From the images `rows` to all; equal images are at distance 0, and equally far from any other."""
+        """From the images `rows` to all images.
+
+        Equal images are at distance 0 from each other, and at equal distances from any third image.
+        """
         distance = self._product(self._features[rows])
         distance *= -2
         distance += self._squares[rows][:, None]
@@ -103,10 +100,13 @@ Distances = KeptDistances | ComputedDistances
 
 
 def squared_distances(features: np.ndarray, metric: str, *, on_device: bool = False) -> Distances:
-    """Squared Euclidean distances between all rows of `features` float32[n, d], L2-normalised first under 'cosine'.
+    """Squared Euclidean distances between all images, as re-ranking needs them.
 
-    Under 'euclidean' they are scaled by a power of two: re-ranking divides by the largest distance of a row, so this
-    changes nothing but overflow. `on_device` as in `product_function`.
+    Args:
+      features: float32[n, d]; L2-normalised first under 'cosine'. Under 'euclidean' they are scaled by a power of two
+        against overflow; the result of re-ranking stays the same, as it divides by the largest distance of a row.
+      metric: 'cosine' or 'euclidean'.
+      on_device: compute products with JAX (`product_function`).
     """
     if metric == "cosine":
         features = l2_normalize(features)
@@ -124,14 +124,17 @@ def _kept_if_small(distances: ComputedDistances) -> Distances:
 def k_reciprocal(
     distances: Distances, num_query: int, *, k1: int = 20, k2: int = 6, weight: float = 0.3
 ) -> Callable[[Int[np.ndarray, " r"]], Float32[np.ndarray, "r g"]]:
-    """Return `reranked(queries) -> float32[r, g]`: re-ranked distances from those of the q queries to all g others.
+    """Prepare re-ranked distances between q queries and g gallery images.
 
     Args:
-      distances: squared distances between n = q + g images, the `num_query` queries first.
+      distances: squared distances between all n = q + g images, the queries first.
       num_query: q.
-      k1: size of the reciprocal neighbourhood (20).
-      k2: size of the neighbourhood over which vectors are averaged (6).
-      weight: λ, the original distance's share (0.3).
+      k1: size of the reciprocal neighbourhood.
+      k2: size of the neighbourhood over which vectors are averaged.
+      weight: λ, the share of the original distance in the result.
+
+    Returns:
+      A function of r queries, int[r] from 0 to q − 1, that gives their re-ranked distances to the g gallery images.
     """
     nearest, largest = _nearest(distances, k1 + 1)
     vectors = _vectors(distances, nearest, largest, k1)
@@ -164,7 +167,7 @@ def _divided(distance: np.ndarray, largest: np.ndarray) -> np.ndarray:
 
 
 def _nearest(distances: Distances, number: int) -> tuple[Int[np.ndarray, "n k"], Float32[np.ndarray, " n"]]:
-    """Of each image its `number` nearest, itself among them, and its largest distance (1 where that is 0)."""
+    """Each image's `number` nearest images, itself included, and its largest distance (1 where that is 0)."""
     total = len(distances)
     largest = np.empty(total, np.float32)
     nearest = np.empty((total, min(number, total)), np.int32)
@@ -185,7 +188,7 @@ def _nearest(distances: Distances, number: int) -> tuple[Int[np.ndarray, "n k"],
 
 
 def _vectors(distances: Distances, nearest: np.ndarray, largest: np.ndarray, k1: int) -> Sparse:
-    """Sparse float64[n, n]: row i has exp(−distance) on i's expanded reciprocal neighbours, and the sum 1."""
+    """Sparse float64[n, n]: row i has exp(−distance) at i's expanded reciprocal neighbours, scaled to sum 1."""
     reciprocal = _reciprocal(nearest)
     half = _reciprocal(nearest[:, : round(k1 / 2) + 1])
     half_columns = half.T.tocsr()
@@ -193,7 +196,7 @@ def _vectors(distances: Distances, nearest: np.ndarray, largest: np.ndarray, k1:
 
     def expand(rows: np.ndarray) -> Sparse:
         own = reciprocal[rows]
-        # A neighbour c lends its own half-size set R(c) if more than two thirds of it are in R(i) already.
+        # A neighbour c adds its own half-size set R(c) if more than two thirds of R(c) are in R(i) already.
         overlap = (own @ half_columns).multiply(own).tocsr()
         overlap.data = (3 * overlap.data > 2 * size[overlap.indices]).astype(np.float32)
         expanded = (own + overlap @ half).tocsr()
@@ -216,7 +219,7 @@ def _vectors(distances: Distances, nearest: np.ndarray, largest: np.ndarray, k1:
 
 
 def _sums_of_minima(own: Sparse, columns: Sparse) -> np.ndarray:
-    """Σ_k min(own[i, k], columns[j, k]), float64[r, g], from the columns' entries alone."""
+    """float64[r, g]: Σ_k min(own[i, k], columns[j, k]); only nonzero entries are read."""
     num_gallery = columns.shape[0]
     lengths = np.diff(columns.indptr)[own.indices]
     owner = np.repeat(np.repeat(np.arange(own.shape[0]), np.diff(own.indptr)), lengths)
@@ -229,7 +232,7 @@ def _sums_of_minima(own: Sparse, columns: Sparse) -> np.ndarray:
 
 
 def _adjacency(neighbours: np.ndarray) -> Sparse:
-    """0/1 matrix: row i has ones at `neighbours[i]`."""
+    """Sparse float32[n, n] of 0 and 1: row i has ones at `neighbours[i]`."""
     total, k = neighbours.shape
     return sparse.csr_array(
         (np.ones(total * k, np.float32), neighbours.ravel(), np.arange(0, total * k + 1, k)), shape=(total, total)

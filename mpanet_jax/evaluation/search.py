@@ -1,13 +1,12 @@
-"""Search: which images of a gallery show what a query shows, by an index of the gallery that is kept on disk."""
+"""Search: finds the images of a gallery that show who a query shows, with an index of the gallery kept on disk."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,40 +14,26 @@ from jaxtyping import Float32
 
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images
-from mpanet_jax.evaluation.images import ImageFile, list_images, of_modality
-from mpanet_jax.evaluation.index_files import IndexFiles, locked_index, map_rows, read_index, write_index
+from mpanet_jax.evaluation.images import keep_modality, list_images
+from mpanet_jax.evaluation.index_files import IndexFiles, locked_index, map_rows, read_index
+from mpanet_jax.evaluation.index_update import Embedder, files_of_gallery, is_up_to_date, write_update
 from mpanet_jax.evaluation.top_k import top_k, upload
 from mpanet_jax.files import write_whole
 from mpanet_jax.modality import MODALITY_NAMES, Modality, modality_numbers
 
-CHUNK_BYTES = 2**27  # of rows that are embedded or copied at once
-QUERIES_AT_ONCE = 512  # whose distances to a part of the gallery are held
+QUERIES_AT_ONCE = 512  # queries whose distances to a block of the gallery are held in memory
 RESULTS_FORMAT = {"format": "mpanet_jax search", "version": 1}
-
-
-class Embedder(Protocol):
-    """What an index needs of a `Model`."""
-
-    source: str
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def embed(self, images: Iterable[GivenImage], **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Match:
-    """An image of the gallery.
+    """An image of the gallery that was found for a query.
 
     Attributes:
-      path: from the gallery's folder.
+      path: its path from the gallery's folder.
       distance: 1 − similarity, from 0 to 2.
-      similarity: the cosine of the two embeddings.
-      modality: 'visible', 'infrared', or '' where nothing says it.
+      similarity: the cosine of the two embeddings, from −1 to 1.
+      modality: 'visible', 'infrared', or '' if unknown.
     """
 
     path: str
@@ -59,7 +44,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A query and what was found for it, the nearest first."""
+    """A query, by its path or 'images[3]', and the matches found for it, the nearest first."""
 
     path: str
     matches: tuple[Match, ...]
@@ -70,12 +55,12 @@ class SearchResults:
     """What a search found.
 
     Attributes:
-      model, fingerprint: of the model.
-      gallery: the gallery's folder, list or images.csv, an absolute path.
+      model, fingerprint: where the model was read from, and its `Model.fingerprint`.
+      gallery: the absolute path of the gallery: a folder, a list or an images.csv.
       folder: the folder that the matches' paths start from.
-      num_gallery: images in it that could be read.
-      queries: in the order in which they were given.
-      skipped: queries that could not be read.
+      num_gallery: the number of images in the index.
+      queries: one ranking for each query that could be read, in the order given.
+      skipped: the queries that could not be read.
     """
 
     model: str
@@ -87,7 +72,7 @@ class SearchResults:
     skipped: tuple[SkippedImage, ...] = ()
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes them as JSON (docs/search.md), whole or not at all."""
+        """Write the results as JSON (docs/search.md); the file appears whole or not at all."""
         tree = {**RESULTS_FORMAT, "metric": "cosine", **asdict(self)}
         tree["skipped"] = [{"path": image.name, "reason": image.reason} for image in self.skipped]
         with write_whole(path) as file:
@@ -95,20 +80,20 @@ class SearchResults:
 
 
 class Index:
-    """The embeddings of a gallery, on disk, and the search in them.
+    """The embeddings of a gallery, kept on disk, and the search among them.
 
         index = mpanet_jax.Index.build(model, "gallery")  # embeds what is new or changed since the last time
         for ranking in index.search(["query.jpg"], top=10).queries:
             print(ranking.path, [match.path for match in ranking.matches])
 
     Attributes:
-      model: whose embeddings they are.
-      folder: of the index.
+      model: the model that made the embeddings, and that embeds queries.
+      folder: the index's folder.
       gallery: the gallery's folder, list or images.csv.
-      paths: str[N], of the images, from the gallery's folder, in the order of the rows.
+      paths: str[N], the images' paths from the gallery's folder, in the order of the rows.
       features: float32[N, D], rows of length 1, memory-mapped.
-      skipped: (path, reason) of the images that could not be read.
-      num_embedded: images that `build` embedded; the others it knew.
+      skipped: (path, reason) of each image of the gallery that could not be read.
+      num_embedded: how many images `build` embedded; the others were in the index already.
     """
 
     def __init__(self, model: Embedder, folder: Path, files: IndexFiles, num_embedded: int = 0):
@@ -122,10 +107,10 @@ class Index:
 
     @classmethod
     def load(cls, model: Embedder, folder: str | os.PathLike) -> "Index":
-        """The index in a folder, as it is, without a look at the gallery.
+        """Open the index in a folder as it is, without checking the gallery for changes.
 
         Raises:
-          UserError: there is none, it is damaged, or another model made it.
+          UserError: the folder has no index, or it is damaged, or another model or precision made it.
         """
         folder = Path(folder)
 
@@ -138,7 +123,7 @@ class Index:
 
         try:
             return opened()
-        except UserError:  # an update may have replaced the rows after index.json was read: once more
+        except UserError:  # an update may have replaced the rows after index.json was read: try once more
             return opened()
 
     @classmethod
@@ -151,56 +136,63 @@ class Index:
         modality: str | None = None,
         rebuild: bool = False,
     ) -> "Index":
-        """The index of a gallery, up to date: what is new or changed is embedded, what is gone leaves it.
+        """Bring the index of a gallery up to date and open it; the first call makes it.
 
-        A file counts as changed where its size, its time of modification or what is said of its modality is another.
-        One that was changed and has the old size and time looks unchanged; `rebuild` embeds all.
+        New and changed images are embedded, and images that are gone leave the index. A file counts as changed if its
+        size, its time of modification or its known modality is different. A file that was changed but kept its size and
+        time looks unchanged: `rebuild` embeds it too.
 
         Args:
           model: what `mpanet_jax.load` gives.
           gallery: a folder, a text file of paths, or an images.csv, as scripts/extract.py reads them.
-          index: the index's folder; None: beside the gallery, its name and '.index', with a modality '.visible.index'
-            or '.infrared.index'.
-          modality: 'visible' or 'infrared': only the images of it, and those of which nothing says what they are.
-          rebuild: embed all, whatever lies there.
+          index: the index's folder; None: beside the gallery, under its name with '.index' added, or '.visible.index'
+            or '.infrared.index' with a modality.
+          modality: 'visible' or 'infrared': take only the gallery's images of it, and those of unknown modality.
+          rebuild: embed all images, whatever is in the index's folder.
 
         Raises:
-          UserError: no gallery, no image in it that can be read, or an index of another model or gallery in `index`.
+          UserError: there is no gallery, or none of its images can be read; or the existing index is damaged, or of
+            another model, precision (`Model.dtype`) or gallery, and `rebuild` is False.
+          ArgumentError: `modality` is unknown, or no image is of it.
         """
         gallery = Path(gallery)
         images = list_images(gallery)
         if modality is not None:
-            images = of_modality(images, int(modality_numbers(modality, 1)[0]))
+            images = keep_modality(images, int(modality_numbers(modality, 1)[0]))
         folder = Path(index) if index is not None else default_folder(gallery, modality)
-        found = _files_of(images, _base(gallery))
+        found = files_of_gallery(images, _base(gallery))
 
         def read() -> IndexFiles | None:
             files = None if rebuild else read_index(folder)
             if files is not None:
                 _check_model(files, model, folder)
                 if (before := os.path.normpath(folder.absolute() / files.gallery)) != os.path.abspath(gallery):
-                    raise UserError(f"{folder}: is the index of {before}; name another for this gallery, or rebuild it")
+                    raise UserError(f"{folder}: is the index of {before}; give this gallery another, or rebuild it")
             return files
 
         files = read()
-        if files is not None and _is_up_to_date(model, files, found):  # then no one has to be able to write there
+        if files is not None and is_up_to_date(model, files, found):  # needs no permission to write
             return cls.load(model, folder)
         with locked_index(folder):
-            return cls(model, folder, *_updated(model, folder, gallery, found, read()))
+            return cls(model, folder, *write_update(model, folder, gallery, found, read()))
 
     def search(
         self, images: Iterable[GivenImage], *, top: int = 10, modality: Modality | None = None, errors: str = "raise"
     ) -> SearchResults:
-        """The `top` nearest images of the gallery for each of `images`, exactly, by the cosine of the embeddings.
+        """Find the `top` images of the gallery that are most similar to each query; the search is exact.
 
-        Equal distances are in the order of the index's rows. An image that lies in the gallery finds itself.
+        Similarity is the cosine of the embeddings. Equal distances keep the order of the index's rows. An image that is
+        in the gallery finds itself.
 
         Args:
-          images, modality, errors: as of `Model.embed`.
-          top: how many.
+          images: the queries, as `Model.embed` takes them.
+          top: how many images to find for each query.
+          modality: the queries' modality, as `Model.embed` takes it.
+          errors: what to do with queries that cannot be read: 'raise' an error, or 'skip' them.
 
         Raises:
-          UserError, ArgumentError: as `Model.embed`, or `top` is not a positive number.
+          UserError: with errors='raise', a query cannot be read.
+          ArgumentError: as for `Model.embed`, or `top` is not a positive whole number.
         """
         if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1:
             raise ArgumentError("top", f"= {top!r}: expected a positive whole number")
@@ -209,7 +201,7 @@ class Index:
         listed = listed_images(images)
         rows, skipped = self.model.embed(listed, modality=modality, errors="skip")
         if skipped and errors != "skip":
-            raise UserError(f"{skipped[0].name}: {skipped[0].reason}; replace it, or leave it out")
+            raise UserError(f"{skipped[0].name}: {skipped[0].reason}; replace it, or skip it with errors='skip'")
         missing = {image.position for image in skipped}
         names = [_name(image, place) for place, image in enumerate(listed) if place not in missing]
         queries = []
@@ -236,7 +228,7 @@ class Index:
 
     @cached_property
     def _uploaded(self) -> list[Any] | None:
-        """The rows on an accelerator, once; None on CPUs, and where they do not fit."""
+        """The rows, copied to an accelerator once; None without one, and where they do not fit."""
         device = jax.local_devices()[0]
         stats = None if device.platform == "cpu" else device.memory_stats()
         if not stats or 1.2 * self.features.nbytes > stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0):
@@ -245,7 +237,7 @@ class Index:
 
 
 def default_folder(gallery: Path, modality: str | None = None) -> Path:
-    """Where the index of a gallery, or of its images of one modality, lies: beside it."""
+    """The default folder of a gallery's index, or of the index of its images of one modality: beside the gallery."""
     whole = Path(os.path.abspath(gallery))
     return whole.with_name(f"{whole.name}{f'.{modality}' if modality else ''}.index")
 
@@ -262,95 +254,10 @@ def _check_model(files: IndexFiles, model: Embedder, folder: Path) -> None:
     if files.fingerprint != model.fingerprint:
         raise UserError(
             f"{folder}: is an index of another model, {files.model}, not of {model.source}; "
-            "name another folder for the index, or rebuild this one"
+            "give another folder for the index, or rebuild this one"
         )
-
-
-def _stored_path(image: ImageFile, base: Path) -> str:
-    whole = Path(os.path.abspath(image.file))
-    try:
-        return whole.relative_to(os.path.abspath(base)).as_posix()
-    except ValueError:
-        return str(whole)
-
-
-# By its stored path: an image, and what tells whether it has changed, (size, mtime in ns, modality).
-Found = dict[str, tuple[ImageFile, tuple[int, int, int]]]
-
-
-def _files_of(images: list[ImageFile], base: Path) -> Found:
-    found: Found = {}
-    for image in images:
-        size = mtime = -1  # of a file that is not there, which is reported when it is read
-        with contextlib.suppress(OSError, ValueError):
-            status = os.stat(image.file)
-            size, mtime = status.st_size, status.st_mtime_ns
-        found.setdefault(_stored_path(image, base), (image, (size, mtime, image.modality)))
-    return found
-
-
-def _changes(before: IndexFiles, found: Found) -> tuple[list[int], list[str]]:
-    """The rows of an index that stay, and the paths that are to be embedded."""
-    known = zip(before.paths, before.sizes, before.mtimes_ns, before.modality, strict=True)
-    kept = [row for row, (path, *state) in enumerate(known) if path in found and found[path][1] == tuple(state)]
-    same = {before.paths[row] for row in kept}
-    return kept, [path for path in found if path not in same]
-
-
-def _at_once(model: Embedder) -> int:
-    """How many images are embedded or copied at once: whole batches, of most sizes."""
-    return max(256, CHUNK_BYTES // (4 * model.size) // 256 * 256)
-
-
-def _is_up_to_date(model: Embedder, before: IndexFiles, found: Found) -> bool:
-    kept, new = _changes(before, found)
-    if len(kept) != len(before.paths) or sorted(new) != sorted(path for path, _ in before.skipped):
-        return False
-    # What could not be read is tried again: a file becomes readable without a change of its time.
-    number = _at_once(model)
-    return not any(len(_rows_of(model, found, new[i : i + number])[0]) for i in range(0, len(new), number))
-
-
-def _updated(
-    model: Embedder, folder: Path, gallery: Path, found: Found, before: IndexFiles | None
-) -> tuple[IndexFiles, int]:
-    """The index with what has changed, written, and how many images were embedded."""
-    kept, new = ([], list(found)) if before is None else _changes(before, found)
-    skipped: list[tuple[str, str]] = []
-    number, num_embedded = _at_once(model), 0
-
-    def blocks() -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        nonlocal num_embedded
-        if before is not None and kept:
-            rows = map_rows(folder, before, model.size)
-            for start in range(0, len(kept), number):
-                some = kept[start : start + number]
-                yield rows[some], vars(before.take(some))
-        for start in range(0, len(new), number):
-            rows, faults = _rows_of(model, found, new[start : start + number])
-            skipped.extend(faults)
-            unread = {path for path, _ in faults}
-            read = [path for path in new[start : start + number] if path not in unread]
-            states = [found[path][1] for path in read]
-            num_embedded += len(read)
-            yield (
-                rows,
-                {"paths": read, **dict(zip(_STATE, zip(*states, strict=True) if read else [()] * 3, strict=True))},
-            )
-        if not kept and not num_embedded:
-            raise UserError(f"{gallery}: none of its {len(found)} images can be read; no index is written")
-
-    place = os.path.relpath(os.path.abspath(gallery), os.path.abspath(folder))
-    files = IndexFiles(model.fingerprint, model.source, place, "", [], [], [], [], skipped)
-    return write_index(folder, files, blocks()), num_embedded
-
-
-_STATE = ("sizes", "mtimes_ns", "modality")
-
-
-def _rows_of(model: Embedder, found: Found, paths: list[str]) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """The rows of the images that can be read, and (path, reason) of the others."""
-    images = [found[path][0] for path in paths]
-    modality = [image.modality for image in images]
-    rows, faults = model.embed([image.file for image in images], modality=modality, errors="skip")
-    return rows, [(paths[fault.position], fault.reason) for fault in faults]
+    if files.dtype != model.dtype:
+        raise UserError(
+            f"{folder}: its rows were computed in {files.dtype}, and {model.source} computes in {model.dtype} here; "
+            f"load the model with dtype {files.dtype}, or rebuild the index"
+        )

@@ -1,4 +1,4 @@
-"""The k nearest gallery images of each query, in a gallery too large for a distance matrix."""
+"""Finds the k nearest gallery images of each query in a gallery too large for a distance matrix."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,13 +8,14 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.metrics import METRICS, l2_normalize
+from mpanet_jax.evaluation.metrics import METRICS
 from mpanet_jax.progress import Bar
+from mpanet_jax.row_norms import l2_normalize
 
 _ROUNDING = 2.0**-24  # unit roundoff of float32
-_BLOCK_BYTES, _BLOCK_ROWS = 2**28, 2**16  # of the gallery at once, at most
+_BLOCK_BYTES, _BLOCK_ROWS = 2**28, 2**16  # the largest block of the gallery
 _EXACT_ROWS = 4096  # candidates whose distance is recomputed at once
-_SPARE = 64  # candidates beyond k that an accelerator hands over at once
+_SPARE = 64  # candidates beyond k that an accelerator returns at once
 
 
 def top_k(
@@ -26,28 +27,28 @@ def top_k(
     *,
     uploaded: Sequence[Any] | None = None,
 ) -> tuple[Int[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
-    """Find the exact `k` nearest of `gallery` float[n, d] for each of `query` float[q, d].
+    """Find exactly the `k` nearest gallery rows of each query.
 
-    The gallery is read once, in blocks of `block` rows (256 MiB each by default), and may be memory-mapped
-    (`np.load(path, mmap_mode="r")`). A float32 product picks the candidates of a block, generously by its worst
-    rounding error; their distances are then computed in float64, so the result depends neither on the block nor on
-    what computes the product.
+    The gallery is read once, block by block, and may be memory-mapped (`np.load(path, mmap_mode="r")`). In each block a
+    float32 product picks the candidates, with a margin of its largest possible rounding error. Their distances are then
+    computed in float64, so the result depends neither on the blocks nor on what computes the product.
 
     Args:
-      query, gallery: finite features, rows of any length.
-      k: how many.
+      query: float[q, d], finite, rows of any length.
+      gallery: float[n, d], likewise.
+      k: how many rows to find.
       metric: 'cosine' or 'euclidean'.
-      block: rows at once.
-      uploaded: what `upload(gallery, block)` gives: the product is computed by JAX, on its default device, under
-        'cosine'. None: by numpy.
+      block: rows of the gallery at once; None: 256 MiB of them, 65,536 rows at most.
+      uploaded: what `upload(gallery, block)` gives: JAX computes the products on its default device, under 'cosine'
+        only. None: numpy computes them.
 
     Returns:
-      gallery rows int[q, min(k, n)] by ascending distance, ties in gallery order, and their distances in float64:
-      1 − cosine similarity (a zero vector has similarity 0), or Euclidean.
+      Gallery rows int[q, min(k, n)] by ascending distance, equal distances in gallery order, and their distances in
+      float64: 1 − cosine similarity (a zero vector has similarity 0), or Euclidean.
 
     Raises:
-      UserError: NaN or infinite features.
-      ValueError: an unknown metric, or one that the device does not compute, or k < 1.
+      UserError: a feature is NaN or infinite.
+      ValueError: an unknown metric, 'euclidean' with `uploaded`, or k < 1.
     """
     if metric not in METRICS or k < 1 or (uploaded is not None and metric != "cosine"):
         raise ValueError(f"expected a metric of {METRICS} (uploaded: cosine) and k >= 1, got {metric!r} and {k}")
@@ -70,7 +71,7 @@ def top_k(
             else:
                 rows, length = gallery[start : start + block], min(block, number - start)
                 below, error = _on_device(coarse_query, uploaded[place], length, k, start)
-            # The block's own k nearest lie within two rounding errors of its k-th coarse one.
+            # The block's true k nearest lie within two rounding errors of its k-th smallest coarse distance.
             limit = below(None, k) + 2 * error if length > k else np.full(len(query), np.inf)
             for i in range(len(query)):
                 indices, distances = nearest[i]
@@ -94,7 +95,7 @@ def top_k(
 
 
 def upload(gallery: np.ndarray, block: int | None = None) -> list[Any]:
-    """The gallery in blocks on JAX's default device, where it has to fit, for `top_k` with the same `block`."""
+    """Copy the gallery to JAX's default device, where it must fit, in blocks for `top_k` with the same `block`."""
     import jax
 
     block = block or _default_block(gallery.shape[1])
@@ -106,7 +107,7 @@ def _default_block(dimension: int) -> int:
     return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * dimension)))
 
 
-# (None, k) → the k-th smallest coarse distance of each query; (i, limit) → the places of query i's that are not larger
+# (None, k) → the k-th smallest coarse distance of each query; (i, limit) → the rows at which query i's are ≤ limit
 _Below = Callable[[int | None, Any], np.ndarray]
 
 
@@ -122,7 +123,7 @@ def _below_of_matrix(coarse: np.ndarray) -> _Below:
 def _on_device(
     query: np.ndarray, rows: Any, length: int, k: int, start: int
 ) -> tuple[_Below, Float64[np.ndarray, " q"]]:
-    """As `_below_of_matrix` and `_coarse`; of the coarse distances only the smallest leave the device, as a rule."""
+    """`_coarse` and `_below_of_matrix` on the device; as a rule only the smallest coarse distances leave it."""
     count = min(length, k + _SPARE)
     coarse, values, places, finite = _device_coarse()(query, rows, count)
     if not finite.all():
@@ -132,11 +133,11 @@ def _on_device(
     def below(i: int | None, number: Any) -> np.ndarray:
         if i is None:
             return values[:, number - 1]
-        if count < length and values[i, -1] <= number:  # there may be more of them
+        if count < length and values[i, -1] <= number:  # there may be more than were returned
             return np.flatnonzero(np.asarray(coarse[i]) <= number)
         return np.sort(places[i, : np.searchsorted(values[i], number, side="right")])
 
-    # The device may add up the d terms of the product, and of the norm, in any order.
+    # The bound holds for any order in which the device adds up the d terms of the product and of the norm.
     return below, np.full(len(query), (2 * rows.shape[1] + 32) * _ROUNDING)
 
 
@@ -154,17 +155,17 @@ def _device_coarse() -> Callable[..., tuple[Any, Any, Any, Any]]:
         values, places = jax.lax.top_k(-distances, count)
         return distances, -values, places, jnp.isfinite(largest)
 
-    # XLA would try out ways to compute the product for longer than the product takes.
+    # Without this, XLA tries out variants of the product for longer than the product takes.
     options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
     return jax.jit(coarse, static_argnums=2, compiler_options=options)
 
 
 def _coarse(query: np.ndarray, query_norms: np.ndarray, rows: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Distances in float32 arithmetic, [q, b], and how far each query's may be from the truth, [q]."""
+    """Distances [q, b] computed in float32, and the largest possible error of each query's, [q]."""
     if metric == "cosine":
         # |error of a dot product of d terms| <= (d + few)·u·|q|·|g|, and the two norms are 1.
         return 1 - query @ l2_normalize(rows).T, np.full(len(query), (rows.shape[1] + 16) * _ROUNDING)
-    # Scaled by powers of two so that nothing overflows; the bound holds for the scaled values and is scaled back.
+    # Powers of two scale the features so that nothing overflows; the bound is scaled back with the values.
     scale_rows = 2.0 ** -int(np.frexp(np.max(np.abs(rows), initial=0))[1])
     scale_query = 2.0 ** -int(np.frexp(np.max(np.abs(query), initial=0))[1])
     scaled = rows * np.float32(scale_rows)
@@ -176,12 +177,12 @@ def _coarse(query: np.ndarray, query_norms: np.ndarray, rows: np.ndarray, metric
 
 
 def _coarse_value(distance: float, query_norm: float, metric: str) -> float:
-    """An exact distance on the scale of `_coarse`, which leaves ‖q‖² out."""
+    """An exact distance on the scale of `_coarse`, which omits ‖q‖²."""
     return distance if metric == "cosine" else distance**2 - query_norm**2 + 1e-12 * (distance**2 + query_norm**2)
 
 
 def _exact(query: np.ndarray, query_norm: float, rows: np.ndarray, metric: str) -> np.ndarray:
-    """Distances in float64, by sums along rows: equal rows get equal distances wherever they stand."""
+    """Distances in float64, summed along each row, so that equal rows get equal distances at any position."""
     rows = rows.astype(np.float64)
     if metric == "euclidean":
         return np.sqrt(np.sum((rows - query) ** 2, axis=1))

@@ -1,4 +1,4 @@
-"""Several trained models as one line of a table: RegDB's ten trials, or one recipe's seeds on any data set."""
+"""Averages the metrics of several trained models: RegDB's ten trials, or one recipe with several seeds."""
 
 import glob
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from mpanet_jax.evaluation.metrics import FIGURES
 from mpanet_jax.run_files import CONFIG_FILE, load_settings, recipe_differences
 from mpanet_jax.settings import Settings
 
-# What all models must have been evaluated by; the last of them only where models are restored.
+# What must be the same for all models; embeddings from files have no 'checkpoint'.
 _HOW = ("flip", "rerank", "protocol", "metric", "cmc", "checkpoint")
 
 
@@ -20,15 +20,15 @@ def average_trials(trials: Sequence[Mapping[str, Mapping]], names: Sequence[str]
     """Average the metrics of models that were trained on different splits.
 
     Args:
-      trials: one `evaluate_embeddings` result for each model; every setting carries its 'trial'.
-      names: what error messages call them, e.g. their working directories.
+      trials: what `evaluate_embeddings` gives for each model; every setting has its 'trial'.
+      names: what error messages call the models, such as their workdirs.
 
     Returns:
-      the same settings with the mean figures, 'std' (population standard deviation over the models), 'trials' (their
-      number) and 'trial_numbers'. There is no 'interval': each model has test identities of its own.
+      {setting: metrics} with the mean figures, 'std' (population standard deviation over the models), 'trials' (the
+      number of models) and 'trial_numbers'. There is no 'interval', since each model has other test identities.
 
     Raises:
-      UserError: no metrics, a missing trial number, a trial that comes twice, or metrics measured in different ways.
+      UserError: there are no metrics, a trial is missing or comes twice, or metrics were measured in different ways.
     """
     names = _names(trials, names)
     averaged = _average(trials, names, _HOW)
@@ -50,17 +50,17 @@ def average_seeds(
     """Average the metrics of models that differ in the seed of their training.
 
     Args:
-      results: one `evaluate_embeddings` result for each model.
-      seeds: what they were trained with.
+      results: what `evaluate_embeddings` gives for each model.
+      seeds: the seed that each model was trained with.
       names: as in `average_trials`.
 
     Returns:
-      the same settings with the mean figures, 'std' (population standard deviation over the models), 'seeds', and
-      'trials': in how many galleries each model was tested. There is no 'interval'.
+      {setting: metrics} with the mean figures, 'std' (population standard deviation over the models), 'seeds', and
+      'trials', the number of galleries that each model was tested on. There is no 'interval'.
 
     Raises:
-      UserError: no metrics, a seed that comes twice, or metrics measured in different ways, or after a different number
-        of steps (of the last checkpoint: one of the runs has not finished).
+      UserError: there are no metrics, a seed comes twice, metrics were measured in different ways, or the last
+        checkpoints are of different steps, so one of the runs has not finished.
     """
     names = _names(results, names)
     _refuse_repeated(seeds, names, "was trained with seed", "was", "expected runs with different seeds")
@@ -111,22 +111,28 @@ def _average(results: Sequence[Mapping[str, Mapping]], names: Sequence[str], how
 
 
 def evaluate_workdirs(workdirs: str, evaluate: Callable[[Path], Mapping[str, Mapping]]) -> dict[str, dict]:
-    """Evaluate the model of every working directory that `workdirs` matches ('runs/regdb_*') and average them.
+    """Evaluate the runs in all workdirs that match a pattern, and average their metrics.
 
-    Of a data set with several splits (`dataset.trial`: RegDB) there is one model for each trial, of any other one for
-    each seed.
+    On a data set with several splits (`dataset.trial`: RegDB) there must be one run for each trial, on any other data
+    set one for each seed. The runs are checked against one another before the first is evaluated.
 
     Args:
-      workdirs: a pattern; others that match, without a config.json, are left out.
-      evaluate: gives the metrics of one working directory's model.
+      workdirs: a pattern, such as 'runs/regdb_*'; folders without a config.json are ignored.
+      evaluate: gives the metrics of the run in a workdir.
+
+    Returns:
+      What `average_trials` or `average_seeds` gives.
 
     Raises:
-      UserError: as `average_trials` or `average_seeds`; for runs of different recipes; and for a model that was tested
-        on another split than the one it was trained on. Nothing is evaluated before the runs fit together.
+      ArgumentError: no workdir with a config.json matches.
+      UserError: as for `average_trials` or `average_seeds`; or the runs have different recipes; or a run was tested on
+        another split than it was trained on.
     """
     found = sorted(path for path in map(Path, glob.glob(workdirs)) if (path / CONFIG_FILE).is_file())
     if not found:
-        raise ArgumentError("workdirs", f"= {workdirs}: no working directory with a {CONFIG_FILE} matches")
+        raise ArgumentError(
+            "workdirs", f"= {workdirs}: no folder with a {CONFIG_FILE} matches; expected runs' workdirs"
+        )
     names = [str(workdir) for workdir in found]
     runs = [load_settings(workdir) for workdir in found]
     _refuse_other_recipes(runs, names)
@@ -157,13 +163,21 @@ def _refuse_other_recipes(runs: Sequence[Settings], names: Sequence[str]) -> Non
 
 
 def refuse_other_trial(workdir: Path, trained: int | None, metrics: Mapping[str, Mapping]) -> None:
-    """Raise UserError if `metrics` were measured on another split than the model was trained on.
+    """Check that a model was tested on the split that it was trained on.
 
-    RegDB's splits share identities: a model tested on another trial's split has seen most of its test identities.
+    RegDB's splits share identities, so about half of another split's test identities were in the training.
+
+    Args:
+      workdir: the run, for the error.
+      trained: the trial it was trained on; None: the data set has only one split.
+      metrics: {setting: metrics} with 'trial'.
+
+    Raises:
+      UserError: a setting's trial is not `trained`.
     """
     for setting, values in metrics.items():
         if trained is not None and values.get("trial") != trained:
             raise UserError(
-                f"{workdir}: was trained on trial {trained}, but {setting} was tested on trial {values.get('trial')}: "
-                f"about half of its test identities were trained on; evaluate it on trial {trained}"
+                f"{workdir}: was trained on trial {trained}, but {setting} was tested on trial {values.get('trial')}, "
+                f"about half of whose test identities were in the training; evaluate it on trial {trained}"
             )

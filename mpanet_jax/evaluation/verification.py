@@ -1,7 +1,7 @@
-"""Verification: do two images show the same person? Pairs of embeddings, and how well their similarity tells.
+"""Verification: do two images show the same person? Makes pairs of embeddings, and measures how well similarity tells.
 
-Two images of one place (`Protocol.places`: the camera, in SYSU-MM01 the room) are no pair: a person who stands before
-the same background, often in the same second, is what no protocol of this field asks for.
+Two images from one place (`Protocol.places`: the camera, in SYSU-MM01 the room) are not paired. They often show one
+background within the same second, and the field's protocols leave such matches out too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ from jaxtyping import Bool, Float32, Float64, Int
 
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.metrics import l2_normalize
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.protocol import check_pair
+from mpanet_jax.row_norms import l2_normalize
 
 CROSS, SAME = "cross_modality", "same_modality"
 KINDS = (CROSS, SAME)
 FALSE_POSITIVE_RATES = (1e-2, 1e-3, 1e-4)
-MOST_DIFFERENT = 10_000_000  # pairs of different people, of one kind, that are looked at
-FEWEST_FALSE = 10  # false positives that a rate is told by, at the least
+MOST_DIFFERENT = 10_000_000  # pairs of different people that are used of each kind, at most
+FEWEST_FALSE = 10  # false positives that a rate must allow for to be measured
 _ROWS = 1024  # images whose pairs are made at once
 
 
@@ -30,9 +30,9 @@ class Pairs:
     """Pairs of images of one kind.
 
     Attributes:
-      similarity: the cosine of their embeddings.
-      same: whether they show the same person.
-      share: of the pairs of different people that were there, the share that was drawn.
+      similarity: the cosine of the two embeddings of each pair.
+      same: whether the two show the same person.
+      share: the share of all pairs of different people that was drawn, from 0 to 1.
     """
 
     similarity: Float32[np.ndarray, " n"]
@@ -41,10 +41,12 @@ class Pairs:
 
 
 def join_embeddings(sets: Sequence[Embeddings]) -> Embeddings:
-    """Several sets as one; an image that is in several of them, by all that is said of it, is taken once.
+    """Join several sets; an image that is in several of them is taken once.
+
+    Two rows are the same image if path, identity, camera, modality and features are all equal.
 
     Raises:
-      UserError: vectors of different lengths, or an identity that is not known.
+      UserError: the sets have vectors of different lengths, or an identity is unknown.
     """
     for embeddings in sets:
         check_pair(sets[0], embeddings)
@@ -55,24 +57,24 @@ def join_embeddings(sets: Sequence[Embeddings]) -> Embeddings:
     )
     first_of: dict[tuple[Any, ...], int] = {}
     kept = []
-    assert joined.modality is not None  # as every set's; see `check_embeddings`
+    assert joined.modality is not None  # `check_embeddings` gave every set one
     for row, said in enumerate(zip(joined.paths, joined.pids, joined.camids, joined.modality, strict=True)):
         first = first_of.setdefault(tuple(said), row)
-        # Two folders may each have an image of that name, with nothing said that tells them apart.
+        # Two folders may each have an image of that name, and nothing else tells the two apart.
         if first == row or not np.array_equal(joined.features[first], joined.features[row]):
             kept.append(row)
     return joined.take(np.array(kept))
 
 
 def kind_of(first: int, second: int) -> str | None:
-    """The kind of a pair of two modalities; None where one is not known."""
+    """The kind of a pair of images of modalities `first` and `second`; None if one is unknown (-1)."""
     if UNKNOWN in (first, second):
         return None
     return SAME if first == second else CROSS
 
 
 def split_identities(pids: Int[np.ndarray, " n"], seed: int) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Which images show a person of the one half of the identities, and which of the other, drawn by `seed`."""
+    """Split the identities at random into halves: two masks bool[n], the images of each half."""
     known = np.unique(pids)
     half = np.random.default_rng(seed).permutation(known)[: len(known) // 2]
     first = np.isin(pids, half)
@@ -82,18 +84,19 @@ def split_identities(pids: Int[np.ndarray, " n"], seed: int) -> tuple[Bool[np.nd
 def make_pairs(
     embeddings: Embeddings, places: Int[np.ndarray, " n"], kind: str, *, seed: int = 0, most: int = MOST_DIFFERENT
 ) -> Pairs:
-    """All pairs of one kind, each once.
+    """Make all pairs of one kind, each once.
 
     Args:
-      embeddings: with known modality and identities.
-      places: where each image was taken, -1 unknown; two of one place are no pair.
+      embeddings: images of known modality and identity.
+      places: where each image was taken, -1 unknown; two images from one place are not paired.
       kind: one of KINDS.
-      seed, most: of more than `most` pairs of different people about so many are drawn, by `seed`.
+      seed: seeds the draw of pairs.
+      most: how many pairs of different people to use at most; of more, about that many are drawn at random.
 
     Raises:
-      UserError: the modality of an image is not known.
+      UserError: the modality of an image is unknown.
     """
-    assert embeddings.modality is not None  # see `check_embeddings`
+    assert embeddings.modality is not None  # `check_embeddings` gave it one
     for row in np.flatnonzero(embeddings.modality == UNKNOWN)[:1]:
         raise UserError(
             f"{embeddings.source}: nothing says whether image {row} ({embeddings.paths[row]}) is visible or infrared; "
@@ -113,7 +116,7 @@ def make_pairs(
 def _blocks(
     embeddings: Embeddings, places: np.ndarray, kind: str
 ) -> Iterator[tuple[slice, Bool[np.ndarray, "r n"], Bool[np.ndarray, "r n"]]]:
-    """(rows, which images behind each of them make a pair with it, which show its person)."""
+    """Blocks of (rows, which later images make a pair with each row, which images show the same person)."""
     pids, modality, images = embeddings.pids, np.asarray(embeddings.modality), np.arange(len(embeddings))
     for start in range(0, len(images), _ROWS):
         part = slice(start, start + _ROWS)
@@ -125,14 +128,15 @@ def _blocks(
 
 @dataclass(frozen=True)
 class Curve:
-    """The receiver operating characteristic: accept a pair where its similarity is at least the threshold.
+    """The receiver operating characteristic: a pair is accepted if its similarity is at least the threshold.
 
-    Pairs of equal similarity are accepted together, so they are one step of the curve. It begins at (0, 0), with an
+    Pairs of equal similarity are accepted together, in one step of the curve. The curve begins at (0, 0), with an
     infinite threshold, and ends at (1, 1).
 
     Attributes:
       thresholds: descending.
-      false_positives, true_positives: how many pairs of either sort are accepted.
+      false_positives: how many pairs of different people are accepted at each threshold.
+      true_positives: how many pairs of the same person are.
     """
 
     thresholds: Float64[np.ndarray, " t"]
@@ -141,20 +145,20 @@ class Curve:
 
     @property
     def false_positive_rate(self) -> Float64[np.ndarray, " t"]:
-        """Of the pairs of different people, those accepted."""
+        """The share of pairs of different people that is accepted at each threshold."""
         return self.false_positives / self.false_positives[-1]
 
     @property
     def true_positive_rate(self) -> Float64[np.ndarray, " t"]:
-        """Of the pairs of the same person, those accepted."""
+        """The share of pairs of the same person that is accepted at each threshold."""
         return self.true_positives / self.true_positives[-1]
 
 
 def make_curve(pairs: Pairs) -> Curve:
-    """The curve of pairs, among which there is one of either sort.
+    """Compute the curve of some pairs.
 
     Raises:
-      ValueError: there is not.
+      ValueError: there are no pairs of the same person, or none of different people.
     """
     if not pairs.same.any() or pairs.same.all():
         raise ValueError("a curve needs pairs of the same person and pairs of different ones")
@@ -170,12 +174,18 @@ def make_curve(pairs: Pairs) -> Curve:
 
 
 def area_under(curve: Curve) -> float:
-    """The probability that a pair of the same person is more similar than one of different people; ties count half."""
+    """The area under the curve, from 0 to 1.
+
+    It is the probability that a pair of the same person is more similar than one of different people; ties count half.
+    """
     return float(np.trapezoid(curve.true_positive_rate, curve.false_positive_rate))
 
 
 def equal_error_rate(curve: Curve) -> float:
-    """Where false positives and false negatives are equally frequent; between two points the curve is straight."""
+    """The rate, from 0 to 1, at which false positives and false negatives are equally frequent.
+
+    Between two points the curve is a straight line.
+    """
     false, missed = curve.false_positive_rate, 1 - curve.true_positive_rate
     difference = false - missed  # rises from −1 to 1
     after = int(np.argmax(difference >= 0))
@@ -184,10 +194,9 @@ def equal_error_rate(curve: Curve) -> float:
 
 
 def true_positive_rate_at(curve: Curve, rate: float) -> float | None:
-    """The largest rate of true positives at which that of false positives is at most `rate`; nothing is interpolated.
+    """The largest true positive rate whose false positive rate is at most `rate`; nothing is interpolated.
 
-    None where so few pairs of different people are there that `rate` is less than FEWEST_FALSE of them: then it cannot
-    be told.
+    None if `rate` allows for fewer than FEWEST_FALSE of the pairs of different people, too few to measure it.
     """
     if rate * curve.false_positives[-1] < FEWEST_FALSE:
         return None

@@ -1,4 +1,4 @@
-"""Evaluation of a trained run: restore the model, embed the test images, apply the data set's protocols."""
+"""Evaluates a trained run: restores the model, embeds the test images, applies the data set's protocols."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from mpanet_jax.datasets import EvaluationSet, Split
 from mpanet_jax.embeddings import Embeddings, check_embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
-from mpanet_jax.evaluation.extract import Embed, embed_of, extract_embeddings, track_batches
+from mpanet_jax.evaluation.extract import Embed, extract_embeddings, make_trained_embed, track_batches
 from mpanet_jax.methods import make_method
 from mpanet_jax.processes import gather_shares, is_first_process, share_of_process
 from mpanet_jax.protocol import Protocol
@@ -26,7 +26,18 @@ from mpanet_jax.weights.names import Variables
 
 
 def embed_rows(split: Split, rows: np.ndarray, embed: Embed, data: DataSettings, batch_size: int) -> Embeddings:
-    """Embeddings of the images `rows` of a split, in that order. Of several processes each embeds its share of them."""
+    """Embed images of a split; several processes embed a share each, and every process gets all embeddings.
+
+    Args:
+      split: the prepared split.
+      rows: int[N], the images to embed.
+      embed: the network, compiled.
+      data: how images are read and resized.
+      batch_size: images at once on this process's devices, rounded up to a multiple of their number.
+
+    Returns:
+      N embeddings, in the order of `rows`.
+    """
     # Every device gets the same number of rows.
     num_devices = jax.local_device_count()
     batch_size = -(-batch_size // num_devices) * num_devices
@@ -50,9 +61,21 @@ def evaluate_set(
     cmc: str | None = None,
     on_embeddings: Callable[[Embeddings], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The metrics of all tests of a set; None leaves an option at the protocol's (or the settings') choice.
+    """Embed a set of test images and compute the metrics of all its tests.
 
-    `on_embeddings` is told the embeddings of all images of the tests, each once, if they are sound.
+    Args:
+      settings: the run's settings.
+      tested: the images, and the tests that are made of them.
+      embed: the network, compiled.
+      rerank: whether to re-rank (`evaluate_embeddings`); None: as the settings say.
+      metric, cmc: as for `evaluate_embeddings`; None: the protocol's.
+      on_embeddings: called with the embeddings of all test images, each once, after they were checked.
+
+    Returns:
+      {setting: metrics} of all tests, as `evaluate_embeddings` gives them; with `settings.eval.flip` also 'flip'.
+
+    Raises:
+      UserError: the embeddings do not fit the protocol, or hold NaN or infinities.
     """
     rows, embeddings = _embed_set(settings, tested, embed)
     if on_embeddings is not None:
@@ -74,7 +97,7 @@ def evaluate_set(
 
 
 def _embed_set(settings: Settings, tested: EvaluationSet, embed: Embed) -> tuple[np.ndarray, Embeddings]:
-    """The rows of all images that are in some test, each once, and their embeddings."""
+    """The rows of all images that any test uses, each once, and their embeddings."""
     rows = np.unique(np.concatenate([part for test in tested.evaluations for part in (test.query, test.gallery)]))
     return rows, embed_rows(tested.split, rows, embed, settings.data, settings.eval.batch_size)
 
@@ -82,14 +105,23 @@ def _embed_set(settings: Settings, tested: EvaluationSet, embed: Embed) -> tuple
 def embed_test_set(
     settings: Settings, variables: Variables, workdir: str | Path, *, data_dir: str | None = None
 ) -> tuple[Embeddings, Protocol, str]:
-    """The embeddings of all images of a run's test, the protocol, and what the data set is called.
+    """Embed all test images of a run.
+
+    Args:
+      settings: the run's settings.
+      variables: {params, batch_stats} of its network.
+      workdir: the run's folder.
+      data_dir: where the prepared data set is now; None: where the settings say.
+
+    Returns:
+      The embeddings, the protocol of the first test, and the data set's title.
 
     Raises:
-      UserError: the data set is not there; the message names the fix.
+      UserError: the data set is not found; the message names the fix.
     """
     settings = _with_data(settings, workdir, data_dir)
     tested = datasets.open_evaluation(settings.dataset)
-    _, embeddings = _embed_set(settings, tested, embed_of(make_method(settings), variables, workdir))
+    _, embeddings = _embed_set(settings, tested, make_trained_embed(make_method(settings), variables, workdir))
     return embeddings, tested.evaluations[0].protocol, tested.title
 
 
@@ -103,23 +135,26 @@ def evaluate_workdir(
     metric: str | None = None,
     cmc: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Metrics of a run on its data set's test split, or on another data set's.
+    """Evaluate a run on the test split of its data set, or of another one.
 
     Args:
       workdir: the run's folder.
-      checkpoint: 'last', 'best' (kept with `eval.best`), or 'untrained' for the network before its first step, which
-        training is to be held against.
-      dataset: another data set, by whose protocol the model is tested; the results name both. None: the run's own.
-      data_dir: where the prepared data set is now; None: where `dataset`, or the run, has it.
-      rerank: as `evaluate_embeddings`; None leaves it to the settings.
-      metric: as `evaluate_embeddings`; None leaves it to the protocol.
-      cmc: as `evaluate_embeddings`; None leaves it to the protocol.
+      checkpoint: 'last', 'best' (kept with `eval.best`), or 'untrained' for the network before its first step, to
+        compare the training with.
+      dataset: another data set to test on, by its own protocol; the results then name both data sets. None: the run's.
+      data_dir: where the prepared data set is now; None: where `dataset`, or else the run, says.
+      rerank: as for `evaluate_embeddings`; None: as the settings say.
+      metric, cmc: as for `evaluate_embeddings`; None: the protocol's.
+
+    Returns:
+      {setting: metrics}, as `evaluate_set` gives them, with 'checkpoint' and 'step', and for another data set also
+      'dataset' and 'trained_on'.
 
     Raises:
-      UserError: no config.json, no checkpoint, or no data set; the message names the file and the fix.
+      UserError: there is no config.json, no checkpoint or no data set; the message names the file and the fix.
     """
     run = open_run(workdir, checkpoint=checkpoint, dataset=dataset, data_dir=data_dir)
-    embed = embed_of(make_method(run.settings), run.variables, workdir)
+    embed = make_trained_embed(make_method(run.settings), run.variables, workdir)
     metrics = evaluate_set(run.settings, run.tested, embed, rerank=rerank, metric=metric, cmc=cmc)
     return {name: {**values, **run.about} for name, values in metrics.items()}
 
@@ -129,10 +164,10 @@ class OpenRun:
     """A run that is ready to be tested.
 
     Attributes:
-      settings: its own, with those of the data set that it is tested on.
+      settings: the run's settings, with those of the data set that it is tested on.
       variables: {params, batch_stats} of the checkpoint.
       tested: the test set.
-      about: what metrics say beside the figures: 'checkpoint', 'step', and of another data set 'dataset', 'trained_on'.
+      about: entries for the metrics: 'checkpoint', 'step', and for another data set 'dataset' and 'trained_on'.
     """
 
     settings: Settings
@@ -144,15 +179,15 @@ class OpenRun:
 def open_run(
     workdir: Path, *, checkpoint: str = "last", dataset: DatasetSettings | None = None, data_dir: str | None = None
 ) -> OpenRun:
-    """The network and the test set of a run; arguments and errors as of `evaluate_workdir`."""
+    """Open the network and the test set of a run; arguments and errors are those of `evaluate_workdir`."""
     settings = load_settings(workdir)
     trained_on = datasets.make_dataset(settings.dataset).title
     if dataset is not None:
         own = settings.dataset
         if dataset.name == own.name and dataset.trial != own.trial:
             raise UserError(
-                f"{workdir}: was trained on {trained_on}, whose other splits share identities with it; test it on its "
-                "own split, or on another data set"
+                f"{workdir}: was trained on {trained_on}, which shares identities with the data set's other splits; "
+                "test it on its own split, or on another data set"
             )
         settings = dataclasses.replace(settings, dataset=dataset)
     settings = _with_data(settings, workdir, data_dir, may_prepare=dataset is not None)
@@ -170,7 +205,8 @@ def _with_data(settings: Settings, workdir: str | Path, data_dir: str | None, *,
     """The settings with the data set in `data_dir`, if that is given.
 
     Raises:
-      UserError: it is not there, nor can be prepared; or it would be prepared in a new folder, without `may_prepare`.
+      UserError: the data set is neither prepared nor can be; or, without `may_prepare`, it would be prepared in a new
+        folder.
     """
     if data_dir is not None:
         settings = replace(settings, {"dataset.data_dir": data_dir, "dataset.source": ""})
@@ -178,8 +214,8 @@ def _with_data(settings: Settings, workdir: str | Path, data_dir: str | None, *,
     if not datasets.is_prepared(settings.dataset) and not (source and Path(source).expanduser().is_dir()):
         title, folder = datasets.make_dataset(settings.dataset).title, Path(settings.dataset.data_dir).absolute()
         raise UserError(
-            f"{workdir}: data set {title} is not prepared in {folder}; name the folder in which it is with data_dir, "
-            "or prepare it with scripts/prepare_data.py"
+            f"{workdir}: data set {title} is not prepared in {folder}; give the folder that holds it as data_dir, or "
+            "prepare it with scripts/prepare_data.py"
         )
     if data_dir is None and not may_prepare:
         _check_place_of_data(settings, Path(workdir))
@@ -187,16 +223,16 @@ def _with_data(settings: Settings, workdir: str | Path, data_dir: str | None, *,
 
 
 def _check_place_of_data(settings: Settings, workdir: Path) -> None:
-    """Refuses to prepare data in a new folder outside the workdir only because its config.json says so."""
+    """Raises `UserError` if config.json alone asks for data to be prepared in a new folder outside the workdir."""
     folder = Path(settings.dataset.data_dir).expanduser()
     if folder.exists() or folder.resolve().is_relative_to(workdir.resolve()):
         return
     raise UserError(
-        f"{workdir}: its config.json would prepare data in {folder.absolute()}, which is not there; name the folder "
-        "for them with data_dir, or make that one"
+        f"{workdir}: its config.json would prepare data in {folder.absolute()}, which does not exist; give the folder "
+        "for the data as data_dir, or create that one"
     )
 
 
-def of_checkpoint(metrics: dict[str, dict[str, Any]], checkpoint: str, step: int) -> dict[str, dict[str, Any]]:
-    """The metrics with the checkpoint that they are of, 'last', 'best' or 'untrained', and its step."""
+def with_checkpoint(metrics: dict[str, dict[str, Any]], checkpoint: str, step: int) -> dict[str, dict[str, Any]]:
+    """Add to the metrics of every setting which checkpoint ('last', 'best', 'untrained') of which step they are of."""
     return {name: {**values, "checkpoint": checkpoint, "step": step} for name, values in metrics.items()}

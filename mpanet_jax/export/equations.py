@@ -1,4 +1,4 @@
-"""What a JAX function computes, as a flat list of primitive equations: calls inlined, what nobody reads left out."""
+"""A JAX function as a flat list of primitive equations: calls are inlined, and unused values are left out."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -8,21 +8,21 @@ from typing import Any
 import jax
 import numpy as np
 
-# Primitives that only call another jaxpr, besides those of custom gradients; and the parameters under which it stands.
+# Primitives that only call another jaxpr, besides those of custom gradients; and the parameters that hold that jaxpr.
 _CALLS = ("pjit", "jit", "closed_call", "core_call", "remat", "checkpoint")
 _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
-Key = int  # names a value
+Key = int  # identifies a value
 
 
 @dataclass(frozen=True)
 class Equation:
-    """`outputs = primitive(inputs)`; an input is the key of a value, or a constant.
+    """`outputs = primitive(inputs)`.
 
     Attributes:
-      primitive: its name in JAX.
+      primitive: the primitive's name in JAX.
       params: its parameters.
-      inputs: keys or constants.
+      inputs: the key of a value, or an array for a constant.
       outputs: keys.
       avals: shapes and types of the outputs.
       input_avals: shapes and types of the inputs.
@@ -38,14 +38,14 @@ class Equation:
 
 @dataclass(frozen=True)
 class Equations:
-    """A function as equations in order.
+    """A function with one result, as equations.
 
     Attributes:
-      inputs: keys of its arguments.
-      constants: the arrays that it closes over, by key.
+      inputs: the keys of its arguments.
+      constants: {key: array} of the arrays that it closes over.
       equations: in an order in which they can be computed.
-      output: key of the result, or a constant.
-      uses: how often each value is read; the result counts as read.
+      output: the key of the result, or an array if it is a constant.
+      uses: how often each value is read; returning the result counts as reading it.
     """
 
     inputs: Sequence[Key]
@@ -56,7 +56,7 @@ class Equations:
 
 
 def equations_of(function: Callable[..., Any], *arguments: Any) -> Equations:
-    """The equations of a function of one result, traced on `arguments` (arrays or `jax.ShapeDtypeStruct`s)."""
+    """Trace a function with one result on `arguments`, arrays or `jax.ShapeDtypeStruct`s, and give its equations."""
     closed = jax.make_jaxpr(function)(*arguments)
     flat = _Flattener()
     scope: dict[Any, Key | np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""What an exported file computes: from resized bytes to embeddings, in float32; and pictures to check a file with."""
+"""What an exported file computes, from resized bytes to embeddings in float32, and the check of a finished file."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from mpanet_jax.model import NUM_IDS, Model
 from mpanet_jax.settings import replace, to_dict
 
 CHECKED_IMAGES = 6
-LARGEST_ERROR = 1e-4  # of an embedding, relative to its length
+LARGEST_ERROR = 1e-4  # allowed in an embedding, relative to its length
 
 Batch = int | str  # a number of images, or 'dynamic'
 
@@ -24,16 +24,17 @@ Batch = int | str  # a number of images, or 'dynamic'
 def embedding_function(
     model: Model, *, normalize: bool = True, modality: str | None = None
 ) -> tuple[Callable[..., Any], bool]:
-    """The function of `images uint8[b, h, w, 3]` that `model.embed` applies, in float32, in the plain form.
+    """Make the function that an exported file computes: what `model.embed` does, in float32 and the plain form.
 
     Args:
       model: the network and its variables, which become constants of the function.
-      normalize: give rows of length 1.
-      modality: 'visible' or 'infrared' of all images. None leaves it to the caller where the method needs it: the
-        function's second argument is then `modality int32[b]`, 0 visible and 1 infrared.
+      normalize: whether the function gives rows of length 1.
+      modality: 'visible' or 'infrared', the modality of all images. None: a method that needs the modality takes it as
+        the function's second argument.
 
     Returns:
-      The function, and whether it has that second argument.
+      The function: images uint8[b, h, w, 3], with modality int32[b] (0 visible, 1 infrared) if it has the second
+      argument, → embeddings float32[b, D]. And whether it has that second argument.
     """
     method = make_method(replace(model.settings, {"dtype": "float32", "model.fused": "off"}))
     network, has_argument = method.network(NUM_IDS), method.needs_modality and modality is None
@@ -42,7 +43,7 @@ def embedding_function(
     def function(images: Any, *argument: Any) -> Any:
         modalities = argument[0] if has_argument else jnp.full(images.shape[:1], number, jnp.int32)
         rows = method.embed(network, variables, images, modalities)
-        if normalize:  # as `Model.embed` does
+        if normalize:  # like `row_norms.l2_normalize`, in JAX
             rows /= jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return rows
 
@@ -50,7 +51,12 @@ def embedding_function(
 
 
 def argument_shapes(model: Model, batch: Batch, has_modality: bool) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and types of the function's arguments, of a batch of unknown size with 'dynamic'.
+    """Shapes and types of the function's arguments.
+
+    Args:
+      model: its settings give the images' height and width.
+      batch: the number of images, or 'dynamic' for a batch of any size.
+      has_modality: whether the function takes the modality too.
 
     Raises:
       ArgumentError: `batch` is neither a positive number nor 'dynamic'.
@@ -63,7 +69,7 @@ def argument_shapes(model: Model, batch: Batch, has_modality: bool) -> list[jax.
 
 
 def metadata(model: Model, *, normalize: bool, modality: str | None) -> dict[str, str]:
-    """What whoever runs the file has to know, as text by name."""
+    """What a program that runs the file has to know, as {name: text} (docs/export.md)."""
     data = model.settings.data
     return {
         "source": model.source,
@@ -89,14 +95,16 @@ def check_file(
     normalize: bool,
     name: str,
 ) -> None:
-    """Compares what a file gives for drawn people of both modalities with `model.embed` in float32.
+    """Check that a file gives the same embeddings as `model.embed` in float32, on images of synthetic people.
 
     Args:
-      run: the file: images uint8[b, h, w, 3] (, modality int32[b]) → embeddings.
-      name: of the file, for the error.
+      model: the exported model.
+      run: runs the file: images uint8[b, h, w, 3], and modality int32[b] with `has_modality`, → embeddings.
+      batch, has_modality, modality, normalize: as the file was exported.
+      name: the file's name, for the error.
 
     Raises:
-      UserError: they differ by more than LARGEST_ERROR.
+      UserError: an embedding differs by more than LARGEST_ERROR.
     """
     data = model.settings.data
     numbers = np.arange(CHECKED_IMAGES, dtype=np.int32) % 2
@@ -127,6 +135,6 @@ def check_file(
     error = np.linalg.norm(found - expected, axis=1) / np.maximum(np.linalg.norm(expected, axis=1), 1e-30)
     if not (error <= LARGEST_ERROR).all():
         raise UserError(
-            f"{name}: is not written: its embeddings differ from the network's by {np.max(error):.2g}, at most "
-            f"{LARGEST_ERROR:g} is allowed; please report it, with the settings of the network"
+            f"{name}: not written, since its embeddings differ from the network's by {np.max(error):.2g} of their "
+            f"length, and at most {LARGEST_ERROR:g} is allowed; please report this with the network's settings"
         )

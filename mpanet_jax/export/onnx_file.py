@@ -1,4 +1,4 @@
-"""A trained network as an ONNX file, which ONNX Runtime and many other programs run without JAX and without Python."""
+"""Exports a trained network as an ONNX file, which ONNX Runtime and many other programs run without JAX or Python."""
 
 import os
 from typing import Any
@@ -14,7 +14,7 @@ from mpanet_jax.files import write_whole
 from mpanet_jax.model import Model
 
 INPUTS, OUTPUT = ("images", "modality"), "embeddings"
-_TWO_GIB = 2**31  # what a file of protocol buffers may hold
+_TWO_GIB = 2**31  # protocol buffers, and so ONNX files, are smaller
 
 
 def export_onnx(
@@ -25,24 +25,24 @@ def export_onnx(
     modality: str | None = None,
     normalize: bool = True,
 ) -> None:
-    """Write `model` as ONNX: images uint8[B, H, W, 3] to embeddings float32[B, D].
+    """Write `model` as an ONNX file that turns images uint8[B, H, W, 3] into embeddings float32[B, D].
 
-    Normalisation, neck, flip (`settings.eval.flip`) and the division by the length are inside; batch norm is folded
-    into the convolutions. Before the file is put in place, ONNX Runtime runs it on drawn people, and it must agree with
-    `model.embed` to a relative error of 1e-4.
+    The file contains the pixels' normalisation, the neck, the flip (`settings.eval.flip`) and the L2 normalisation;
+    batch norm is folded into the convolutions. Before the file is put in place, ONNX Runtime runs it on images of
+    synthetic people; it must agree with `model.embed` to a relative error of 1e-4.
 
     Args:
       model: what `mpanet_jax.load` gives.
-      path: of the file.
-      batch: B, or 'dynamic': any.
-      modality: 'visible' or 'infrared', for a file of images of that modality alone. None: a file of AGW or CAJ has a
-        second input, `modality int32[B]` (0 visible, 1 infrared), and one of MPANet does not need it.
-      normalize: give rows of length 1, as `embed` does.
+      path: the file to write.
+      batch: the number of images B, or 'dynamic' for any number.
+      modality: 'visible' or 'infrared', for a file that takes images of this modality only. None: for AGW and CAJ the
+        file has a second input, `modality int32[B]` (0 visible, 1 infrared); MPANet needs none.
+      normalize: whether embeddings have length 1, as `Model.embed` gives them by default.
 
     Raises:
-      UserError: onnx or onnxruntime is not installed, the network computes what has no ONNX form here, the file would
-        exceed 2 GiB, or the check fails.
-      ArgumentError: `batch` or `modality` cannot be so.
+      UserError: onnx or onnxruntime is not installed, the network uses an operation that this export lacks, the file
+        would reach 2 GiB, or the check fails.
+      ArgumentError: `batch` or `modality` has an invalid value.
     """
     require_onnx()
     import onnxruntime
@@ -69,7 +69,11 @@ def export_onnx(
 
 
 def require_onnx() -> None:
-    """Raises `UserError` where onnx or onnxruntime is not installed."""
+    """Check that onnx and onnxruntime are installed.
+
+    Raises:
+      UserError: one is not.
+    """
     try:
         import onnx
         import onnxruntime
@@ -79,10 +83,16 @@ def require_onnx() -> None:
 
 
 def onnx_bytes(function: Any, arguments: list[Any], dimension: int, entries: dict[str, str]) -> bytes:
-    """A function of images (and modality) as a well-formed ONNX file, with `entries` among its metadata.
+    """Encode a function of images, and perhaps of their modality, as an ONNX file, and check that it is well formed.
+
+    Args:
+      function: what `embedding_function` gives.
+      arguments: shapes and types of its arguments (`argument_shapes`).
+      dimension: D, the length of an embedding.
+      entries: {name: text} for the file's metadata, stored under 'mpanet_jax.' + name.
 
     Raises:
-      UserError: it computes what has no ONNX form here, or the file would exceed 2 GiB.
+      UserError: the function uses an operation that this export lacks, or the file would reach 2 GiB.
     """
     import onnx
     from onnx import helper

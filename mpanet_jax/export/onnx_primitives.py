@@ -1,4 +1,4 @@
-"""JAX's primitives as ONNX nodes: those of networks that are evaluated. `write_equations` applies them one by one."""
+"""Translates JAX's primitives, as far as networks use them in evaluation, into ONNX nodes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from mpanet_jax.export.equations import Equation, Equations
 from mpanet_jax.export.onnx_graph import Computed, Constant, Graph, Value
 from mpanet_jax.export.onnx_shapes import ShapeWriter, constant_of, unsupported
 
-# primitive: (ONNX node, the same for constants)
+# JAX's primitive: (ONNX node, the same function of constants in NumPy)
 _ELEMENTWISE: dict[str, tuple[str, Callable[..., Any]]] = {
     **{"add": ("Add", np.add), "sub": ("Sub", np.subtract), "mul": ("Mul", np.multiply), "div": ("Div", np.divide)},
     **{"max": ("Max", np.maximum), "min": ("Min", np.minimum), "pow": ("Pow", np.power)},
@@ -26,10 +26,18 @@ _ALIASES = ("stop_gradient", "copy", "copy_p")
 
 
 def write_equations(graph: Graph, equations: Equations, values: dict[int, Value]) -> Value:
-    """Adds all equations to the graph and returns the result's value. `values` has those of the inputs.
+    """Add all equations to the graph.
+
+    Args:
+      graph: the graph to add to.
+      equations: the function to translate.
+      values: {key: value} of the function's inputs.
+
+    Returns:
+      The value of the function's result.
 
     Raises:
-      UserError: a primitive that has no ONNX form here.
+      UserError: a primitive, or its form, is not supported.
     """
     writer = _Writer(graph, equations, values)
     for equation in equations.equations:
@@ -59,7 +67,7 @@ class _Writer(ShapeWriter):
             raise unsupported(equation)
         if isinstance(result, Computed) and result.layer is not None:
             for key, value in zip(equation.inputs, inputs, strict=True):
-                if value is result and self.uses[key] > 1:  # by another name, which others do not read
+                if value is result and self.uses[key] > 1:  # others read the value itself: fold nothing into it
                     result = replace(result, layer=None)
         self.values[equation.outputs[0]] = result
 
@@ -84,7 +92,7 @@ class _Writer(ShapeWriter):
         return self._joined(kind, inputs, [aval.dtype for aval in equation.input_avals])
 
     def _fold(self, equation: Equation, inputs: Sequence[Value], array: np.ndarray) -> Value | None:
-        """Takes a factor or summand into the layer before it, or makes it a layer that takes in the next."""
+        """Fold a factor or summand into the layer before it, or make it a layer that later ones are folded into."""
         primitive, constant_first = equation.primitive, isinstance(inputs[0], Constant)
         if primitive not in ("add", "sub", "mul", "div") or (primitive == "div" and constant_first):
             return None
@@ -94,8 +102,8 @@ class _Writer(ShapeWriter):
         if any(n not in (1, m) for n, m in zip(array.shape, value.shape, strict=True)):
             return None  # the result repeats along an axis along which the value does not
         layer = value.layer
-        if layer is None or not layer.takes(array) or self.uses[equation.inputs[constant_first]] > 1:
-            layer = self.graph.layer("Affine", value.name, len(value.shape), channels_first=value.channels_first)
+        if layer is None or not layer.can_take(array) or self.uses[equation.inputs[constant_first]] > 1:
+            layer = self.graph.add_layer("Affine", value.name, len(value.shape), channels_first=value.channels_first)
         if primitive == "sub" and constant_first:
             layer.multiply(np.full_like(array, -1))
         if primitive in ("add", "sub"):
@@ -107,13 +115,13 @@ class _Writer(ShapeWriter):
     def _rsqrt(self, equation: Equation, x: Value) -> Value:
         if isinstance(x, Constant):
             return Constant(1 / np.sqrt(x.array))
-        name = self.graph.node("Reciprocal", [self.graph.node("Sqrt", [x.name])])
+        name = self.graph.add_node("Reciprocal", [self.graph.add_node("Sqrt", [x.name])])
         return Computed(name, x.shape, x.channels_first)
 
     def _square(self, equation: Equation, x: Value) -> Value:
         if isinstance(x, Constant):
             return Constant(np.square(x.array))
-        return Computed(self.graph.node("Mul", [x.name, x.name]), x.shape, x.channels_first)
+        return Computed(self.graph.add_node("Mul", [x.name, x.name]), x.shape, x.channels_first)
 
     def _integer_pow(self, equation: Equation, x: Value) -> Value:
         power = np.asarray(equation.params["y"], np.float64)
@@ -127,7 +135,7 @@ class _Writer(ShapeWriter):
 
     def _ne(self, equation: Equation, x: Value, y: Value) -> Value:
         equal = self._joined("Equal", [x, y], [aval.dtype for aval in equation.input_avals])
-        return Computed(self.graph.node("Not", [equal.name]), equal.shape, equal.channels_first)
+        return Computed(self.graph.add_node("Not", [equal.name]), equal.shape, equal.channels_first)
 
     def _select_n(self, equation: Equation, which: Value, *cases: Value) -> Value:
         if len(cases) != 2 or equation.input_avals[0].dtype != bool:
@@ -149,7 +157,7 @@ class _Writer(ShapeWriter):
         import onnx
 
         to = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-        return Computed(self.graph.node("Cast", [x.name], to=to), x.shape, x.channels_first)
+        return Computed(self.graph.add_node("Cast", [x.name], to=to), x.shape, x.channels_first)
 
     # ---- layers ----
 
@@ -174,7 +182,7 @@ class _Writer(ShapeWriter):
             "group": params["feature_group_count"],
         }
         source = self.graph.as_first(self._full(x, equation.input_avals[0].shape))
-        layer = self.graph.layer("Conv", source, 4, channels_first=True, weight=weight, attributes=attributes)
+        layer = self.graph.add_layer("Conv", source, 4, channels_first=True, weight=weight, attributes=attributes)
         return Computed(layer.output, tuple(equation.avals[0].shape), True, layer)
 
     def _dot_general(self, equation: Equation, x: Value, y: Value) -> Value:
@@ -192,11 +200,11 @@ class _Writer(ShapeWriter):
         if isinstance(y, Constant) and isinstance(x, Computed) and not batch and len(free[1]) == 1:
             if x.channels_first and contracted == (3,) and x.shape == tuple(shapes[0]):  # a 1×1 convolution
                 weight = (y.array.T if numbers[0][1] == (0,) else y.array)[:, :, None, None]
-                layer = self.graph.layer("Conv", x.name, 4, channels_first=True, weight=weight)
+                layer = self.graph.add_layer("Conv", x.name, 4, channels_first=True, weight=weight)
                 return Computed(layer.output, shape, True, layer)
             source = self._permuted(x, shapes[0], [*free[0], contracted[0]])
             weight = y.array if numbers[0][1] == (0,) else y.array.T
-            layer = self.graph.layer("MatMul", source, len(shape), weight=weight)
+            layer = self.graph.add_layer("MatMul", source, len(shape), weight=weight)
             return Computed(layer.output, shape, False, layer)
         if batch and any(len(axes) != 1 for axes in free):
             raise unsupported(equation)
@@ -209,16 +217,16 @@ class _Writer(ShapeWriter):
         (k_left,), (k_right,) = numbers[0][left], numbers[0][right]
         a = self._permuted(operands[left], shapes[left], [*numbers[1][left], *free[left], k_left])
         b = self._permuted(operands[right], shapes[right], [*numbers[1][right], k_right, *free[right]])
-        name = self.graph.node("MatMul", [a, b])
+        name = self.graph.add_node("MatMul", [a, b])
         if left == 1:
             rank = len(shape)
-            name = self.graph.node("Transpose", [name], perm=[rank - 1, *range(rank - 1)])
+            name = self.graph.add_node("Transpose", [name], perm=[rank - 1, *range(rank - 1)])
         return Computed(name, shape)
 
     def _permuted(self, value: Value, shape: Sequence[Any], order: Sequence[int]) -> str:
-        """A whole value with its axes in that order."""
+        """The name of a value with its axes at full length and in that order."""
         value = self._full(value, shape)
         if isinstance(value, Constant):
-            return self.graph.constant(value.array.transpose(order))
+            return self.graph.add_constant(value.array.transpose(order))
         name = self.graph.as_last(value)
-        return name if list(order) == sorted(order) else self.graph.node("Transpose", [name], perm=list(order))
+        return name if list(order) == sorted(order) else self.graph.add_node("Transpose", [name], perm=list(order))

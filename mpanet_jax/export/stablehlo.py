@@ -1,6 +1,6 @@
-"""A trained network as a StableHLO file, which JAX runs without this package, and which keeps for years (jax.export).
+"""Exports a trained network as a StableHLO file, which JAX runs without this package, for years (`jax.export`).
 
-The file's first line is JSON about the network, the rest what `jax.export.Exported.serialize` gives.
+The file's first line is JSON that describes the network; the rest is what `jax.export.Exported.serialize` gives.
 """
 
 import json
@@ -27,16 +27,18 @@ def export_stablehlo(
     normalize: bool = True,
     platforms: tuple[str, ...] = PLATFORMS,
 ) -> None:
-    """Write `model` as StableHLO: images uint8[B, H, W, 3] to embeddings float32[B, D], for several platforms.
+    """Write `model` as a StableHLO file that turns images uint8[B, H, W, 3] into embeddings float32[B, D].
 
-    What is inside, the arguments and the check are those of `export_onnx`; batch norm is left to the compiler.
+    The file contains what that of `export_onnx` does, except that batch norm is left to the compiler, and it is checked
+    in the same way.
 
     Args:
-      platforms: some of PLATFORMS, that of this process among them.
+      model, path, batch, modality, normalize: as for `export_onnx`.
+      platforms: the platforms that can run the file, some of PLATFORMS; this process's must be among them.
 
     Raises:
       UserError: the check fails.
-      ArgumentError: `batch`, `modality` or `platforms` cannot be so.
+      ArgumentError: `batch`, `modality` or `platforms` has an invalid value.
     """
     here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if not {here} <= set(platforms) <= set(PLATFORMS):
@@ -45,7 +47,7 @@ def export_stablehlo(
             f"= {platforms!r}: expected some of {', '.join(PLATFORMS)}, among them {here}, where the file is checked",
         )
     function, has_modality = embedding_function(model, normalize=normalize, modality=modality)
-    with jax.default_matmul_precision("highest"):  # as float32 elsewhere, not as TF32
+    with jax.default_matmul_precision("highest"):  # full float32 on every platform, not TF32
         exported = export.export(jax.jit(function), platforms=platforms)(*argument_shapes(model, batch, has_modality))
     encoded = exported.serialize()
     call = jax.jit(export.deserialize(bytearray(encoded)).call)

@@ -1,4 +1,4 @@
-"""What the training step really sees: images of a batch, before and after augmentation."""
+"""Shows images of a training batch before and after augmentation, as the training step sees them."""
 
 import os
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from mpanet_jax.log_pictures import denormalize
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import MODALITY_NAMES
-from mpanet_jax.report.figures import WIDTH_MM, new_figure, save
+from mpanet_jax.report.figures import WIDTH_MM, new_figure, save_figure
 from mpanet_jax.run_files import load_settings
 from mpanet_jax.state import random_keys
 
@@ -26,12 +26,12 @@ NUM_SHOWN = 8  # images of the batch
 
 @dataclass(frozen=True)
 class AugmentedBatch:
-    """A training batch, as it comes and as the network sees it.
+    """A training batch before and after augmentation.
 
     Attributes:
-      rows: int[b], the images in the split.
-      images: uint8[b, h, w, 3], resized.
-      views: uint8[v, b, h, w, 3]: the one or more views of each, without normalisation.
+      rows: int[b], the images' rows in the split.
+      images: the images, resized.
+      views: the v views of each image that the network sees (one or more), with the normalisation undone.
     """
 
     rows: np.ndarray
@@ -40,7 +40,12 @@ class AugmentedBatch:
 
 
 def augmented_batch(method: Method, split: Split, step: int) -> AugmentedBatch:
-    """The batch of a step of the training on one device, counted from 0, augmented with that step's own draws.
+    """Load the batch of a training step, and augment it with that step's own random draws.
+
+    Args:
+      method: the run's method.
+      split: the training images.
+      step: the step, from 0, of training on one device.
 
     Raises:
       ArgumentError: the training has no such step.
@@ -62,16 +67,20 @@ def augmented_batch(method: Method, split: Split, step: int) -> AugmentedBatch:
 def draw_augmentation(
     workdir: str | Path, folder: str | os.PathLike, *, step: int = 0, data_dir: str | None = None
 ) -> list[Path]:
-    """Draw augmentation.png and .svg: images of a batch of the run, and below each what the network sees of it.
+    """Draw augmentation.png and .svg: images of a training batch, and below each what the network sees of it.
 
     Args:
-      workdir: the run, of whose settings and data set alone is made use.
-      folder: where the files go.
-      step: of the training, from 0.
-      data_dir: where the prepared data are now.
+      workdir: the run's folder; only its settings and its data set are used.
+      folder: the folder to write to.
+      step: the training step, from 0.
+      data_dir: where the prepared data set is now; None: where the settings say.
+
+    Returns:
+      The paths of the two files.
 
     Raises:
-      UserError: no config.json or data set, no such step, or matplotlib is not installed.
+      UserError: there is no config.json or no data set, or matplotlib is not installed.
+      ArgumentError: the training has no such step.
     """
     from mpanet_jax.settings import replace
 
@@ -80,7 +89,7 @@ def draw_augmentation(
         settings = replace(settings, {"dataset.data_dir": data_dir, "dataset.source": ""})
     split = datasets.open_split(settings.dataset, "train")
     batch = augmented_batch(make_method(settings), split, step)
-    # Evenly over the batch, which lies by identity with the visible images first, so that both modalities are shown.
+    # The first few images of each modality, so that both are shown.
     modality = split.modality[batch.rows]
     chosen = np.sort(np.concatenate([np.flatnonzero(modality == m)[: NUM_SHOWN // 2] for m in MODALITY_NAMES]))
     cell = (WIDTH_MM - 3.5) / len(chosen)
@@ -99,4 +108,4 @@ def draw_augmentation(
         for line, name in enumerate(names):
             axes[line, 0].set_ylabel(name, fontsize=6, labelpad=2)
         figure.suptitle(f"step {step}: images of the batch, and what the network sees of them")
-        return save(figure, folder, "augmentation")
+        return save_figure(figure, folder, "augmentation")

@@ -1,4 +1,4 @@
-"""How a training run went: losses, learning rate, Rank-1 and mAP over its epochs, from its logs."""
+"""Draws the course of a training run from its logs: losses, learning rate, Rank-1 and mAP by epoch."""
 
 import os
 from pathlib import Path
@@ -6,18 +6,21 @@ from pathlib import Path
 import numpy as np
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.report.figures import BLUE, COLOURS, DASHES, VERMILION, new_figure, plain_numbers, save
+from mpanet_jax.report.figures import BLUE, COLOURS, DASHES, VERMILION, new_figure, plain_numbers, save_figure
 from mpanet_jax.report.logs import Series, read_scalars
 
-# Of train/…: what is no loss.
-NO_LOSSES = ("accuracy", "learning_rate", "epoch", "images_per_second", "skipped")
+# Scalars under train/ that are not losses.
+NOT_LOSSES = ("accuracy", "learning_rate", "epoch", "images_per_second", "skipped")
 
 
 def steps_per_epoch(scalars: dict[str, Series]) -> float:
-    """From the logged epochs.
+    """Steps per epoch, from the last logged epoch.
+
+    Args:
+      scalars: what `read_scalars` gives.
 
     Raises:
-      UserError: none is logged.
+      UserError: the logs have no training step yet.
     """
     if "train/epoch" not in scalars:
         raise UserError("the logs have no training steps yet; expected train/epoch in them")
@@ -26,17 +29,24 @@ def steps_per_epoch(scalars: dict[str, Series]) -> float:
 
 
 def draw_curves(workdir: str | Path, folder: str | os.PathLike) -> list[Path]:
-    """Draw curves.png and .svg from the logs of a run: three panels over one axis of epochs.
+    """Draw curves.png and .svg from the logs of a run: three panels over a common axis of epochs.
 
-    Of several settings of the protocol the first that was logged is shown; its name is in the panel's title.
+    If the protocol has several settings, the first one logged is shown, and the panel's title names it.
+
+    Args:
+      workdir: the run's folder.
+      folder: the folder to write to.
+
+    Returns:
+      The paths of the two files.
 
     Raises:
-      UserError: no logs, or matplotlib is not installed.
+      UserError: the run has no logs, or matplotlib is not installed.
     """
     scalars = read_scalars(workdir)
     per_epoch = steps_per_epoch(scalars)
     losses = [name.removeprefix("train/") for name in scalars if name.startswith("train/")]
-    losses = [name for name in losses if name not in NO_LOSSES]
+    losses = [name for name in losses if name not in NOT_LOSSES]
     evaluated = [name.removeprefix("eval/") for name in scalars if name.startswith("eval/")]
     settings = list(dict.fromkeys(name.rpartition("/")[0] for name in evaluated))
     with new_figure(112) as figure:
@@ -69,7 +79,7 @@ def draw_curves(workdir: str | Path, folder: str | os.PathLike) -> list[Path]:
         bottom.set(xlabel="epoch", ylabel="%", title=settings[0] if settings else "not evaluated yet")
         if settings:
             bottom.legend()
-        return save(figure, folder, "curves")
+        return save_figure(figure, folder, "curves")
 
 
 def _positive(scalars: dict[str, Series], losses: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""How far the images of one person are from each other, and from those of others: the two distributions, and ROC."""
+"""Draws how far images of one person are from each other and from images of other people: two distributions."""
 
 import os
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Int
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.metrics import l2_normalize
 from mpanet_jax.progress import Bar
-from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, save
+from mpanet_jax.report.figures import BLUE, VERMILION, new_figure, save_figure
 from mpanet_jax.report.sources import Source
+from mpanet_jax.row_norms import l2_normalize
 
 NUM_BINS = 80
 EDGES = np.linspace(0.0, 2.0, NUM_BINS + 1)  # 1 − cosine
@@ -21,10 +21,11 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Distribution:
-    """Pairs of images by their distance, 1 − cosine.
+    """Numbers of pairs of images by their distance, 1 − cosine, in the `NUM_BINS` bins between `EDGES`.
 
     Attributes:
-      intra, inter: pairs of one identity and of two, in each of the `NUM_BINS` bins between `EDGES`.
+      intra: pairs of one identity in each bin.
+      inter: pairs of two identities in each bin.
     """
 
     intra: Int[np.ndarray, " bins"]
@@ -32,17 +33,22 @@ class Distribution:
 
     @property
     def overlap(self) -> float:
-        """The area that the two densities share, from 0 (separate) to 1 (the same): Σ min(p, q) over the bins."""
+        """The area that the two densities share: Σ min(p, q) over the bins, from 0 (separate) to 1 (the same)."""
         return float(np.minimum(self.intra / self.intra.sum(), self.inter / self.inter.sum()).sum())
 
 
 def distance_distributions(features: np.ndarray, pids: np.ndarray, modality: np.ndarray) -> dict[str, Distribution]:
-    """{'cross-modality': …, 'within one modality': …} over all pairs of different images, each pair once.
+    """Count the pairs of different images by distance, each pair once.
 
-    Images of unknown identity or modality are left out.
+    Args:
+      features: float[n, D], rows of any length.
+      pids, modality: int[n]; an image is left out if one of its two is unknown (-1).
+
+    Returns:
+      {'cross-modality': distribution, 'within one modality': distribution}.
 
     Raises:
-      UserError: of one kind there are no pairs of one identity, or none of two.
+      UserError: some kind has no pairs of one identity, or none of two.
     """
     known = (pids >= 0) & (modality >= 0)
     unit, pids, modality = l2_normalize(features[known]), pids[known], modality[known]
@@ -63,15 +69,24 @@ def distance_distributions(features: np.ndarray, pids: np.ndarray, modality: np.
     for kind, (intra, inter) in counts.items():
         for what, number in (("one identity", intra.sum()), ("two identities", inter.sum())):
             if not number:
-                raise UserError(f"the images have no pairs of {what}, {kind}; expected two modalities and identities")
+                raise UserError(
+                    f"the images have no pairs of {what} ({kind}); expected two modalities and two identities"
+                )
     return {kind: Distribution(*lines) for kind, lines in counts.items()}
 
 
 def draw_distances(source: Source, folder: str | os.PathLike) -> list[Path]:
     """Draw distances.png and .svg: intra- and inter-identity distances and their overlap, for each of `KINDS`.
 
+    Args:
+      source: images of known identity and modality.
+      folder: the folder to write to.
+
+    Returns:
+      The paths of the two files.
+
     Raises:
-      UserError: there are no such pairs, or matplotlib is not installed.
+      UserError: some kind of pair does not occur, or matplotlib is not installed.
     """
     found = distance_distributions(source.images.features, source.images.pids, source.modality)
     shown = [d for distribution in found.values() for d in (distribution.intra, distribution.inter)]
@@ -94,4 +109,4 @@ def draw_distances(source: Source, folder: str | os.PathLike) -> list[Path]:
         axes[-1].set_xlabel("distance, 1 − cosine")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=1.4)
-        return save(figure, folder, "distances")
+        return save_figure(figure, folder, "distances")

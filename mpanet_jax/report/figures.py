@@ -1,4 +1,4 @@
-"""How all figures look, and how they are written: PNG and SVG, 85 mm wide, no text below 6 points."""
+"""The common style of all figures, and how they are saved: PNG and SVG, 85 mm wide, no text below 6 points."""
 
 import contextlib
 import io
@@ -10,19 +10,19 @@ from typing import Any
 from mpanet_jax.files import write_whole
 from mpanet_jax.report.requirements import require_report
 
-WIDTH_MM = 85  # a column of a paper
+WIDTH_MM = 85  # the width of a paper's column
 MIN_POINTS = 6
 DOTS_PER_INCH = 300
 
-# Paul Tol's 'muted' scheme and black: ten colours that are told apart with any kind of colour vision.
+# Paul Tol's 'muted' scheme and black: ten colours that people with any kind of colour vision can tell apart.
 COLOURS = (
     *("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE"),
     *("#882255", "#44AA99", "#999933", "#AA4499", "#000000"),
 )
-# Okabe and Ito's blue and vermilion, for two things that are held against each other.
+# Okabe and Ito's blue and vermilion, for comparing two things.
 BLUE, VERMILION = "#0072B2", "#D55E00"
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # lines differ by more than their colours
-HEAT = "cividis"  # from blue to yellow, made for colour-blind eyes
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # so that lines differ by more than colour
+HEAT = "cividis"  # from blue to yellow, also for colour-blind eyes
 
 _STYLE: dict[Any, Any] = {
     "font.size": 7.0,
@@ -32,7 +32,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelsize": 6.0,
     "legend.fontsize": 6.0,
     "figure.titlesize": 7.0,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
+    "font.family": "DejaVu Sans",  # part of matplotlib, so pictures are the same everywhere
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
@@ -42,14 +42,16 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "mpanet_jax",  # the same picture gives the same file
+    "svg.fonttype": "none",  # keep text as text
+    "svg.hashsalt": "mpanet_jax",  # equal pictures give equal files
 }
 
 
 @contextlib.contextmanager
 def new_figure(height_mm: float, *, width_mm: float = WIDTH_MM) -> Iterator[Any]:
-    """A matplotlib Figure of this size in the common style, on no screen; draw and `save` it inside the block.
+    """A matplotlib Figure of this size in the common style, without a window.
+
+    Draw and `save_figure` it inside the `with` block.
 
     Raises:
       UserError: matplotlib is not installed.
@@ -63,14 +65,14 @@ def new_figure(height_mm: float, *, width_mm: float = WIDTH_MM) -> Iterator[Any]
 
 
 def plain_numbers(axis: Any) -> None:
-    """Ticks of a logarithmic axis as 0.01, not as a power of ten, whose exponent is small print."""
+    """Write the ticks of a logarithmic axis as 0.01, not as powers of ten, whose exponents are too small to read."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def save(figure: Any, folder: str | os.PathLike, name: str) -> list[Path]:
+def save_figure(figure: Any, folder: str | os.PathLike, name: str) -> list[Path]:
     """Write `name`.png and `name`.svg into the folder, each whole or not at all, and return their paths."""
     written = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

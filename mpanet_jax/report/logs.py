@@ -1,4 +1,4 @@
-"""The scalars of a run's logs, read back from TensorBoard's event files."""
+"""Reads the scalars of a run's logs back from TensorBoard's event files."""
 
 import struct
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ import numpy as np
 
 from mpanet_jax.errors import UserError
 
-Series = tuple[np.ndarray, np.ndarray]
+Series = tuple[np.ndarray, np.ndarray]  # steps int[n], values float[n]
 
 
 def read_events(path: Path) -> Iterator[Any]:
-    """The events of a file, up to where it is cut off, as the last of a killed run may be.
+    """Read the events of a file; a last record that is cut off, as in a killed run, is ignored.
 
-    A record is its length (uint64), that one's checksum (uint32), its bytes and their checksum (uint32).
+    A record is its length (uint64), the length's checksum (uint32), its bytes, and their checksum (uint32).
     """
     from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]: made by protobuf
 
@@ -30,9 +30,13 @@ def read_events(path: Path) -> Iterator[Any]:
 
 
 def read_scalars(workdir: str | Path) -> dict[str, Series]:
-    """{name: (steps int[n], values float[n])} of a run, ascending by step.
+    """Read the scalars of a run.
 
-    Where a run was resumed, what lies behind the checkpoint that it was resumed from does not count, as in TensorBoard.
+    If the run was resumed from a checkpoint, the values that it had logged beyond that checkpoint are dropped, as in
+    TensorBoard.
+
+    Returns:
+      {name: (steps int[n], values float[n])}, ascending by step.
 
     Raises:
       UserError: the run has no logs, or one is damaged.
@@ -51,7 +55,7 @@ def read_scalars(workdir: str | Path) -> dict[str, Series]:
                 for value in event.summary.value:
                     if value.HasField("simple_value"):
                         points.setdefault(value.tag, {})[event.step] = value.simple_value
-        except Exception as error:  # protobuf's own
+        except Exception as error:  # protobuf raises exceptions of its own
             reason = type(error).__name__
             raise UserError(f"{path}: damaged ({reason}); move it away to draw what the others hold") from error
     return {

@@ -1,4 +1,4 @@
-"""Which parts of an image each pattern attends to: Grad-CAM on P_k = M_k ⊙ F, as in figure 3 of the paper."""
+"""Computes which parts of an image each pattern attends to: Grad-CAM on P_k = M_k ⊙ F, as in the paper's figure 3."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,49 +14,49 @@ from PIL import Image
 from mpanet_jax.data.augment import normalize
 from mpanet_jax.data.decode import resized
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.metrics import l2_normalize
 from mpanet_jax.methods.method import compute_dtype
 from mpanet_jax.model import NUM_IDS, Model
 from mpanet_jax.models.attention import PatternAlignment
+from mpanet_jax.row_norms import l2_normalize
 
-_BATCH = 8  # the gradients are l times the last feature map: 9 MiB an image at 384×128
+_BATCH = 8  # an image's gradients are as large as l feature maps: 9 MiB at 384×128
 
 
 def grad_cam(
     model: Model, images: Sequence[Image.Image], targets: Float32[np.ndarray, "n d"]
 ) -> Float32[np.ndarray, "n l h w"]:
-    """Grad-CAM of every pattern of every image, on the feature map P_k = M_k ⊙ F that eq. 5 pools.
+    """Compute Grad-CAM of every pattern of every image, on the feature map P_k = M_k ⊙ F that eq. 5 pools.
 
-    Grad-CAM (Selvaraju et al., ICCV 2017) explains a score S by a feature map: the gradients of S, averaged over the
-    places, say how much each channel c counts, and the map shows where the channels that raise S are strong,
+    Grad-CAM (Selvaraju et al., ICCV 2017) explains a score S by a feature map. The gradients of S, averaged over the
+    places i, say how much each channel c counts, and the map L_k shows where the channels that raise S are strong:
 
-        α_kc = mean over places i of ∂S/∂P_k[i, c]        L_k[i] = ReLU(Σ_c α_kc P_k[i, c]).
+        α_kc = mean over i of ∂S/∂P_k[i, c]        L_k[i] = ReLU(Σ_c α_kc P_k[i, c]).
 
     The paper does not name its score. Here S is what retrieval uses: the cosine similarity of the image's embedding g
-    with a target t, which is to be the mean embedding of the same identity's images in the other modality. A place
-    lights up where it makes the image more similar to that person as the other camera sees him. Every P_k is taken for
-    a variable of its own: F's other ways to the embedding, through the other patterns and the global feature, are
-    constant. The embedding is that of the image alone, whatever settings.eval.flip is.
+    and a target t, usually the mean embedding of the same identity's images in the other modality (`targets_of`). So a
+    place is bright if it makes the image more similar to how the other camera sees this person. Each P_k is a variable
+    of its own: the other paths from F to the embedding, through the other patterns and the global feature, are held
+    constant. The embedding is that of the image itself, without its mirror image, whatever settings.eval.flip is.
 
-    Where the target is the image's own embedding the cosine is 1, its greatest value, and its gradient is 0. S is
-    g·t/‖t‖ then, the length of g along its own direction: the same numerator without the division by ‖g‖.
+    If the target is the image's own embedding, the cosine is 1, its maximum, and its gradient is 0. Then S is g·t/‖t‖,
+    the length of g along its own direction: the same without the division by ‖g‖.
 
     Args:
       model: a network with PAM.
-      images: of any size; they are resized as in training.
-      targets: of each image, of any length greater than 0. A row of NaN stands for the image's own embedding.
+      images: n images of any size; they are resized as in training.
+      targets: one target for each image, of any length greater than 0. A row of NaN means the image's own embedding.
 
     Returns:
-      L, each from 0 to its greatest value, at the resolution of F.
+      L for the l patterns of each image, at the resolution of F; not negative, and not scaled to 1.
 
     Raises:
-      UserError: the network makes no pattern maps.
+      UserError: the network makes no pattern maps, or there is not one target for each image.
     """
     method = model.method
-    # Says what is wrong with a network that has no PAM.
+    # Raises an error that names the problem if the network has no PAM.
     shape = (1, model.settings.data.height, model.settings.data.width, 3)
     jax.eval_shape(partial(method.pattern_maps, model.network), model.variables, jax.ShapeDtypeStruct(shape, jnp.uint8))
-    network = method.network(NUM_IDS)  # the plain form: the fused one has no place at which P_k could be changed
+    network = method.network(NUM_IDS)  # the plain form: in the fused one P_k cannot be changed
     pixels = np.stack([resized(image, model.settings.data) for image in images])
     targets = np.asarray(targets, np.float32)
     if not len(pixels) == len(targets):
@@ -65,7 +65,7 @@ def grad_cam(
     size = min(_BATCH, len(pixels))
     parts = []
     for start in range(0, len(pixels), size):
-        rows = np.minimum(np.arange(start, start + size), len(pixels) - 1)  # the last batch is filled up
+        rows = np.minimum(np.arange(start, start + size), len(pixels) - 1)  # pads the last batch
         parts.append(np.asarray(function(model.variables, pixels[rows], targets[rows]), np.float32))
     return np.concatenate(parts)[: len(pixels)]
 
@@ -76,11 +76,11 @@ def _grad_cam(
     normalised = normalize(images, dtype)
 
     def embed(change: Array | None = None) -> tuple[Float[Array, "b d"], Float[Array, "b l h2 w2 c"]]:
-        """The embedding where `change` has been added to the P_k, and these without it."""
+        """The embedding with `change` added to all P_k, and the P_k without it."""
         seen = []
 
         def pool_changed(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            """PAM's result with eq. 5 computed from the changed P_k."""
+            """PAM's result, with eq. 5 computed from the changed P_k."""
             result = next_function(*args, **kwargs)
             if not isinstance(context.module, PatternAlignment) or context.method_name != "__call__":
                 return result
@@ -104,7 +104,7 @@ def _grad_cam(
     def total_score(change: Array) -> Array:
         embedding, _ = embed(change)
         along = (embedding * direction).sum(1)
-        # An image's score depends on its own change alone, so the gradient of the sum holds the gradient of each.
+        # A score depends on its own image's change only, so the gradient of the sum holds the gradient of each score.
         return jnp.where(itself, along, along / jnp.linalg.norm(embedding, axis=1)).sum()
 
     gradient = jax.grad(total_score)(jnp.zeros_like(patterns))
@@ -114,9 +114,16 @@ def _grad_cam(
 def targets_of(
     pids: np.ndarray, modality: np.ndarray, features: Float32[np.ndarray, "n d"], rows: np.ndarray
 ) -> Float32[np.ndarray, "r d"]:
-    """The targets of images `rows`: of each the mean of the unit embeddings of its identity in the other modality.
+    """The targets of `grad_cam` for images: the mean unit embedding of the same identity in the other modality.
 
-    NaN where there is none, or the image's modality or identity is unknown: its own embedding then (see `grad_cam`).
+    Args:
+      pids, modality: int[n] of all images; -1 is unknown.
+      features: their embeddings, of any length.
+      rows: int[r], the images whose targets are wanted.
+
+    Returns:
+      One target for each of `rows`; NaN, which means the image's own embedding, if the identity has no image in the
+      other modality, or identity or modality is unknown.
     """
     unit = l2_normalize(features)
     found = np.full((len(rows), features.shape[1]), np.nan, np.float32)

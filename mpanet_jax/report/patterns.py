@@ -1,4 +1,4 @@
-"""Figure 3 of the paper: images of some people, and what each pattern attends to in them."""
+"""Draws figure 3 of the paper: images of some people, and what each pattern attends to in them."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.modality import INFRARED, MODALITY_NAMES, VISIBLE
-from mpanet_jax.report.figures import HEAT, WIDTH_MM, new_figure, save
+from mpanet_jax.report.figures import HEAT, WIDTH_MM, new_figure, save_figure
 from mpanet_jax.report.pattern_maps import grad_cam, targets_of
 from mpanet_jax.report.sources import Source
 
@@ -15,7 +15,19 @@ _ASPECT = 2.2  # height over width of a cell
 
 
 def rows_of_people(source: Source, pids: np.ndarray, seed: int) -> np.ndarray:
-    """The images shown: of each identity a visible and then an infrared one, drawn by the seed."""
+    """Choose a visible and an infrared image of each identity at random.
+
+    Args:
+      source: the images.
+      pids: the identities; one that lacks a modality is shown in the other only.
+      seed: seeds the choice.
+
+    Returns:
+      int[r], rows of `source.images`: for each identity the visible, then the infrared image.
+
+    Raises:
+      UserError: none of the identities has an image of known modality.
+    """
     generator, rows = np.random.default_rng(seed), []
     for pid in pids:
         for modality in (VISIBLE, INFRARED):
@@ -23,28 +35,31 @@ def rows_of_people(source: Source, pids: np.ndarray, seed: int) -> np.ndarray:
             if len(candidates):
                 rows.append(generator.choice(candidates))
     if not rows:
-        raise UserError(f"{source.title}: the people have no images of known modality; name others")
+        raise UserError(f"{source.title}: the people have no images of known modality; choose others")
     return np.array(rows)
 
 
 def draw_patterns(
     source: Source, pids: np.ndarray, folder: str | os.PathLike, *, seed: int = 0, plain: bool = False
 ) -> list[Path]:
-    """Draw patterns.png and .svg (with `plain` patterns_plain): a row for each image, a column for each pattern.
+    """Draw patterns.png and .svg (patterns_plain with `plain`): a row for each image, a column for each pattern.
 
     Args:
-      source: with a network that has PAM.
-      pids: the identities; the visible and the infrared image of each lie in neighbouring rows.
-      folder: where the files go.
-      seed: which of an identity's images are drawn.
-      plain: show M_k itself, not Grad-CAM of M_k ⊙ F (`grad_cam`).
+      source: images, and a network with PAM.
+      pids: int[p], the identities to show, each by a visible and an infrared image in neighbouring rows.
+      folder: the folder to write to.
+      seed: seeds the choice of each identity's images.
+      plain: show M_k itself instead of Grad-CAM of M_k ⊙ F (`grad_cam`).
+
+    Returns:
+      The paths of the two files.
 
     Raises:
-      UserError: the network makes no pattern maps, an image is not there, or matplotlib is not installed.
+      UserError: the network makes no pattern maps, an image is missing, or matplotlib is not installed.
     """
     rows = rows_of_people(source, pids, seed)
     paths = [str(path) for path in source.images.paths[rows]]
-    if plain or source.model is None:  # `pattern_maps` says what is wrong without a network
+    if plain or source.model is None:  # without a network, `pattern_maps` raises the right error
         maps = source.pattern_maps(paths)
     else:
         targets = targets_of(source.images.pids, source.modality, source.images.features, rows)
@@ -72,7 +87,7 @@ def draw_patterns(
             axes[line, 0].set_ylabel(f"{source.name_of(row)}\n{where}", fontsize=6, labelpad=2)
         what = "Pattern maps M" if plain else "Grad-CAM of M ⊙ F"
         figure.suptitle(f"{what}: blue is least, yellow is greatest")
-        return save(figure, folder, "patterns_plain" if plain else "patterns")
+        return save_figure(figure, folder, "patterns_plain" if plain else "patterns")
 
 
 def _to_one(values: np.ndarray) -> np.ndarray:

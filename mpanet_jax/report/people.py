@@ -1,4 +1,4 @@
-"""Which people a picture shows: those that are named, or some that are drawn by a seed."""
+"""Chooses the people that a picture shows: by name, or at random."""
 
 from collections.abc import Sequence
 
@@ -10,35 +10,47 @@ from mpanet_jax.report.sources import Source
 
 
 def people_with_both(source: Source) -> np.ndarray:
-    """The identities, ascending, of which there are visible and infrared images."""
+    """The identities that have both visible and infrared images, ascending."""
     visible, infrared = (source.images.pids[source.modality == modality] for modality in (VISIBLE, INFRARED))
     found = np.intersect1d(visible, infrared)
     return found[found >= 0]
 
 
-def draw_people(candidates: np.ndarray, number: int, seed: int, where: str) -> np.ndarray:
-    """`number` of the identities, drawn by the seed, in ascending order.
+def choose_people(candidates: np.ndarray, number: int, seed: int, where: str) -> np.ndarray:
+    """Choose identities at random.
+
+    Args:
+      candidates: int[n], the identities to choose from.
+      number: how many to choose.
+      seed: seeds the choice.
+      where: what an error calls the images.
+
+    Returns:
+      The chosen identities, ascending.
 
     Raises:
-      UserError: there are fewer; the message says how many, and calls the images `where`.
+      UserError: there are fewer than `number`; the message says how many.
     """
     if len(candidates) < number:
         raise UserError(
-            f"{where}: has {len(candidates)} identities with visible and infrared images, and {number} are to be "
-            f"shown; ask for {len(candidates)} at most, or name other images"
+            f"{where}: has {len(candidates)} identities with visible and infrared images, fewer than the {number} to "
+            f"show; ask for at most {len(candidates)}, or give other images"
         )
     return np.sort(np.random.default_rng(seed).choice(candidates, number, replace=False))
 
 
 def named_people(source: Source, names: Sequence[str]) -> np.ndarray:
-    """The identities that the data set calls so, in this order.
+    """Find identities by the names that the data set gives them.
+
+    Returns:
+      int[p], the identities in the order of `names`.
 
     Raises:
-      ArgumentError: one has no images.
+      ArgumentError: no image shows an identity of that name.
     """
     known = {source.name_of(row): int(source.images.pids[row]) for row in range(len(source.images))}
     for name in names:
         if name not in known:
             some = ", ".join(list(known)[:5])
-            raise ArgumentError("people", f"= {name}: no image of {source.title} is of this identity; it has {some} …")
+            raise ArgumentError("people", f"= {name}: no image of {source.title} shows this identity; it has {some} …")
     return np.array([known[name] for name in names])

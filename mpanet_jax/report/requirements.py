@@ -1,4 +1,4 @@
-"""One clear line where the extra `report` is not installed."""
+"""Checks that the extra `report` is installed."""
 
 import importlib.util
 
@@ -8,11 +8,16 @@ PACKAGES = ("jinja2", "matplotlib", "sklearn")
 
 
 def require_report(*packages: str) -> None:
-    """Returns if the packages, some of `PACKAGES` by the names they are imported by, are installed.
+    """Check that packages are installed.
+
+    Args:
+      packages: their import names, some of `PACKAGES`; none given: all of `PACKAGES`.
 
     Raises:
-      UserError: one is not.
+      UserError: one is not installed; the message says how to install it.
     """
     missing = [name for name in packages or PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{', '.join(missing)}: not installed, and pictures need it; pip install 'mpanet_jax[report]'")
+        raise UserError(
+            f"{', '.join(missing)}: not installed, but needed for pictures; pip install 'mpanet_jax[report]'"
+        )

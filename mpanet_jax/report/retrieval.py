@@ -1,4 +1,4 @@
-"""The ranked galleries behind a results table: for each query its first images, and where the first right one is."""
+"""The rankings behind a results table: each query's first images, and the position of the first right one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ from mpanet_jax.evaluation.evaluate import evaluate_comparison, reranked_distanc
 from mpanet_jax.evaluation.metrics import (
     QueryScores,
     distance_function,
-    l2_normalize,
     rank_gallery,
     relative_identities,
     score_rankings,
 )
 from mpanet_jax.progress import track
 from mpanet_jax.protocol import Comparison, Protocol, check_pair
+from mpanet_jax.row_norms import l2_normalize
 
 TOP = 10  # images shown of each ranking
-NOBODY = -1  # in place of a gallery row, where a ranking has no more images
+NOBODY = -1  # stands for a gallery row where there is none
 
 _CHUNK = 2**22  # distances ranked at once
 
 
 class UnknownSetting(ArgumentError):
-    """A setting that the protocol does not have; `known` are those that it has."""
+    """The protocol does not have this setting; `known` are those that it has."""
 
     def __init__(self, setting: str | None, known: list[str]):
         super().__init__("setting", f"= {setting!r}: expected one of {', '.join(known)}")
@@ -38,19 +38,20 @@ class UnknownSetting(ArgumentError):
 
 @dataclass(frozen=True)
 class Ranking:
-    """All queries of one trial of a setting, ranked by the protocol: images that a query may not meet are left out.
+    """The rankings of all q queries in one trial of a setting, without the images that the protocol excludes.
 
     Attributes:
-      query, gallery: the images; rows of `gallery` that are not in the trial's gallery appear in no ranking.
-      top: int[Q, 10], the first gallery rows of each query, the nearest first; `NOBODY` where there are fewer.
-      distances: float32[Q, 10], to these: 1 − cosine, or Euclidean; under re-ranking the order may differ from theirs.
-      first: int[Q], the gallery row of the first right image; `NOBODY` where a query has none.
-      first_distance: float32[Q], to it.
-      scores: of each query, by the project's own metrics.
-      setting, trial, num_trials: 'sysu/all/single', from 1, and of how many.
-      num_gallery: images in the trial's gallery.
-      metric, cmc, rerank: how the ranking was made, and what a rank counts ('identity' or 'image').
-      metrics: of the setting over all its trials, as in metrics.json.
+      query, gallery: the images; a row of `gallery` outside the trial's gallery is in no ranking.
+      top: the first k gallery rows of each query, the nearest first; `NOBODY` where there are fewer.
+      distances: their distances from the query, 1 − cosine or Euclidean; re-ranking may order images differently.
+      first: the gallery row of each query's first right image; `NOBODY` if it has none.
+      first_distance: the distance of that image, NaN if there is none.
+      scores: each query's scores, as the evaluator computes them.
+      setting: the setting's name, such as 'sysu/all/single'.
+      trial, num_trials: which trial, from 1, and how many the setting has.
+      num_gallery: the number of images in the trial's gallery.
+      metric, cmc, rerank: how images were ranked, and what a rank counts ('identity' or 'image').
+      metrics: the metrics of the setting over all its trials, as in metrics.json.
     """
 
     query: Embeddings
@@ -71,7 +72,7 @@ class Ranking:
 
     @property
     def rank(self) -> Int[np.ndarray, " q"]:
-        """Of the first right image, from 1, counted as the CMC counts; 0 where there is none."""
+        """The rank of the first right image, from 1, as the CMC counts it; 0 if there is none."""
         return self.scores.identity_rank if self.cmc == "identity" else self.scores.image_rank
 
 
@@ -87,17 +88,17 @@ def rank_queries(
     rerank: bool = False,
     top: int = TOP,
 ) -> Ranking:
-    """Rank every query of one trial of a setting, by the protocol's rules.
+    """Rank the gallery for every query in one trial of a setting, by the protocol's rules.
 
     Args:
-      query, gallery, protocol, metric, cmc, rerank: as of `evaluate_embeddings`.
-      setting: 'sysu/all/single'; None: the protocol's first.
+      query, gallery, protocol, metric, cmc, rerank: as for `evaluate_embeddings`.
+      setting: the setting's name, such as 'sysu/all/single'; None: the protocol's first.
       trial: which of the setting's galleries, from 1.
-      top: how many images are kept of each ranking.
+      top: how many images to keep of each ranking.
 
     Raises:
-      ArgumentError: no such setting or trial.
-      UserError: embeddings that do not fit the protocol, or no query with a match.
+      ArgumentError: there is no such setting or trial.
+      UserError: the embeddings do not fit the protocol, or no query has a match.
     """
     query, gallery = check_embeddings(query), check_embeddings(gallery)
     check_pair(query, gallery)
@@ -130,7 +131,7 @@ def rank_queries(
 
 
 def _with_setting(comparisons: list[Comparison], name: str | None) -> Comparison:
-    """The comparison that `name` is a setting of, with that one alone."""
+    """The comparison that has the setting `name` (None: the first), reduced to that setting."""
     names = [setting.name for comparison in comparisons for setting in comparison.settings]
     if not names:
         raise UserError("the protocol has no settings; expected at least one")
@@ -167,7 +168,7 @@ def _rank(comparison: Comparison, images: np.ndarray, metric: str, rerank: bool,
         scores = score_rankings(identities, keep, num_identities)
         right = keep & (identities == 0)
         first = np.where(right.any(1), order[np.arange(len(rows)), right.argmax(1)], NOBODY)
-        # The kept images in front, in their order.
+        # A stable sort moves the kept images to the front and leaves their order.
         kept_first = np.argsort(~keep, axis=1, kind="stable")[:, :top]
         shown = np.where(np.take_along_axis(keep, kept_first, 1), np.take_along_axis(order, kept_first, 1), NOBODY)
         if shown.shape[1] < top:
@@ -182,7 +183,7 @@ def _rank(comparison: Comparison, images: np.ndarray, metric: str, rerank: bool,
 
 
 def _distances(comparison: Comparison, rows: np.ndarray, metric: str) -> np.ndarray:
-    """float32[q, k]: from each query to its k gallery rows, 1 − cosine or Euclidean; NaN to `NOBODY`."""
+    """float32[q, k]: distances from each query to its k gallery rows, 1 − cosine or Euclidean; NaN for `NOBODY`."""
     query, gallery = comparison.query.features, comparison.gallery.features
     if metric == "cosine":
         query, gallery = l2_normalize(query), l2_normalize(gallery)

@@ -1,4 +1,4 @@
-"""The retrieval page: one HTML file on which a person looks through rankings and finds out why a query fails."""
+"""The retrieval page: an HTML file for looking through rankings and finding out why a query fails."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,188 +17,41 @@ from typing import Any
 import numpy as np
 
 from mpanet_jax.cpus import available_cpus
-from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.evaluate import describe
 from mpanet_jax.files import write_whole
-from mpanet_jax.modality import MODALITY_NAMES, UNKNOWN
+from mpanet_jax.modality import MODALITY_NAMES
 from mpanet_jax.progress import track
+from mpanet_jax.report.page_content import Page
 from mpanet_jax.report.requirements import require_report
-from mpanet_jax.report.retrieval import NOBODY, Ranking
 from mpanet_jax.report.thumbnails import Photos, data_address, jpeg_thumbnail, map_strip
 
-INLINE_LIMIT = 3 * 2**20  # bytes of pictures, as text, up to which they stand in the page itself
+INLINE_LIMIT = 3 * 2**20  # bytes in base64: up to here the pictures are part of the page itself
 _OWN_FILES = re.compile(r"\d{6}(\.jpg|_maps\.png)")
 
-# Paths of images → their pattern maps, float32[n, l, h, w].
+# Paths of n images → their l pattern maps, float32[n, l, h, w].
 Maps = Callable[[Sequence[str]], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An image that the page shows.
-
-    Attributes:
-      path: of its file.
-      identity: what it is called; '' is unknown.
-      camera, modality: -1 is unknown.
-      person: the pid, by which images are right or wrong, for two people may have one name; -1 is unknown.
-    """
-
-    path: str
-    identity: str = ""
-    camera: int = UNKNOWN
-    modality: int = UNKNOWN
-    person: int = UNKNOWN
-
-
-@dataclass(frozen=True)
-class Query:
-    """A query of the page. All images are numbers of `Page.images`.
-
-    Attributes:
-      image: the query's own.
-      top, distances: the first images of its ranking.
-      matches: how many right images its gallery holds; None where identities are not known.
-      position, rank: of the first right image, from 1, as images count and as the CMC counts.
-      average_precision: from 0 to 1.
-      first, first_distance: the first right image; `NOBODY` where there is none.
-    """
-
-    image: int
-    top: Sequence[int]
-    distances: Sequence[float]
-    matches: int | None = None
-    position: int = 0
-    rank: int = 0
-    average_precision: float = 0.0
-    first: int = NOBODY
-    first_distance: float = float("nan")
-
-
-@dataclass(frozen=True)
-class Page:
-    """What the page says.
-
-    Attributes:
-      title, protocol: its first lines.
-      figures: (name, value, detail) of each, as text.
-      distance: what the numbers below the images are: '1 − cosine'.
-      notes: lines of warning.
-    """
-
-    title: str
-    protocol: str
-    images: list[Shown]
-    queries: list[Query]
-    distance: str
-    figures: list[tuple[str, str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def page_of_ranking(ranking: Ranking, title: str, more: Mapping[str, Any] | None = None) -> Page:
-    """The page of a trial; `more` is what `describe` may say beside: 'checkpoint', 'flip', 'dataset' …
-
-    Raises:
-      UserError: a path of the queries and one of the gallery are the same, but their features are not.
-    """
-    _refuse_two_images_of_a_path(ranking.query, ranking.gallery)
-    images = _Images()
-    queries = []
-    for row in range(len(ranking.query)):
-        shown = [int(image) for image in ranking.top[row] if image != NOBODY]
-        first = int(ranking.first[row])
-        queries.append(
-            Query(
-                image=images.number(ranking.query, row),
-                top=[images.number(ranking.gallery, image) for image in shown],
-                distances=ranking.distances[row, : len(shown)].tolist(),
-                matches=int(ranking.scores.matches[row]),
-                position=int(ranking.scores.image_rank[row]),
-                rank=int(ranking.rank[row]),
-                average_precision=float(ranking.scores.average_precision[row]),
-                first=NOBODY if first == NOBODY else images.number(ranking.gallery, first),
-                first_distance=float(ranking.first_distance[row]),
-            )
-        )
-    metrics = {**ranking.metrics, **(more or {})}
-    trial = f" · trial {ranking.trial} of {ranking.num_trials} is shown" if ranking.num_trials > 1 else ""
-    return Page(
-        title=title,
-        protocol=f"{ranking.setting}{trial} · {describe(metrics)}",
-        images=images.shown,
-        queries=queries,
-        distance="1 − cosine" if ranking.metric == "cosine" else "Euclidean distance",
-        figures=_figures(ranking),
-    )
-
-
-def _refuse_two_images_of_a_path(query: Embeddings, gallery: Embeddings) -> None:
-    """Photos are found by their paths alone."""
-    both, of_query, of_gallery = np.intersect1d(query.paths, gallery.paths, return_indices=True)
-    if query.features.shape[1] != gallery.features.shape[1]:
-        return
-    for path, one, other in zip(both, of_query, of_gallery, strict=True):
-        # The same image, embedded in another batch, differs by rounding.
-        large = np.abs(query.features[one]).max(initial=0)
-        if not np.allclose(query.features[one], gallery.features[other], rtol=0, atol=0.01 * large):
-            raise UserError(f"path {path} is in both files with different vectors; store distinct paths")
-
-
-class _Images:
-    """The images of a page, each once, numbered as they come."""
-
-    def __init__(self):
-        self.shown: list[Shown] = []
-        self._numbers: dict[tuple[int, int], int] = {}
-
-    def number(self, of: Embeddings, row: int) -> int:
-        key = (id(of), row)
-        if key not in self._numbers:
-            self._numbers[key] = len(self.shown)
-            name = str(of.pids[row]) if of.pid_names is None else str(of.pid_names[row])
-            modality = UNKNOWN if of.modality is None else int(of.modality[row])
-            self.shown.append(Shown(str(of.paths[row]), name, int(of.camids[row]), modality, int(of.pids[row])))
-        return self._numbers[key]
-
-
-def _figures(ranking: Ranking) -> list[tuple[str, str, str]]:
-    metrics, scored = ranking.metrics, ranking.scores.matches > 0
-    found = []
-    for name, key in (("Rank-1", "rank1"), ("Rank-10", "rank10"), ("mAP", "mAP"), ("mINP", "mINP")):
-        detail = ""
-        if ranking.num_trials > 1:
-            detail = f"± {metrics['std'][key]:.1f} over {ranking.num_trials} trials"
-        elif key in metrics.get("interval", {}):
-            detail = "{:.1f}–{:.1f}".format(*metrics["interval"][key])
-        found.append((name, f"{metrics[key]:.1f} %", detail))
-    wrong = int((ranking.rank[scored] != 1).sum())
-    found.append(("queries", f"{scored.sum():,}", f"{len(scored) - scored.sum():,} more without a match"))
-    found.append(("wrong at rank 1", f"{wrong:,}", "in this trial" if ranking.num_trials > 1 else ""))
-    found.append(("gallery", f"{ranking.num_gallery:,}", "images"))
-    return found
-
-
-@dataclass(frozen=True)
 class Written:
-    """What `write_page` wrote: how many images are shown, and the paths of those that lack their photo."""
+    """What `write_page` wrote: the number of images on the page, and the paths of those whose photo is missing."""
 
     num_images: int
     missing: list[str]
 
 
 def write_page(path: str | os.PathLike, page: Page, photos: Photos, maps: Maps | None = None) -> Written:
-    """Write the page; it and its folder of images appear whole or not at all.
+    """Write the page; the file and its folder of images each appear whole or not at all.
 
     Args:
-      path: the HTML file. Where the pictures are more than `INLINE_LIMIT` they go to a folder beside it, report_images
-        for report.html, from which the page loads those that come into view.
-      page: what it says.
-      photos: the images by their paths; those that lack are counted and shown as a placeholder.
-      maps: their pattern maps, where there are any.
+      path: the HTML file. Pictures of more than `INLINE_LIMIT` bytes go to a folder beside it, report_images for
+        report.html; the page then loads each picture when it comes into view.
+      page: what it shows.
+      photos: gives the photo of a path; a missing photo is shown as a placeholder and counted in a note.
+      maps: gives the pattern maps of paths; None: the page shows none.
 
     Raises:
-      UserError: jinja2 is not installed.
+      UserError: jinja2 is not installed, or the folder holds files that are not the page's.
     """
     require_report("jinja2")
     from jinja2 import Environment, StrictUndefined
@@ -225,7 +78,7 @@ def write_page(path: str | os.PathLike, page: Page, photos: Photos, maps: Maps |
         script=Markup(texts["js"]),
         data=Markup(_json(data)),
     )
-    content = html.encode("utf-8", "backslashreplace")  # a name of a file may be no UTF-8
+    content = html.encode("utf-8", "backslashreplace")  # file names need not be UTF-8
     if folder is not None:
         _write_folder(path.parent / folder, paths, pictures, strips)
     with write_whole(path, "wb") as file:
@@ -237,7 +90,7 @@ _KINDS = ("html", "css", "js")
 
 
 def _policy(style: str, script: str) -> str:
-    """A Content-Security-Policy: no network, this very style and script, and images from the page and its folder."""
+    """A Content-Security-Policy: no network, no style or script but these, images from the page and its folder."""
 
     def source(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
@@ -249,7 +102,7 @@ def _policy(style: str, script: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """Compact JSON that may stand in a script element: no '<', '>' or '&' in it."""
+    """Compact JSON without '<', '>' and '&', which is safe inside a script element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -259,7 +112,7 @@ def _json(value: Any) -> str:
 def _data(
     page: Page, pictures: Mapping[str, bytes], strips: Mapping[str, bytes], num_patterns: int, folder: str | None
 ) -> dict[str, Any]:
-    """What the page's script reads; columns, for compactness."""
+    """What the page's script reads, stored by columns to save room."""
     identities = sorted({image.identity for image in page.images} - {""}, key=_natural)
     numbers = {name: number for number, name in enumerate(identities)}
     inline = folder is None
@@ -302,7 +155,7 @@ def _rounded(distance: float) -> float | None:
 
 
 def _natural(name: str) -> list[Any]:
-    """Sorts '9' before '10', and numbers before words."""
+    """A sort key that puts '9' before '10', and numbers before words."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
@@ -310,7 +163,7 @@ def _natural(name: str) -> list[Any]:
 
 
 def _jpegs(paths: Sequence[str], photos: Photos) -> dict[str, bytes]:
-    """{path: JPEG} of those that can be read."""
+    """{path: JPEG} of the photos that can be read."""
 
     def jpeg(path: str) -> bytes | None:
         photo = photos(path)
@@ -323,7 +176,7 @@ def _jpegs(paths: Sequence[str], photos: Photos) -> dict[str, bytes]:
 
 
 def _strips(paths: Sequence[str], maps: Maps | None) -> tuple[dict[str, bytes], int]:
-    """{path: PNG of its pattern maps}, and how many patterns there are."""
+    """{path: PNG of its pattern maps}, and the number of patterns."""
     unique = list(dict.fromkeys(paths))
     if maps is None or not unique:
         return {}, 0
@@ -334,7 +187,7 @@ def _strips(paths: Sequence[str], maps: Maps | None) -> tuple[dict[str, bytes], 
 def _write_folder(
     folder: Path, paths: Sequence[str], pictures: Mapping[str, bytes], strips: Mapping[str, bytes]
 ) -> None:
-    """Write NNNNNN.jpg and NNNNNN_maps.png of each image into a new folder, which then takes the old one's place."""
+    """Write NNNNNN.jpg and NNNNNN_maps.png of each image into a new folder, then put it in place of the old one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -343,11 +196,11 @@ def _write_folder(
                 (new / f"{number:06}.jpg").write_bytes(pictures[path])
             if path in strips:
                 (new / f"{number:06}_maps.png").write_bytes(strips[path])
-        new.chmod(0o755)  # mkdtemp makes it private
+        new.chmod(0o755)  # mkdtemp makes a private folder
         if folder.exists():
             others = [name for name in os.listdir(folder) if not _OWN_FILES.fullmatch(name)]
             if others:
-                raise UserError(f"{folder}: holds {others[0]}, which is none of the page's images; name another page")
+                raise UserError(f"{folder}: holds {others[0]}, which is no image of the page; name another page")
             shutil.rmtree(folder)
         os.replace(new, folder)
     except BaseException:

@@ -1,4 +1,4 @@
-"""The retrieval page of a search: what scripts/search.py found, without right and wrong, which nothing says."""
+"""Makes the retrieval page of a search from its results.json; identities are unknown, so no match is right or wrong."""
 
 import json
 import math
@@ -12,20 +12,23 @@ from mpanet_jax.data.decode import BadImageError, decode_rgb, read_image_file
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.search import RESULTS_FORMAT
 from mpanet_jax.modality import MODALITY_NAMES, UNKNOWN
-from mpanet_jax.report.retrieval_page import Page, Query, Shown
+from mpanet_jax.report.page_content import Page, Query, ShownImage
 from mpanet_jax.report.thumbnails import Photos, photos_of_folder
 
 
 def page_of_search(path: str | os.PathLike, images: str | os.PathLike | None = None) -> tuple[Page, Photos]:
-    """The page of a results.json (docs/search.md), and its photos.
+    """Read a results.json (docs/search.md) and make its page.
 
     Args:
-      path: the file.
-      images: the gallery's folder, out of which no path leads then; None: where the file says it was. Queries are read
-        where they were.
+      path: the results.json.
+      images: the folder that the gallery is in now; only images in it are shown. None: the folder that the file names,
+        and images outside of it where the file names them. Queries are always read from the paths in the file.
+
+    Returns:
+      The page, and the photos of its images.
 
     Raises:
-      UserError: no such file, or it is no search's results.
+      UserError: there is no such file, or it is damaged or not the results of a search.
     """
     tree = _read(Path(path))
     try:
@@ -43,29 +46,29 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as JSON; {expected}") from error
     if not isinstance(tree, dict) or {name: tree.get(name) for name in RESULTS_FORMAT} != RESULTS_FORMAT:
-        raise UserError(f"{path}: no results of a search of version {RESULTS_FORMAT['version']}; {expected}")
+        raise UserError(f"{path}: not results of a search, version {RESULTS_FORMAT['version']}; {expected}")
     return tree
 
 
 def _page(tree: dict[str, Any], folder: Path, *, elsewhere: bool) -> tuple[Page, Photos]:
     modality = {name: number for number, name in MODALITY_NAMES.items()}
-    shown: list[Shown] = []
+    shown: list[ShownImage] = []
     numbers: dict[tuple[str, bool], int] = {}
 
     def number(image: str, is_query: bool, word: str) -> int:
         if (image, is_query) not in numbers:
             numbers[image, is_query] = len(shown)
-            shown.append(Shown(str(image), modality=modality.get(word, UNKNOWN)))
+            shown.append(ShownImage(str(image), modality=modality.get(word, UNKNOWN)))
         return numbers[image, is_query]
 
     queries = []
     for ranking in tree["queries"]:
         distances = [float(match["distance"]) for match in ranking["matches"]]
         if not all(map(math.isfinite, distances)):
-            raise ValueError("a distance is no number")
+            raise ValueError("a distance is not finite")
         top = [number(match["path"], False, match.get("modality", "")) for match in ranking["matches"]]
         queries.append(Query(number(ranking["path"], True, ""), top, distances))
-    # Queries, and images of a gallery that its list names outside its folder, are where the file says.
+    # Queries are where the file says, and so are images that the gallery's list names outside its folder.
     asked = {image for image, is_query in numbers if is_query}
     readable = {image for image, is_query in numbers if is_query or not elsewhere}
     gallery = photos_of_folder(folder)

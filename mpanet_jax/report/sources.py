@@ -1,4 +1,4 @@
-"""Where a picture's embeddings, photos and network come from: a training run, a model with images, or files."""
+"""Collects a picture's embeddings, photos and network from a training run, from a model and images, or from files."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ from mpanet_jax.protocol import Protocol
 from mpanet_jax.report.retrieval import Ranking, UnknownSetting, rank_queries
 from mpanet_jax.report.thumbnails import Photos, photos_of_split
 
-_AT_ONCE = 128  # photos held in memory for the network
+_AT_ONCE = 128  # photos held in memory at once
 
 
 @dataclass(frozen=True)
 class Test:
-    """Two sets of embeddings that a protocol compares."""
+    """Two sets of embeddings, and the protocol that compares them."""
 
     query: Embeddings
     gallery: Embeddings
@@ -38,15 +38,15 @@ class Test:
 
 @dataclass(frozen=True)
 class Source:
-    """Images with all that is known of them.
+    """Images, with everything that is known about them.
 
     Attributes:
-      title: what pictures call them: the workdir's name.
-      images: all of them, each once; features as the network gives them.
-      photos: the images themselves, by their paths.
-      model: the network; None where only embeddings are known.
-      tests: the comparisons that a run's results come from; none for a folder of images.
-      about: what the results say beside the figures, as `OpenRun.about`.
+      title: what pictures call them, such as the workdir's name.
+      images: the embeddings of all N images, each once; features are not normalised.
+      photos: gives the image at a path.
+      model: the network; None if only embeddings are known.
+      tests: make the tests that a run's results come from; empty for a folder of images.
+      about: entries for the metrics of a run (`OpenRun.about`, 'flip').
       rerank: whether the run's results are re-ranked.
     """
 
@@ -60,23 +60,23 @@ class Source:
 
     @cached_property
     def modality(self) -> np.ndarray:
-        """int[N] of the images, -1 where it is unknown."""
+        """int[N], the images' modality: 0 visible, 1 infrared, -1 unknown."""
         known = self.images.modality
         return np.full(len(self.images), UNKNOWN) if known is None else np.asarray(known)
 
     def name_of(self, row: int) -> str:
-        """What the data set calls the identity of image `row`."""
+        """The data set's name for the identity of image `row`."""
         names = self.images.pid_names
         return str(self.images.pids[row]) if names is None else str(names[row])
 
     def pattern_maps(self, paths: Sequence[str]) -> np.ndarray:
-        """float32[n, l, h, w]: M of the images at these paths.
+        """The l pattern maps M of the images at n paths, float32[n, l, h, w].
 
         Raises:
-          UserError: there is no network, it makes none, or an image is not there.
+          UserError: there is no network, it makes no pattern maps, or an image is missing.
         """
         if self.model is None:
-            raise UserError(f"{self.title}: pattern maps need a network; name a run's workdir, or a model")
+            raise UserError(f"{self.title}: pattern maps need a network; give a run's workdir, or a model")
         row_of = {path: row for row, path in enumerate(self.images.paths.tolist())}
         parts = []
         starts = range(0, len(paths), _AT_ONCE)
@@ -94,26 +94,25 @@ class Source:
         """The image at a path.
 
         Raises:
-          UserError: it is not there.
+          UserError: it is missing or cannot be read.
         """
         photo = self.photos(path)
         if photo is None:
             raise UserError(
-                f"{path}: no such image of {self.title}, or not readable; say in which folder the images are"
+                f"{path}: no such image of {self.title}, or not readable; give the folder that the images are in"
             )
         return photo
 
 
 def modality_names(numbers: np.ndarray) -> list[Any]:
-    """['visible', 'infrared', …] of 0, 1, …"""
+    """The names of modalities: 'visible' for 0, 'infrared' for 1, None for any other number."""
     return [MODALITY_NAMES.get(int(number)) for number in numbers]
 
 
 def source_of_run(workdir: str | Path, *, checkpoint: str = "last", data_dir: str | None = None) -> Source:
-    """The test set of a run, embedded by the network of one of its checkpoints; arguments as of `evaluate_workdir`.
+    """Embed the test set of a run with the network of one of its checkpoints.
 
-    Raises:
-      UserError: as `evaluate_workdir`.
+    Arguments and errors are those of `evaluate_workdir`.
     """
     run = open_run(Path(workdir), checkpoint=checkpoint, data_dir=data_dir)
     model = Model(run.settings, run.variables, workdir)
@@ -139,12 +138,16 @@ def source_of_run(workdir: str | Path, *, checkpoint: str = "last", data_dir: st
 
 
 def source_of_model(model: str | Path, images: str | os.PathLike, *, split: str = "") -> Source:
-    """Images of a folder, a list or an images.csv, embedded by a network; arguments as of `load` and `list_images`.
+    """Embed the images of a folder, a list or an images.csv with a network.
 
-    Images that cannot be read are left out; a line on stderr says which.
+    Images that cannot be read are left out, each with a line on stderr.
+
+    Args:
+      model: the network, as `load` takes it.
+      images, split: the images, as `list_images` takes them.
 
     Raises:
-      UserError: as `load` and `list_images`.
+      UserError: as for `load` and `list_images`, or no image can be read.
     """
     import sys
 
@@ -167,16 +170,26 @@ def source_of_model(model: str | Path, images: str | os.PathLike, *, split: str 
 
 
 def source_of_features(query: Embeddings, gallery: Embeddings, protocol: Protocol) -> Source:
-    """Two sets of embeddings of any framework; no images."""
+    """Join two sets of embeddings from any framework; there are no photos and no network.
+
+    Raises:
+      UserError: the embeddings are unsound, or their lengths differ.
+    """
     both = join_embeddings([check_embeddings(query), check_embeddings(gallery)])
     return Source(query.source, both, lambda path: None, tests=[lambda: Test(query, gallery, protocol)])
 
 
 def rank_run(source: Source, *, setting: str | None = None, **options: Any) -> Ranking:
-    """`rank_queries` of that test of a run that has the setting; None: the first setting of the first test.
+    """Call `rank_queries` on the test of a run that has a setting.
+
+    Args:
+      source: the run.
+      setting: the setting's name; None: the first setting of the first test.
+      options: further arguments of `rank_queries`.
 
     Raises:
-      ArgumentError: no test has it; and as `rank_queries`.
+      ArgumentError: no test has the setting, or as for `rank_queries`.
+      UserError: the run has no test, or as for `rank_queries`.
     """
     fault = None
     for make_test in source.tests:
@@ -185,7 +198,7 @@ def rank_run(source: Source, *, setting: str | None = None, **options: Any) -> R
             return rank_queries(test.query, test.gallery, protocol=test.protocol, setting=setting, **options)
         except UnknownSetting as error:
             fault = error if fault is None else UnknownSetting(setting, fault.known + error.known)
-    raise fault or UserError(f"{source.title}: has no test")
+    raise fault or UserError(f"{source.title}: has no test; expected a run or two files of embeddings")
 
 
 def makes_maps(source: Source) -> bool:

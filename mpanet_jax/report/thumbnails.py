@@ -1,4 +1,4 @@
-"""Small pictures for the retrieval page: photos as JPEG, pattern maps as PNG."""
+"""Makes small pictures for the retrieval page: photos as JPEG, pattern maps as PNG."""
 
 import base64
 import io
@@ -13,16 +13,16 @@ from PIL import Image
 from mpanet_jax.data.decode import BadImageError, decode_rgb, encoded_image
 from mpanet_jax.datasets.schema import Split
 
-HEIGHT, WIDTH = 128, 96  # of a photo at most, in pixels
+HEIGHT, WIDTH = 128, 96  # the largest size of a photo, in pixels
 QUALITY = 70
-DARKEST = 40  # grey of a map's least value, of 255
+DARKEST = 40  # the grey level, from 0 to 255, of a map's smallest value
 
-# The image of a path of the embeddings, or None where it is not there or cannot be read.
+# The path of an image → the image, or None if it is missing or cannot be read.
 Photos = Callable[[str], Image.Image | None]
 
 
 def photos_of_folder(folder: str | os.PathLike) -> Photos:
-    """Images below a folder, by their paths relative to it. A path that leads out of the folder has no image."""
+    """Read images below a folder by their paths relative to it; a path that leads out of the folder has no image."""
     root = Path(folder)
 
     def photo(path: str) -> Image.Image | None:
@@ -34,14 +34,14 @@ def photos_of_folder(folder: str | os.PathLike) -> Photos:
         try:
             file = root / parts
             return decode_rgb(file.read_bytes()) if file.is_file() else None
-        except (BadImageError, OSError, ValueError):  # ValueError: a name that no file can have
+        except (BadImageError, OSError, ValueError):  # ValueError: not a possible file name
             return None
 
     return photo
 
 
 def photos_of_split(split: Split) -> Photos:
-    """Images of a prepared split, by their paths."""
+    """Read images of a prepared split by their paths."""
     rows = {path: row for row, path in enumerate(split.paths.tolist())}
 
     def photo(path: str) -> Image.Image | None:
@@ -51,7 +51,7 @@ def photos_of_split(split: Split) -> Photos:
 
 
 def jpeg_thumbnail(photo: Image.Image) -> bytes:
-    """A photo as a JPEG of at most `WIDTH` × `HEIGHT` pixels, in its proportions."""
+    """Encode a photo as a JPEG of at most `WIDTH` × `HEIGHT` pixels; its proportions are kept."""
     small = photo.copy()
     small.thumbnail((WIDTH, HEIGHT))
     buffer = io.BytesIO()
@@ -60,9 +60,10 @@ def jpeg_thumbnail(photo: Image.Image) -> bytes:
 
 
 def map_strip(maps: Float32[np.ndarray, "l h w"]) -> bytes:
-    """The l pattern maps of an image side by side as a grey PNG, each from dark grey at its least value to white.
+    """Encode the l pattern maps of an image side by side as a grey PNG.
 
-    The page multiplies the photo by it, so that the photo stays visible in the dark parts.
+    Each map goes from dark grey at its smallest value to white at its largest. The page multiplies the photo by it, so
+    the photo stays visible where a map is dark.
     """
     low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
     scaled = (maps - low) / np.where(high > low, high - low, 1)
@@ -73,5 +74,5 @@ def map_strip(maps: Float32[np.ndarray, "l h w"]) -> bytes:
 
 
 def data_address(content: bytes, kind: str) -> str:
-    """A file as a `data:` address; `kind` is 'jpeg' or 'png'."""
+    """Encode a picture's bytes as a `data:` URL; `kind` is 'jpeg' or 'png'."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

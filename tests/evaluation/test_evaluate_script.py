@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpanet_jax.evaluation.evaluate import format_table, write_metrics
+from mpanet_jax.evaluation.metrics_output import format_table, write_metrics
 from tests.evaluation import brute_force, cases
 
 ROOT = Path(__file__).resolve().parents[2]

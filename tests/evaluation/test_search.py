@@ -23,8 +23,8 @@ class Colours:
 
     source, size = "colours", SIZE
 
-    def __init__(self, seed=0):
-        self.fingerprint, self.seed, self.embedded = f"colours {seed}", seed, []
+    def __init__(self, seed=0, dtype="float32"):
+        self.fingerprint, self.dtype, self.seed, self.embedded = f"colours {seed}", dtype, seed, []
 
     def embed(self, images, *, modality=None, errors="raise"):
         rows, skipped = [], []
@@ -199,6 +199,31 @@ def test_refuses_another_model_and_another_gallery(gallery, tmp_path):
     assert Index.build(Colours(seed=1), gallery, rebuild=True).num_embedded == 12
     with pytest.raises(UserError, match="no index"):
         Index.load(Colours(), tmp_path / "nothing")
+
+
+def test_refuses_another_precision(gallery):
+    folder = Index.build(Colours(dtype="bfloat16"), gallery).folder
+    before = contents(folder)
+    for call in (lambda m: Index.build(m, gallery), lambda m: Index.load(m, folder)):
+        with pytest.raises(UserError, match=r"gallery\.index.*in bfloat16.*in float32.*rebuild"):
+            call(Colours())
+        assert len(call(Colours(dtype="bfloat16"))) == 12
+    assert contents(folder) == before
+    assert Index.build(Colours(), gallery, rebuild=True).num_embedded == 12
+    with pytest.raises(UserError, match="in float32"):
+        Index.load(Colours(dtype="bfloat16"), folder)
+
+
+def test_an_index_that_does_not_say_its_precision_is_rebuilt(gallery):
+    folder = Index.build(Colours(), gallery).folder
+    tree = json.loads((folder / "index.json").read_text())
+    del tree["dtype"]
+    (folder / "index.json").write_text(json.dumps(tree | {"version": 1}))
+    for call in (lambda: Index.build(Colours(), gallery), lambda: Index.load(Colours(), folder)):
+        with pytest.raises(UserError, match=r"index\.json.*version 1.*rebuild"):
+            call()
+    assert Index.build(Colours(), gallery, rebuild=True).num_embedded == 12
+    assert len(Index.load(Colours(), folder)) == 12
 
 
 def test_gallery_and_index_may_move_together(gallery, tmp_path):

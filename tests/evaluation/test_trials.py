@@ -1,8 +1,8 @@
 import pytest
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.evaluate import format_table
 from mpanet_jax.evaluation.metrics import FIGURES
+from mpanet_jax.evaluation.metrics_output import format_table
 from mpanet_jax.evaluation.trials import average_seeds, average_trials, evaluate_workdirs
 from mpanet_jax.methods import METHODS, Entry, settings_of
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
@@ -170,5 +170,5 @@ def test_directories_without_a_trial_are_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         evaluate_workdirs(str(tmp_path), unwanted)
-    with pytest.raises(UserError, match="no working directory"):
+    with pytest.raises(UserError, match="workdirs"):
         evaluate_workdirs(str(tmp_path / "none*"), unwanted)

@@ -69,6 +69,8 @@ def test_search_ranks_the_gallery(place):
     assert "16 images, 16 of them" in done.stdout
     again = run("search", *arguments)
     assert "16 images, 0 of them" in again.stdout and again.stdout.splitlines()[1:] == done.stdout.splitlines()[1:]
+    with pytest.raises(mpanet_jax.UserError, match=r"in float32.*in bfloat16"):
+        mpanet_jax.Index.build(load(model, dtype="bfloat16"), place / "gallery")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from mpanet_jax.evaluation.calibration import (
     Calibration,
     Logistic,
     calibrate,
-    figures,
     fit_logistic,
+    measure_calibration,
 )
 from mpanet_jax.evaluation.pair_score import calibration_path, score_pair
 from mpanet_jax.evaluation.verification import (
@@ -162,14 +162,14 @@ def test_probability_is_bayes_rule():
 
 @pytest.mark.parametrize("prior", [0.5, 0.1])
 def test_reliability_of_a_right_line(prior):
-    values = figures(drawn_pairs(30000, 60000), Logistic(8.0, -2.0), prior)
+    values = measure_calibration(drawn_pairs(30000, 60000), Logistic(8.0, -2.0), prior)
     assert values["pairs"] == {"same": 30000, "different": 60000, "share_of_different": 1.0}
     assert math.isclose(sum(b["weight"] for b in values["reliability"]), 1)
     assert sum(b["pairs"] for b in values["reliability"]) == 90000
     for b in values["reliability"]:
         assert b["from"] <= b["probability"] <= b["to"] and abs(b["probability"] - b["same"]) < 0.05
     assert values["calibration_error"] < 0.01
-    assert figures(drawn_pairs(30000, 60000), Logistic(8.0, 0.0), prior)["calibration_error"] > 0.04
+    assert measure_calibration(drawn_pairs(30000, 60000), Logistic(8.0, 0.0), prior)["calibration_error"] > 0.04
     rates = [point["fpr"] for point in values["roc"]]
     assert rates == sorted(rates) and rates[-1] == 1 and len(rates) > 20
 

@@ -9,8 +9,9 @@ import pytest
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.report import retrieval_page
+from mpanet_jax.report.page_content import page_of_ranking
 from mpanet_jax.report.retrieval import rank_queries
-from mpanet_jax.report.retrieval_page import page_of_ranking, write_page
+from mpanet_jax.report.retrieval_page import write_page
 from mpanet_jax.report.thumbnails import photos_of_folder
 from tests.report.browser import browser_context
 from tests.report.page_cases import WICKED, CamerasProtocol, people, photo
