@@ -36,7 +36,7 @@ def total_gradients(gradients: Any, summed: Any, dtype: DTypeLike, axis_name: st
     Args:
       gradients: of the parameters.
       summed: those that their layers have summed over the devices already and that stay as they are, as a tree of
-        their names: what `layers.gradients_are_summed` noted.
+        their names: what `layers.mark_gradients_summed` noted.
       dtype: the others are summed in it. Most come out of products in this type; those that come in float32 are rounded
         to bfloat16, which halves the bytes that the devices exchange.
       axis_name: the mapped axis.

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.losses import identity_loss
-from mpanet_jax.methods.method import Method, Rows, unit
+from mpanet_jax.methods.method import Method, Rows, l2_normalize
 from mpanet_jax.models.agw import AGW as Network
 from mpanet_jax.models.agw import Outputs
 from mpanet_jax.models.resnet import BACKBONES, ResNet, make_backbone
@@ -274,4 +274,4 @@ class AGW(Method):
         self, network: nn.Module, variables: Any, images: Array, modality: Array | None = None
     ) -> Float[Array, "b d"]:
         """The neck's output, L2-normalised: AGW compares by the cosine on every data set."""
-        return unit(super().embed(network, variables, images, modality))
+        return l2_normalize(super().embed(network, variables, images, modality))

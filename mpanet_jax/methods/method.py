@@ -58,7 +58,7 @@ def compute_dtype(name: str) -> np.dtype:
     return jnp.dtype(name)
 
 
-def unit(rows: Float[Array, "b d"]) -> Float[Array, "b d"]:
+def l2_normalize(rows: Float[Array, "b d"]) -> Float[Array, "b d"]:
     """Rows of length 1."""
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -176,7 +176,7 @@ class Method:
 
         if not self.settings.eval.flip:
             return embedding(images)
-        return unit(unit(embedding(images)) + unit(embedding(jnp.flip(images, 2))))
+        return l2_normalize(l2_normalize(embedding(images)) + l2_normalize(embedding(jnp.flip(images, 2))))
 
     def pattern_maps(
         self,

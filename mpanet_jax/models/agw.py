@@ -59,17 +59,17 @@ class NonLocalBlock(nn.Module):
         channels = x.shape[-1]
         wide = x.astype(statistics_dtype(x))
 
-        def project(name: str, y: Array, features: int) -> Array:
+        def conv1x1(name: str, y: Array, features: int) -> Array:
             bias_init = uniform_by_channels(y.shape[-1])
             options = {"kernel_init": torch_uniform, "bias_init": bias_init, "param_dtype": self.param_dtype}
             return nn.Dense(features, dtype=wide.dtype, name=name, **options)(y)
 
-        theta, phi, g = (project(name, wide, 1) for name in ("theta", "phi", "g"))
+        theta, phi, g = (conv1x1(name, wide, 1) for name in ("theta", "phi", "g"))
         y = theta * (phi * g).mean((1, 2), keepdims=True)
         norm = BatchNorm(
             axis_name=self.axis_name, param_dtype=self.param_dtype, scale_init=nn.initializers.zeros, name="bn"
         )
-        return (norm(project("w", y, channels), train=train) + wide).astype(x.dtype)
+        return (norm(conv1x1("w", y, channels), train=train) + wide).astype(x.dtype)
 
 
 class ModalityStem(nn.Module):

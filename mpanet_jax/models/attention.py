@@ -151,16 +151,16 @@ class NonLocal(nn.Module):
         batch, height, width, channels = feature_map.shape
         flat = feature_map.reshape(batch, height * width, channels)
 
-        def project(features: int, name: str, x: Array) -> Array:
+        def conv1x1(features: int, name: str, x: Array) -> Array:
             return nn.Dense(
                 features, dtype=x.dtype, param_dtype=self.param_dtype, kernel_init=torch_uniform, name=name
             )(x)
 
-        theta, phi, value = (project(channels // 2, name, flat) for name in ("theta", "phi", "g"))
+        theta, phi, value = (conv1x1(channels // 2, name, flat) for name in ("theta", "phi", "g"))
         similarity = jnp.einsum("bnc,bmc->bnm", theta, phi, preferred_element_type=statistics_dtype(flat))
         attended = jnp.einsum("bnm,bmc->bnc", jax.nn.softmax(similarity).astype(flat.dtype), value)
         # The scale starts at 0, so the block starts as the identity (section 4.1 of that paper).
         norm = BatchNorm(
             axis_name=self.axis_name, param_dtype=self.param_dtype, scale_init=nn.initializers.zeros, name="bn"
         )
-        return (flat + norm(project(channels, "w", attended), train=train)).reshape(feature_map.shape)
+        return (flat + norm(conv1x1(channels, "w", attended), train=train)).reshape(feature_map.shape)

@@ -15,7 +15,7 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 SUMMED = "summed_gradients"
 
 
-def gradients_are_summed(module: nn.Module, *names: str) -> None:
+def mark_gradients_summed(module: nn.Module, *names: str) -> None:
     """Says that `module` returns the gradients of its parameters `names` already summed over the devices.
 
     A layer that says nothing gets its gradients summed in `step.py`. To be called in the layer's forward pass.

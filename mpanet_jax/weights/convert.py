@@ -20,7 +20,7 @@ from mpanet_jax.methods.method import Method
 from mpanet_jax.settings import ModelSettings, Settings, differences, to_dict
 from mpanet_jax.state import init_variables, random_keys
 from mpanet_jax.weights import files
-from mpanet_jax.weights.files import listed
+from mpanet_jax.weights.files import comma_list
 from mpanet_jax.weights.hub import resolve
 from mpanet_jax.weights.names import COUNTERS, Variables, from_state_dict, number_of_ids, to_state_dict
 
@@ -180,22 +180,24 @@ def start_from(init_from: str, method: Method, variables: Mapping[str, Any]) -> 
     except UserError as error:
         raise SettingsError(f"init_from: {error}") from error
     after = {path: jnp.asarray(taken[path], leaf.dtype) if path in taken else leaf for path, leaf in before.items()}
-    return unflatten_dict(after), f"init_from: {init_from}: " + _taken_in_words(method, variables, is_bare, left_out)
+    return unflatten_dict(after), f"init_from: {init_from}: " + _describe_start(method, variables, is_bare, left_out)
 
 
-def _taken_in_words(method: Method, variables: Mapping[str, Any], is_bare: bool, left_out: list[str]) -> str:
+def _describe_start(method: Method, variables: Mapping[str, Any], is_bare: bool, left_out: list[str]) -> str:
     names, params = method.names(), flatten_dict({"params": variables["params"]})
     anew = ["/".join(path[1:]) for path in params if names.is_classifier(names.name(path))]
     if is_bare:
         words = "the backbone is taken, everything else starts anew"
     elif anew:
         num_ids = number_of_ids({"params": variables["params"]}, names)
-        words = f"everything is taken but the classifiers, which start anew for {num_ids} identities ({listed(anew)})"
+        words = (
+            f"everything is taken but the classifiers, which start anew for {num_ids} identities ({comma_list(anew)})"
+        )
     else:
         words = "everything is taken"
     others = [name for name in left_out if is_bare or not names.is_classifier(name)]
     others = [name for name in others if not re.fullmatch(COUNTERS, name)]
-    return words + (f"; left out: {listed(others)}" if others else "")
+    return words + (f"; left out: {comma_list(others)}" if others else "")
 
 
 def initial_variables(

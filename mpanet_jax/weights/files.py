@@ -24,7 +24,7 @@ METADATA_KEY = "mpanet_jax.settings"
 METRICS_KEY = "mpanet_jax.metrics"
 
 
-def listed(names: Iterable[str], most: int = 20) -> str:
+def comma_list(names: Iterable[str], most: int = 20) -> str:
     """Names with commas between them, the first `most` of them."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -102,7 +102,9 @@ def _read_torch(path: Path) -> StateDict:
         raise UserError(f"{path}: expected a state dict (names and tensors), found {type(content).__name__}")
     foreign = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if foreign:
-        raise UserError(f"{path}: expected a state dict, but these entries are no tensors: {listed(map(str, foreign))}")
+        raise UserError(
+            f"{path}: expected a state dict, but these entries are no tensors: {comma_list(map(str, foreign))}"
+        )
     return {
         name: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
         for name, value in content.items()

@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.weights.files import StateDict, listed
+from mpanet_jax.weights.files import StateDict, comma_list
 
 Variables = dict[str, Any]
 Rules = Sequence[tuple[str, str]]
@@ -167,12 +167,14 @@ def from_state_dict(
         reason = _reason(state_dict, expected, missing + extra + misfit, names)
         raise UserError(
             f"{source}: does not fit the model{reason}; "
-            + "; ".join(f"{kind}: {listed(those)}" for kind, those in kinds.items() if those)
+            + "; ".join(f"{kind}: {comma_list(those)}" for kind, those in kinds.items() if those)
             + (f"; {advice}" if advice else "")
         )
     broken = [name for name in sorted(expected) if not np.isfinite(usable[name]).all()]
     if broken:
-        raise UserError(f"{source}: NaN or infinity in {listed(broken)}; take weights from before training diverged")
+        raise UserError(
+            f"{source}: NaN or infinity in {comma_list(broken)}; take weights from before training diverged"
+        )
     flat = {}
     for name, (paths, _, leaf) in expected.items():
         array = _from_published(usable[name], len(leaf.shape))

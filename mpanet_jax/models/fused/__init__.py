@@ -14,21 +14,21 @@ import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
 from mpanet_jax.models.attention import ModalityAlleviation, PatternAlignment
-from mpanet_jax.models.fused.attention import align_patterns, alleviate
-from mpanet_jax.models.fused.classifier import classify
-from mpanet_jax.models.fused.normalization import normalize
-from mpanet_jax.models.fused.resnet import bottleneck, stem
+from mpanet_jax.models.fused.attention import fused_mam, fused_pam
+from mpanet_jax.models.fused.classifier import fused_classifier
+from mpanet_jax.models.fused.normalization import fused_batch_norm
+from mpanet_jax.models.fused.resnet import fused_bottleneck, fused_stem
 from mpanet_jax.models.layers import BatchNorm, Classifier
 from mpanet_jax.models.resnet import Bottleneck, Stem
 
 # The plain layer → its fused form, called with the layer and the arguments of the layer's __call__.
 FUSED_FORMS: dict[type[nn.Module], Callable[..., Any]] = {
-    BatchNorm: normalize,
-    Bottleneck: bottleneck,
-    Classifier: classify,
-    ModalityAlleviation: alleviate,
-    PatternAlignment: align_patterns,
-    Stem: stem,
+    BatchNorm: fused_batch_norm,
+    Bottleneck: fused_bottleneck,
+    Classifier: fused_classifier,
+    ModalityAlleviation: fused_mam,
+    PatternAlignment: fused_pam,
+    Stem: fused_stem,
 }
 # The platforms on which the fused network was measured to be the faster one (docs/performance.md).
 FASTER_ON = ("cpu", "gpu")

@@ -30,7 +30,7 @@ def _affine_backward(saved, dy):
 _affine.defvjp(_affine_forward, _affine_backward)
 
 
-def alleviate(module: ModalityAlleviation, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def fused_mam(module: ModalityAlleviation, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """The form of `ModalityAlleviation`: IN shares its mean with g(Z), so F = (m + (1−m)/σ)·Z − (1−m)·μ/σ."""
     mean, inverse_deviation = instance_statistics(z)
     if module.kind == "in":
@@ -42,7 +42,7 @@ def alleviate(module: ModalityAlleviation, z: Float[Array, "b h w c"]) -> Float[
     return _affine(z, mask + rest, -rest * mean)
 
 
-def align_patterns(
+def fused_pam(
     module: PatternAlignment, feature_map: Float[Array, "b h w c"]
 ) -> tuple[Float[Array, "b d"], Float[Array, "b positions l"]]:
     """The form of `PatternAlignment`: g(F) is the pattern whose map is 1 everywhere, so one product pools all."""

@@ -2,7 +2,7 @@
 
 The forward and backward passes are written by hand because they decide the speed of the step: a ResNet is bound by
 memory traffic, and this form keeps only the convolution's output, the layer's output and two vectors per channel. Two
-relatives leave out one of the two: `projection.py`, behind a 1×1 convolution that widens, the convolution's output;
+relatives leave out one of the two: `conv1x1.py`, behind a 1×1 convolution that widens, the convolution's output;
 `pooling.py`, in the stem, the layer's.
 """
 
@@ -24,10 +24,10 @@ def sum_over_devices(values: tuple[Array, ...], axis_name: str | None) -> tuple[
     Gathered and added, not `psum`: a hundred such sums a step wait for nothing but latency, and for vectors this short
     a gather has less of it (docs/performance.md).
     """
-    return sum_beside(values, None, axis_name)[0]
+    return sum_overlapped(values, None, axis_name)[0]
 
 
-def sum_beside(values: tuple[Array, ...], work: Any, axis_name: str | None) -> tuple[tuple[Array, ...], Any]:
+def sum_overlapped(values: tuple[Array, ...], work: Any, axis_name: str | None) -> tuple[tuple[Array, ...], Any]:
     """`sum_over_devices` of `values`, and `work`: arrays that the device computes while the sums travel.
 
     XLA would leave such work for the end of the step, and the device would wait for the sums meanwhile. So all that is
@@ -152,7 +152,7 @@ def _backward(eps, relu, axis_name, saved, cotangents):
         gradient = jnp.where(centred * (inverse_deviation * scale) + bias > 0, gradient, 0)
     gradient = gradient.astype(mean.dtype)
     sums = channel_sums(gradient, gradient * (centred * inverse_deviation))
-    (d_bias, d_scale), d_next_kernel = sum_beside(sums, d_next_kernel, axis_name)
+    (d_bias, d_scale), d_next_kernel = sum_overlapped(sums, d_next_kernel, axis_name)
     dx = input_gradient(x, gradient, (d_bias, d_scale), mean, inverse_deviation, scale, axis_name)
     return dx, d_scale, d_bias, d_next_kernel
 

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mpanet_jax.models.layers import Classifier, gradients_are_summed, statistics_dtype, sum_gradient
+from mpanet_jax.models.layers import Classifier, mark_gradients_summed, statistics_dtype, sum_gradient
 
 # A network has about so many classifiers on one embedding: MPANet has three.
 CLASSIFIERS = 3
@@ -69,7 +69,7 @@ def _linear_backward(dtype, axis_name, saved, gradient):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def classify(module: Classifier, embedding: Float[Array, "b d"]) -> Float[Array, "b n"]:
+def fused_classifier(module: Classifier, embedding: Float[Array, "b d"]) -> Float[Array, "b n"]:
     """The form of `Classifier`."""
-    gradients_are_summed(module, module.kernel_name)
+    mark_gradients_summed(module, module.kernel_name)
     return linear(embedding, module.kernel(embedding), module.dtype, module.axis_name)

@@ -8,14 +8,16 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mpanet_jax.models.fused.batch_norm import batch_norm, count_positions
-from mpanet_jax.models.layers import BatchNorm, gradients_are_summed, statistics_dtype
+from mpanet_jax.models.layers import BatchNorm, mark_gradients_summed, statistics_dtype
 
 Vector = Float[Array, "c"]
 ByBatch = Callable[[Vector, Vector], tuple[Array, Vector, Vector]]
 ByRunning = Callable[[Vector, Vector, Vector], Array]
 
 
-def run(norm: BatchNorm, channels: int, count: int, by_batch: ByBatch, by_running: ByRunning, *, train: bool) -> Array:
+def normalize_with(
+    norm: BatchNorm, channels: int, count: int, by_batch: ByBatch, by_running: ByRunning, *, train: bool
+) -> Array:
     """One of the two functions on the variables of `norm`; after `by_batch` its running statistics move.
 
     Args:
@@ -30,23 +32,23 @@ def run(norm: BatchNorm, channels: int, count: int, by_batch: ByBatch, by_runnin
     scale, bias, running_mean, running_variance = norm.variables_of(channels)
     if not train:
         return by_running(running_mean, lax.rsqrt(running_variance + norm.eps) * scale, bias)
-    gradients_are_summed(norm, *(("scale", "bias") if norm.use_bias else ("scale",)))
+    mark_gradients_summed(norm, *(("scale", "bias") if norm.use_bias else ("scale",)))
     result, mean, variance = by_batch(scale, bias)
     norm.move_running_statistics(mean, variance, count)
     return result
 
 
-class Norm(BatchNorm):
-    """The variables of a `BatchNorm`; called with the further arguments of `run`."""
+class FusedBatchNorm(BatchNorm):
+    """The variables of a `BatchNorm`; called with the further arguments of `normalize_with`."""
 
     @nn.compact
     def __call__(
         self, channels: int, count: int, by_batch: ByBatch, by_running: ByRunning, *, train: bool
     ) -> Float[Array, "..."]:
-        return run(self, channels, count, by_batch, by_running, train=train)
+        return normalize_with(self, channels, count, by_batch, by_running, train=train)
 
 
-def normalize(norm: BatchNorm, x: Float[Array, "*positions c"], *, train: bool) -> Float[Array, "*positions c"]:
+def fused_batch_norm(norm: BatchNorm, x: Float[Array, "*positions c"], *, train: bool) -> Float[Array, "*positions c"]:
     """The form of a `BatchNorm` that stands alone."""
 
     def by_batch(scale: Vector, bias: Vector) -> tuple[Array, Vector, Vector]:
@@ -56,7 +58,7 @@ def normalize(norm: BatchNorm, x: Float[Array, "*positions c"], *, train: bool) 
     def by_running(mean: Vector, factor: Vector, bias: Vector) -> Array:
         return affine(x, mean, factor, bias)
 
-    return run(norm, x.shape[-1], count_positions(x, norm.axis_name), by_batch, by_running, train=train)
+    return normalize_with(norm, x.shape[-1], count_positions(x, norm.axis_name), by_batch, by_running, train=train)
 
 
 def affine(x: Array, mean: Vector, factor: Vector, bias: Vector) -> Array:

@@ -23,7 +23,7 @@ from mpanet_jax.models.layers import statistics_dtype
 TAPS = [(row, column) for row in range(3) for column in range(3)]
 
 
-def largest_of_windows(
+def max_pool_with_places(
     x: Float[Array, "b h w c"],
 ) -> tuple[Float[Array, "b h2 w2 c"], UInt8[Array, "b h2 w2 c"]]:
     """The maximum of every window and its place in it, 0 to 8."""
@@ -39,7 +39,7 @@ def largest_of_windows(
     return largest, place
 
 
-def spread(
+def max_unpool(
     place: UInt8[Array, "b h2 w2 c"], values: Float[Array, "b h2 w2 c"], height: int, width: int
 ) -> Float[Array, "b {height} {width} c"]:
     """The transpose of taking the maximum: every window's value goes to its place; summed in float32.
@@ -67,7 +67,7 @@ def spread(
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """3×3 max-pool with stride 2 and padding 1, for evaluation: its gradient is a slow scatter."""
-    return largest_of_windows(x)[0]
+    return max_pool_with_places(x)[0]
 
 
 def _forward(x, scale, bias, eps, axis_name):
@@ -76,7 +76,7 @@ def _forward(x, scale, bias, eps, axis_name):
     # Batch norm rises with x, or falls where its scale is negative: the largest (smallest) x of a window makes the
     # largest y, and only those are normalised.
     sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
-    chosen, place = largest_of_windows(x * sign)
+    chosen, place = max_pool_with_places(x * sign)
     chosen *= sign
     y = jnp.maximum((chosen.astype(mean.dtype) - mean) * (inverse_deviation * scale) + bias, 0)
     return (y.astype(x.dtype), mean, variance), (x, chosen, place, mean, inverse_deviation, scale, bias)
@@ -101,8 +101,8 @@ def _backward(eps, axis_name, saved, cotangents):
     gradient = jnp.where(centred * (inverse_deviation * scale) + bias > 0, cotangents[0], 0)
     wide = gradient.astype(mean.dtype)
     d_bias, d_scale = sum_over_devices(channel_sums(wide, wide * (centred * inverse_deviation)), axis_name)
-    spread_gradient = spread(place, gradient, *x.shape[1:3])
-    dx = input_gradient(x, spread_gradient, (d_bias, d_scale), mean, inverse_deviation, scale, axis_name)
+    unpooled = max_unpool(place, gradient, *x.shape[1:3])
+    dx = input_gradient(x, unpooled, (d_bias, d_scale), mean, inverse_deviation, scale, axis_name)
     return dx, d_scale, d_bias
 
 

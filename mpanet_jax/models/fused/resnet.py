@@ -10,9 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mpanet_jax.models.fused.batch_norm import batch_norm, count_positions
-from mpanet_jax.models.fused.normalization import Norm, affine
+from mpanet_jax.models.fused.conv1x1 import conv1x1, conv1x1_batch_norm
+from mpanet_jax.models.fused.normalization import FusedBatchNorm, affine
 from mpanet_jax.models.fused.pooling import max_pool, normalize_and_pool
-from mpanet_jax.models.fused.projection import project, project_and_normalize
 from mpanet_jax.models.layers import kaiming_fan_out
 from mpanet_jax.models.resnet import Bottleneck, Stem
 
@@ -59,11 +59,11 @@ def stem_convolution(
     return lax.conv_general_dilated(blocks, taps, (1, 1), ((2, 1), (2, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
+def fused_stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
     """The form of `Stem`: the normalised array, its largest, is never written."""
     kernel = Kernel(7, module.width, module.param_dtype, name="conv1")(images)
     x = stem_convolution(images, kernel, module.dtype)
-    norm = Norm(axis_name=module.axis_name, param_dtype=module.param_dtype, name="bn1")
+    norm = FusedBatchNorm(axis_name=module.axis_name, param_dtype=module.param_dtype, name="bn1")
     return norm(
         module.width,
         count_positions(x, module.axis_name),
@@ -73,11 +73,11 @@ def stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) -> Float
     )
 
 
-def bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
+def fused_bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
     """The form of `Bottleneck`: behind the 1×1 convolutions that widen, batch norm follows from their input."""
     axis_name, dtype, stride = module.axis_name, module.dtype, module.stride
     kernel = partial(Kernel, param_dtype=module.param_dtype)
-    norm = partial(Norm, axis_name=axis_name, param_dtype=module.param_dtype)
+    norm = partial(FusedBatchNorm, axis_name=axis_name, param_dtype=module.param_dtype)
     out = module.expansion * module.width
 
     def widen(u: Array, names: tuple[str, str], residual: Array | None) -> Array:
@@ -85,12 +85,12 @@ def bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -
         weights, bn, relu = kernel(1, out, name=names[0])(u)[0, 0], norm(name=names[1]), residual is not None
 
         def by_running(mean: Array, factor: Array, bias: Array) -> Array:
-            return project(u, (weights * factor).astype(u.dtype), bias - mean * factor, residual, relu)
+            return conv1x1(u, (weights * factor).astype(u.dtype), bias - mean * factor, residual, relu)
 
         return bn(
             out,
             count_positions(u, axis_name),
-            lambda scale, bias: project_and_normalize(u, weights, residual, scale, bias, bn.eps, relu, axis_name),
+            lambda scale, bias: conv1x1_batch_norm(u, weights, residual, scale, bias, bn.eps, relu, axis_name),
             by_running,
             train=train,
         )

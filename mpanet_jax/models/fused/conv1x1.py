@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mpanet_jax.models.fused.batch_norm import count_positions, sum_beside, sum_over_devices
+from mpanet_jax.models.fused.batch_norm import count_positions, sum_over_devices, sum_overlapped
 from mpanet_jax.models.layers import statistics_dtype
 
 EXACT = lax.Precision.HIGHEST
@@ -51,7 +51,7 @@ def _sums_of_products(x: Float[Array, "b h w i"], y: Float[Array, "b h w o"], pr
     )
 
 
-def project(
+def conv1x1(
     u: Float[Array, "b h w i"],
     kernel: Float[Array, "i o"],
     offset: Float[Array, "o"],
@@ -79,13 +79,13 @@ def _forward(u, kernel, residual, scale, bias, eps, relu, axis_name):
     # Of the rounded kernel: then the mean of the result is the bias, up to the rounding of the offset.
     offset = bias - jnp.dot(mean_u, folded.astype(mean.dtype), precision=EXACT)
     # Without the barrier XLA computes a block's output again, from all earlier blocks, wherever it is read.
-    y = lax.optimization_barrier(project(u, folded, offset, residual, relu))
+    y = lax.optimization_barrier(conv1x1(u, folded, offset, residual, relu))
     saved = (u, kernel, scale, mean, inverse_deviation, mean_u, sums_u, products_y, y if relu else None)
     return (y, mean, variance), (saved, residual is not None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def project_and_normalize(
+def conv1x1_batch_norm(
     u: Float[Array, "b h w i"],
     kernel: Float[Array, "i o"],
     residual: Float[Array, "b h w o"] | None,
@@ -125,7 +125,7 @@ def _backward(eps, relu, axis_name, saved, cotangents):
     else:  # products of bfloat16 are exact in float32
         products_g = _sums_of_products(u, g)
     sums_g_y = ((products_g * kernel).sum(0) - mean * sums_g) * inverse_deviation
-    (d_bias, d_scale), g_a = sum_beside((sums_g, sums_g_y), jnp.dot(g, a), axis_name)
+    (d_bias, d_scale), g_a = sum_overlapped((sums_g, sums_g_y), jnp.dot(g, a), axis_name)
     count = count_positions(u, axis_name)
     mean_g, slope = d_bias / count, d_scale / count * inverse_deviation
 
@@ -139,4 +139,4 @@ def _backward(eps, relu, axis_name, saved, cotangents):
     return d_u, d_kernel, g if has_residual else None, d_scale, d_bias
 
 
-project_and_normalize.defvjp(_forward, _backward)
+conv1x1_batch_norm.defvjp(_forward, _backward)
