@@ -78,7 +78,7 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 def _forward(x, scale, bias, eps, axis_name):
     mean, variance = batch_statistics(x, axis_name)
     inverse_deviation = lax.rsqrt(variance + eps)
-    # Batch norm is monotonic: the largest y of a window comes from its largest x, or where the scale is negative from its
+    # Batch norm is monotonic: a window's largest y comes from its largest x, or where the scale is negative from its
     # smallest. Only these are normalised.
     sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
     chosen, place = max_pool_with_places(x * sign)

@@ -42,8 +42,8 @@ def stem_convolution(
 ) -> Float[Array, "b h2 w2 c"]:
     """The 7×7 convolution with stride 2 and padding 3, in `dtype`.
 
-    For images of even height and width it is computed as a 4×4 convolution with stride 1 over 2×2 blocks of pixels; with
-    a fourth channel of zeros these have 16 channels. The kernel gets a first row and a first column of zeros, so that
+    For images of even height and width it is computed as a 4×4 convolution with stride 1 over 2×2 blocks of pixels; a
+    fourth channel of zeros gives these 16 channels. The kernel gets a first row and a first column of zeros, so that
     its 8×8 taps are 4×4 blocks.
     """
     batch, height, width, _ = images.shape
