@@ -60,17 +60,17 @@ class NonLocalBlock(nn.Module):
         channels = x.shape[-1]
         wide = x.astype(statistics_dtype(x))
 
-        def conv1x1(name: str, y: Array, features: int) -> Array:
-            bias_init = uniform_by_channels(y.shape[-1])
+        def conv1x1(x: Array, features: int, name: str) -> Array:
+            bias_init = uniform_by_channels(x.shape[-1])
             options = {"kernel_init": torch_uniform, "bias_init": bias_init, "param_dtype": self.param_dtype}
-            return nn.Dense(features, dtype=wide.dtype, name=name, **options)(y)
+            return nn.Dense(features, dtype=x.dtype, name=name, **options)(x)
 
-        theta, phi, g = (conv1x1(name, wide, 1) for name in ("theta", "phi", "g"))
+        theta, phi, g = (conv1x1(wide, 1, name) for name in ("theta", "phi", "g"))
         y = theta * (phi * g).mean((1, 2), keepdims=True)
         norm = BatchNorm(
             axis_name=self.axis_name, param_dtype=self.param_dtype, scale_init=nn.initializers.zeros, name="bn"
         )
-        return (norm(conv1x1("w", y, channels), train=train) + wide).astype(x.dtype)
+        return (norm(conv1x1(y, channels, "w"), train=train) + wide).astype(x.dtype)
 
 
 class ModalityStem(nn.Module):

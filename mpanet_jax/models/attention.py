@@ -142,7 +142,10 @@ class PatternAlignment(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Embedded-Gaussian non-local block (Wang et al., CVPR 2018): z = F + BN(W y), y = softmax(θᵀφ)·g."""
+    """Embedded-Gaussian non-local block (Wang et al., CVPR 2018): z = F + BN(W y), y = softmax(θᵀφ)·g.
+
+    θ, φ, g and W are 1×1 convolutions; θ, φ and g have half of F's channels.
+    """
 
     axis_name: str | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -152,16 +155,16 @@ class NonLocal(nn.Module):
         batch, height, width, channels = feature_map.shape
         flat = feature_map.reshape(batch, height * width, channels)
 
-        def conv1x1(features: int, name: str, x: Array) -> Array:
+        def conv1x1(x: Array, features: int, name: str) -> Array:
             return nn.Dense(
                 features, dtype=x.dtype, param_dtype=self.param_dtype, kernel_init=torch_uniform, name=name
             )(x)
 
-        theta, phi, value = (conv1x1(channels // 2, name, flat) for name in ("theta", "phi", "g"))
+        theta, phi, value = (conv1x1(flat, channels // 2, name) for name in ("theta", "phi", "g"))
         similarity = jnp.einsum("bnc,bmc->bnm", theta, phi, preferred_element_type=statistics_dtype(flat))
         attended = jnp.einsum("bnm,bmc->bnc", jax.nn.softmax(similarity).astype(flat.dtype), value)
         # With a scale of 0 the block starts as the identity (section 4.1 of that paper).
         norm = BatchNorm(
             axis_name=self.axis_name, param_dtype=self.param_dtype, scale_init=nn.initializers.zeros, name="bn"
         )
-        return (flat + norm(conv1x1(channels, "w", attended), train=train)).reshape(feature_map.shape)
+        return (flat + norm(conv1x1(attended, channels, "w"), train=train)).reshape(feature_map.shape)
