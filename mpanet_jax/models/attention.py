@@ -112,6 +112,9 @@ class CBAM(nn.Module):
 class PatternAlignment(nn.Module):
     """PAM, eq. 4–6: f = [p₁ … p_l, g(F)] with the pattern maps M = σ(A(F)) and p_k = g(M_k ⊙ F), g average pooling.
 
+    Attributes:
+      num_patterns: l.
+
     Returns:
       f: float32[b, (l+1)·c], one pattern after the other, the global feature last.
       maps: float32[b, h·w, l], M.
