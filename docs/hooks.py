@@ -12,7 +12,7 @@ PLACE = "<!-- settings: docs/hooks.py puts the tables here, from the dataclasses
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """mkdocs's hook: the text of a page before it becomes HTML."""
+    """A hook of mkdocs: gets and returns the Markdown of a page, before it becomes HTML."""
     if page.file.src_path != "settings.md":
         return markdown
     assert PLACE in markdown
@@ -20,23 +20,23 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def tables() -> str:
-    """The common fields, then each method's and data set's own."""
+    """The tables of the common fields, and of each method's and each data set's own fields, as Markdown."""
     common = dict(fields_of(Settings()))
-    parts = ["## Of every method", *table(common)]
+    parts = ["## All methods", *table(common)]
     for name, entry in METHODS.items():
         own = {path: row for path, row in fields_of(entry.settings()) if common.get(path) != row}
-        parts += [f"\n## Of the method `{name}`, or with another default", *table(own)]
+        parts += [f"\n## Method `{name}`: own fields and other defaults", *table(own)]
     shared = dict(fields_of(DatasetSettings(), "dataset."))
     for name, dataset in datasets.DATASETS.items():
-        # The class's own fields: a whole one would need the folder that it is of.
+        # From the class, because an object would need the folder of its images.
         fields = {f"dataset.{f.name}": row_of(f, f.default) for f in dataclasses.fields(dataset.settings_class)}
         if own := {path: row for path, row in fields.items() if path not in shared}:
-            parts += [f"\n## Of the data set `{name}`", *table(own)]
+            parts += [f"\n## Data set `{name}`: own fields", *table(own)]
     return "\n".join(parts)
 
 
 def fields_of(settings: Any, prefix: str = "") -> Iterator[tuple[str, tuple[str, str, str]]]:
-    """(path, (default, meaning, what is allowed)) of every field."""
+    """Yields (path, (default, meaning, allowed values)) of every field."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
@@ -46,13 +46,13 @@ def fields_of(settings: Any, prefix: str = "") -> Iterator[tuple[str, tuple[str,
 
 
 def row_of(field: Any, value: Any) -> tuple[str, str, str]:
-    """Default, meaning and what is allowed."""
+    """Default, meaning and allowed values of a field, as Markdown."""
     rule = field.metadata["rule"]
     allowed = rule.expected if isinstance(rule, Rule) else ", ".join(f"`{name!r}`" for name in rule()) if rule else ""
     return f"`{value!r}`", field.metadata["comment"].replace("|", "\\|"), allowed
 
 
 def table(rows: dict[str, tuple[str, str, str]]) -> list[str]:
-    """Markdown's lines."""
+    """The lines of a table in Markdown."""
     lines = ["", "| field | default | meaning | allowed |", "|---|---|---|---|"]
     return lines + [f"| `{path}` | {' | '.join(row)} |" for path, row in rows.items()]

@@ -35,10 +35,10 @@ def total_gradients(gradients: Any, summed: Any, dtype: DTypeLike, axis_name: st
 
     Args:
       gradients: of this device's share, a tree like the parameters.
-      summed: a tree of the gradients that their layers have summed over the devices already, as
-        `layers.gradients_are_summed` notes them; these stay as they are.
-      dtype: the type in which the others are summed. Most of them come out of products of this type. With bfloat16,
-        those of float32 are rounded to it, which halves the bytes that the devices exchange.
+      summed: a tree of the gradients that their layers have already summed over the devices, as
+        `layers.mark_gradients_summed` notes them; these stay as they are.
+      dtype: the type in which the others are summed. Most come out of products of this type; with bfloat16, those of
+        float32 are rounded to it, which halves the bytes that the devices exchange.
       axis_name: the mapped axis.
 
     Returns:

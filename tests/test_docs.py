@@ -155,7 +155,7 @@ def test_marks_are_of_the_known_kinds():
 
 def test_settings_page_has_every_field_with_its_default():
     tables = runpy.run_path(str(ROOT / "docs/hooks.py"))["tables"]()
-    rows = dict(re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", tables.split("\n## Of the method `agw`")[0], re.M))
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", tables.split("\n## Method `agw`")[0], re.M))
     assert {path: repr(value) for path, value in flat(to_dict(METHODS["mpanet"].settings())).items()} == rows
     assert set(re.findall(r"^\| `([\w.]+)`", tables, re.M)) == config_paths() - {
         p.rpartition(".")[0] for p in config_paths()

@@ -86,8 +86,8 @@ def test_all_but_the_classifiers_is_taken(run, suffix, num_ids):
     for path, leaf in after.items():
         np.testing.assert_array_equal(leaf, (before if path in anew else model)[path], err_msg=str(path))
     assert line == (
-        f"init_from: {source}: everything is taken but the classifiers, which start anew for {num_ids} identities "
-        "(classifier, infrared_classifier, visible_classifier)"
+        f"init_from: {source}: loaded everything but the classifiers, which start from scratch for {num_ids} "
+        "identities (classifier, infrared_classifier, visible_classifier)"
     )
 
 
@@ -107,7 +107,7 @@ def test_a_published_checkpoint_embeds_as_pytorch_does_before_the_first_step(tmp
         expected = network.eval()(torch.tensor(normalised.transpose(0, 3, 1, 2))).embedding.numpy()
     assert found.dtype == expected.dtype == np.float64
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
-    assert len(lines) == 1 and "anew for 7 identities" in lines[0]
+    assert len(lines) == 1 and "from scratch for 7 identities" in lines[0]
     assert set(averages) == CLASSIFIERS - {"classifier"}
     for name, average in averages.items():
         np.testing.assert_array_equal(average, variables["params"][name])
@@ -127,7 +127,7 @@ def test_a_backbone_is_told_from_a_whole_network_that_has_its_names(run, tmp_pat
     backbone = {name: array for name, array in whole.items() if name.startswith(("conv1.", "bn1.", "layer"))}
     assert set(backbone) < set(whole)
     before = random_variables()
-    for content, words in ((backbone, "the backbone is taken, everything else"), (whole, "everything is taken but")):
+    for content, words in ((backbone, "loaded the backbone; everything else"), (whole, "loaded everything but")):
         save_file(content, tmp_path / "x.safetensors")
         after, line = start_from(str(tmp_path / "x.safetensors"), method, before)
         assert words in line
@@ -162,8 +162,8 @@ def test_another_network_is_refused_by_the_names_of_both(tmp_path, monkeypatch, 
     with pytest.raises(UserError) as error:
         start_from(str(tmp_path / f"run{suffix}"), SMALL, random_variables())
     assert str(error.value) == (
-        f"init_from: {tmp_path}/run{suffix}: its weights are stored as those of another network, "
-        f"{field} = {other!r} ({value!r} there); set these fields as they are there, or name other weights"
+        f"init_from: {tmp_path}/run{suffix}: its weights are of another network: "
+        f"{field} is {value!r} there and {other!r} here; set these fields to the values there, or name other weights"
     )
 
 
@@ -178,12 +178,12 @@ def test_of_a_backbone_only_the_backbone_has_to_be_the_same(run, tmp_path):
     convert(tmp_path / "backbone.safetensors", tmp_path / "folder", settings=SMALL.settings)
     other = small_mpanet(model__channel_module="se")
     after, line = start_from(str(tmp_path / "folder"), other, random_variables(other))
-    assert line.endswith("folder: the backbone is taken, everything else starts anew")
+    assert line.endswith("folder: loaded the backbone; everything else starts from scratch")
     np.testing.assert_array_equal(
         after["params"]["stem"]["conv1"]["kernel"], backbone["conv1.weight"].transpose(2, 3, 1, 0)
     )
     wider = small_mpanet(model__width=32)
-    with pytest.raises(UserError, match=r"^init_from: .*folder: .*, model\.width = 32 \(16 there\); set these"):
+    with pytest.raises(UserError, match=r"^init_from: .*folder: .*: model\.width is 16 there and 32 here; set these"):
         start_from(str(tmp_path / "folder"), wider, random_variables(wider))
 
 
@@ -258,7 +258,7 @@ def test_a_run_starts_from_another_run_and_goes_on_without_it(tmp_path, capfd):
     settings = settings_of_run(second, 4, **{"optim.learning_rate": 1e-30, "init_from": str(first / "run")})
     train(settings, second / "run")
     printed = capfd.readouterr().err
-    assert printed.count("init_from: ") == 1 and "which start anew for 4 identities" in printed
+    assert printed.count("init_from: ") == 1 and "which start from scratch for 4 identities" in printed
     assert load_settings(second / "run") == settings
     (_, first_model), (steps, second_model) = (load_model(folder / "run") for folder in (first, second))
     first_model, second_model = flatten_dict(first_model), flatten_dict(second_model)

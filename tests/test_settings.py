@@ -333,7 +333,7 @@ BAD_VALUES = [
     (
         "preset",
         "official",
-        "the other fields are still the paper's; the preset is chosen behind the config file's name: "
+        "the other fields are still the paper's; choose a preset after the name of the config file: "
         "--config=configs/NAME.py:official",
     ),
 ]

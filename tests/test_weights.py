@@ -277,7 +277,7 @@ def test_other_contents_are_refused(tmp_path):
         read_state_dict(tmp_path / "weights.h5")
     with pytest.raises(UserError, match="expected a state dict"):
         read_state_dict(save_torch(tmp_path / "list.pth", [torch.ones(1)]))
-    with pytest.raises(UserError, match="no tensors: epoch, optimizer"):
+    with pytest.raises(UserError, match="not tensors: epoch, optimizer"):
         read_state_dict(save_torch(tmp_path / "other.pth", {"epoch": 1, "optimizer": {"lr": 1}}))
 
 
@@ -334,7 +334,7 @@ def test_a_backbone_is_taken_and_nothing_else(torchvision, tmp_path):
         assert same(params[name], before["params"][name])
     # The classifier of ImageNet is not asked for.
     assert line == (
-        f"init_from: {tmp_path}/resnet.safetensors: the backbone is taken, everything else starts anew; "
+        f"init_from: {tmp_path}/resnet.safetensors: loaded the backbone; everything else starts from scratch; "
         "left out: fc.bias, fc.weight"
     )
 
@@ -345,7 +345,7 @@ def test_misfits_name_the_config_field(torchvision, tmp_path):
     save_file({name: a for name, a in torchvision.items() if name != "bn1.bias"}, tmp_path / "short.safetensors")
     with pytest.raises(
         UserError,
-        match=r"init_from: .*short\.safetensors: .*missing: bn1\.bias; method and mod",
+        match=r"init_from: .*short\.safetensors: .*missing: bn1\.bias; the settings method and model",
     ):
         start(tmp_path / "short.safetensors")
 
@@ -449,7 +449,7 @@ def test_other_backbones_round_trip_and_are_refused_for_another(name, tmp_path):
         message = rf"another backbone, {name} \(.*; expected {other} \(.*(missing|not part of the model): layer\d\."
         with pytest.raises(UserError, match=message):
             start(path, make_method(other_settings), zeros(other_settings))
-        with pytest.raises(UserError, match=rf"model\.backbone = '{other}' \('{name}' there\)"):
+        with pytest.raises(UserError, match=rf"model\.backbone is '{name}' there and '{other}' here"):
             convert(tmp_path / "back.safetensors", tmp_path / "other", settings=other_settings)
     assert not (tmp_path / "other").exists()
 
@@ -614,7 +614,7 @@ def test_folder_without_settings_is_as_a_file_without(published, tmp_path):
     (tmp_path / "folder/config.json").unlink()
     _, variables, _ = read_weights(tmp_path / "folder", settings=SMALL)
     assert same(variables, to_flax(published, template())[0])
-    with pytest.raises(UserError, match=r"folder: .*stages of \(1, 1, 1, 1\).*; weights that carry no settings are"):
+    with pytest.raises(UserError, match=r"folder: .*stages of \(1, 1, 1, 1\).*; weights without settings are"):
         read_weights(tmp_path / "folder")
 
 
@@ -638,8 +638,11 @@ def test_script_takes_the_network_from_a_config(published, tmp_path):
     stored = read_metadata(tmp_path / "a.safetensors")["model"]
     assert (stored["channel_module"], stored["stage_sizes"], stored["width"]) == ("none", [1, 1, 1, 1], 8)
     for options, named in (
-        ([*config, *size, "--config.model.backbone=resnet18"], "model.backbone = 'resnet18' ('resnet50' there)"),
-        (["--width=16"], "model.width = 16 (8 there)"),
+        (
+            [*config, *size, "--config.model.backbone=resnet18"],
+            "model.backbone is 'resnet50' there and 'resnet18' here",
+        ),
+        (["--width=16"], "model.width is 8 there and 16 here"),
         (["--stage_sizes=1,1"], "--stage_sizes, --width: model.stage_sizes = (1, 1): expected 4 numbers"),
         (["--config.model.width=8"], "--config.model.width: fields of a config go with --config="),
     ):

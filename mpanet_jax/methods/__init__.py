@@ -1,4 +1,4 @@
-"""The methods by name: a new one is a file beside this one and a line here."""
+"""The methods by name. A new method is a file in this folder and a line in `METHODS`."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -33,25 +33,28 @@ def _entry(name: Any) -> Entry:
 
 
 def make_method(settings: Settings) -> Method:
-    """The method that the settings are of.
+    """Makes the method that `settings.method` names, with these settings.
 
     Raises:
-      SettingsError: an unknown method, or settings of another class than the method's.
+      SettingsError: the method is unknown, or the settings are not of its class.
     """
     entry = _entry(settings.method)
     if not isinstance(settings, entry.settings):
         raise SettingsError(
-            f"method = {settings.method!r}: its settings are {entry.settings.__name__}, and these "
-            f"{type(settings).__name__}; mpanet_jax.Settings().replace({{'method': {settings.method!r}}}) makes them"
+            f"method = {settings.method!r}: expected {entry.settings.__name__}, found {type(settings).__name__}; "
+            f"use mpanet_jax.Settings().replace({{'method': {settings.method!r}}})"
         )
     return entry.method(settings)
 
 
 def settings_of(tree: Mapping[str, Any]) -> Settings:
-    """The settings of a run from plain values, of a config file or of a run's config.json; of the class they are of.
+    """Makes settings from plain values, in the classes of their method and data set.
+
+    Args:
+      tree: nested dicts, as from a config file or a run's config.json. What is missing takes its default.
 
     Raises:
-      SettingsError: an unknown method, data set or field, or a value that cannot be.
+      SettingsError: the method, the data set or a field is unknown, or a value is not allowed.
     """
     cls = _entry(tree.get("method", Settings.method)).settings
     dataset = tree.get("dataset", {})

@@ -1,6 +1,6 @@
-"""AGW (Ye et al., TPAMI 2021): its settings, its batches, its loss and its optimiser.
+"""AGW (Ye et al., TPAMI 2021): its settings, batches, losses and optimiser.
 
-The baseline that papers of this field compare with; CAJ (`methods/caj.py`) has its network, batches and optimiser.
+It is the usual baseline of this field. CAJ (`methods/caj.py`) shares its network, batches and optimiser.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.losses import identity_loss
-from mpanet_jax.methods.method import Method, Rows, unit
+from mpanet_jax.methods.method import Method, Rows, l2_normalize
 from mpanet_jax.models.agw import AGW as Network
 from mpanet_jax.models.agw import Outputs
 from mpanet_jax.models.resnet import BACKBONES, ResNet, make_backbone
@@ -42,7 +42,7 @@ from mpanet_jax.settings import (
 )
 from mpanet_jax.weights.names import NameMap
 
-HEAD = ("neck", "classifier")  # what learns at the whole rate
+HEAD = ("neck", "classifier")  # the modules that learn at the full rate
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ class AGWModelSettings(ModelSettings):
     """The network: a ResNet with two stems, non-local blocks and GeM."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """The non-local blocks lie inside the stages of a ResNet."""
+        """The non-local blocks go between the blocks of a ResNet."""
         if not isinstance(BACKBONES[self.backbone], ResNet):
             yield "backbone", "AGW and CAJ need a ResNet; take 'resnet50'"
 
 
 @dataclass(frozen=True)
 class AGWLossSettings:
-    """Weights of the terms (0 leaves one out)."""
+    """Weights of the loss terms; 0 leaves a term out."""
 
     identity: float = setting(1.0, "of the cross-entropy", at_least(0))
     triplet: float = setting(1.0, "of the term on the pooled features", at_least(0))
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Something is learned."""
+        """At least one term has a weight."""
         if not self.identity and not self.triplet:
             yield "identity", "both weights are 0, so nothing is learned; give one of them a value"
 
@@ -76,12 +76,14 @@ class SGDSettings(OptimSettings):
     milestones: tuple[int, ...] = setting((20, 50), "epochs after which the rate is multiplied by `decay`", RISING)
     warmup_epochs: int = setting(10, "E: epoch e, from 0, has (e + 1)/E of the rate; 0: none", at_least(0))
     momentum: float = setting(0.9, "Nesterov's", between(0, 1))
-    body_rate: float = setting(0.1, "factor of the rate of all but neck and classifier", at_least(0))
+    body_rate: float = setting(
+        0.1, "the rate of all other parameters, as a share of that of neck and classifier", at_least(0)
+    )
 
 
 @dataclass(frozen=True)
 class AGWSettings(Settings):
-    """AGW's recipe on SYSU-MM01 by default."""
+    """AGW's settings; the defaults are its recipe on SYSU-MM01."""
 
     method: str = setting("agw", "which method the other fields are of", one_of("agw"))
     init_from: str = start_setting(IMAGENET)
@@ -95,9 +97,10 @@ class AGWSettings(Settings):
 
 @dataclass(frozen=True, eq=False)
 class RandomBatchPlan(BatchPlan):
-    """P identities drawn without replacement for every batch, for each K/2 visible and K/2 infrared images with it.
+    """Draws P identities for every batch, without replacement, and their images at random.
 
-    An epoch has floor(N / (P·K/2)) + 1 batches, N the images of the modality that has more.
+    Each identity gets K/2 visible and K/2 infrared images, drawn with replacement. An epoch has floor(N / (P·K/2)) + 1
+    batches, where N is the number of images of the modality that has more.
     """
 
     @cached_property
@@ -108,20 +111,20 @@ class RandomBatchPlan(BatchPlan):
 
     @cached_property
     def num_resampled(self) -> int:
-        """None is an exception: all images are drawn with replacement."""
+        """Always 0: no identity is an exception, because all images are drawn with replacement."""
         return 0
 
     @cached_property
     def signature(self) -> str:
-        """Differs between plans that draw different batches."""
+        """A text that differs between plans that draw different batches."""
         return f"random {super().signature}"
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """int32[steps_per_epoch, P·K]: the image indices, in the order that `BatchPlan` has."""
+        """The image indices of all batches, int32[steps_per_epoch, P·K], ordered as in `BatchPlan`."""
         return _draw_epoch(self, epoch)
 
 
-@lru_cache(maxsize=4)  # prefetching threads stand on both sides of an epoch's end
+@lru_cache(maxsize=4)  # at the end of an epoch prefetching threads already read the next one
 def _draw_epoch(plan: RandomBatchPlan, epoch: int) -> np.ndarray:
     generator = np.random.default_rng(np.random.SeedSequence([plan.seed, epoch]))
     images, half = plan.images_by_identity, plan.images_per_id // 2
@@ -140,11 +143,15 @@ def _draw_epoch(plan: RandomBatchPlan, epoch: int) -> np.ndarray:
 def weighted_distances(
     features: Float[Array, "b d"], labels: Int[Array, "b"], axis_name: str | None
 ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
-    """(d_p, d_n) of this device's images as anchors: weighted means of the distances to all images of the batch.
+    """Weighted mean distances of each anchor to its positives and to its negatives.
 
-    d = √max(‖a − b‖², 1e-12). Positives, the anchor itself among them, have the weights e^(d−m)/(Σ e^(d−m) + 1e-6)
-    with m their largest d, through which the gradient runs too; negatives e^(−d)/(Σ e^(−d) + 1e-6), without a shift: at
-    large distances they sum to less than 1.
+    The anchors are this device's images. Distances to all images of the batch, on all devices, are
+    d = √max(‖a − b‖², 1e-12). Positives, the anchor itself among them, have weights e^(d−m) / (Σ e^(d−m) + 1e-6), where
+    m is the largest d among them; the gradient runs through m too. Negatives have weights e^(−d) / (Σ e^(−d) + 1e-6),
+    which sum to less than 1 at large distances, because they are not shifted.
+
+    Returns:
+      d_p, d_n: to the positives and to the negatives.
     """
     others, their_labels = features, labels
     if axis_name is not None:
@@ -152,8 +159,8 @@ def weighted_distances(
     squared = jnp.square(features[:, None] - others[None]).sum(-1)
     distance = jnp.sqrt(jnp.maximum(squared, 1e-12))
     positive = labels[:, None] == their_labels
-    # By index: the gradient of max looks for the entries that equal it, and where XLA computes the distances a second
-    # time for that, rounded otherwise, there are none.
+    # By index, because the gradient of max looks for the entries that equal the maximum. XLA may compute the distances
+    # a second time for that and round them differently; then no entry is equal.
     farthest = jnp.where(positive, distance, 0).argmax(1)
     largest = jnp.take_along_axis(distance, farthest[:, None], axis=1)
     d_p = _weighted_mean(distance, positive, distance - largest)
@@ -176,19 +183,22 @@ def batch_mean(values: Float[Array, "b"], axis_name: str | None) -> Float[Array,
 def weighted_triplet(
     features: Float[Array, "b d"], labels: Int[Array, "b"], axis_name: str | None = None
 ) -> Float[Array, ""]:
-    """The weighted regularised triplet loss: the mean of log(1 + e^(d_p − d_n)); this device's share of it."""
+    """This device's share of the weighted regularised triplet loss, the batch mean of log(1 + e^(d_p − d_n)).
+
+    `weighted_distances` defines d_p and d_n.
+    """
     d_p, d_n = weighted_distances(features, labels, axis_name)
     return batch_mean(jax.nn.softplus(d_p - d_n), axis_name)
 
 
 @dataclass(frozen=True)
 class AGW(Method):
-    """AGW's network under cross-entropy and the weighted regularised triplet loss."""
+    """AGW's network, trained with cross-entropy and the weighted regularised triplet loss."""
 
     settings: AGWSettings
 
     needs_modality: ClassVar[bool] = True
-    visible_share: ClassVar[float] = 0.5  # of the rows of `views`
+    visible_share: ClassVar[float] = 0.5  # share of visible images in what `views` returns
 
     def network(self, num_ids: int, axis_name: str | None = None) -> Network:
         """The network of `models/agw.py`."""
@@ -204,7 +214,7 @@ class AGW(Method):
         )
 
     def names(self) -> NameMap:
-        """Those of the published program's checkpoints, in which each of three ResNets is whole but used in part."""
+        """The names in the published program's checkpoints, which hold three whole ResNets and use a part of each."""
         backbone = super().names()
         return replace(
             backbone,
@@ -228,17 +238,17 @@ class AGW(Method):
         )
 
     def batch_plan(self, pids: np.ndarray, modality: np.ndarray, num_ids_per_batch: int) -> BatchPlan:
-        """Identities and images at random, whatever was drawn before."""
+        """Draws identities and images anew for every batch."""
         settings = self.settings
         return RandomBatchPlan(pids, modality, num_ids_per_batch, settings.data.images_per_id, settings.seed)
 
     def learning_rate(self, steps_per_epoch: int) -> optax.Schedule:
-        """That of neck and classifier: a linear warm-up by epochs, then step decay."""
+        """The rate of neck and classifier: a linear warm-up by epochs, then step decay."""
         optim = self.settings.optim
         return step_decay(optim.learning_rate, optim.milestones, optim.decay, steps_per_epoch, optim.warmup_epochs)
 
     def optimizer(self, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-        """SGD with Nesterov momentum and L2; all but neck and classifier learn at a smaller rate."""
+        """SGD with Nesterov momentum and L2, and `optim.body_rate` of the rate for all but neck and classifier."""
         optim = self.settings.optim
 
         def rate_factor(path: Sequence[Any]) -> float:
@@ -247,7 +257,7 @@ class AGW(Method):
         return sgd(learning_rate, optim.weight_decay, optim.momentum, rate_factor)
 
     def loss_weights(self) -> Mapping[str, float]:
-        """1 and 1."""
+        """1 and 1 by default."""
         return {"identity": self.settings.loss.identity, "triplet": self.settings.loss.triplet}
 
     def loss_terms(
@@ -274,4 +284,4 @@ class AGW(Method):
         self, network: nn.Module, variables: Any, images: Array, modality: Array | None = None
     ) -> Float[Array, "b d"]:
         """The neck's output, L2-normalised: AGW compares by the cosine on every data set."""
-        return unit(super().embed(network, variables, images, modality))
+        return l2_normalize(super().embed(network, variables, images, modality))

@@ -13,7 +13,7 @@ from mpanet_jax.methods.method import Rows, compute_dtype
 from mpanet_jax.modality import INFRARED, VISIBLE
 from mpanet_jax.settings import AugmentSettings, EvalSettings, TrainSettings, group, one_of, setting
 
-CAP = 88.0  # of a squared difference: e^88 is still a float32
+CAP = 88.0  # the largest squared difference: e^88 is still a float32
 
 ERASING = {
     "erase_area": (0.02, 0.4),
@@ -26,7 +26,7 @@ ERASING = {
 
 @dataclass(frozen=True)
 class CAJSettings(AGWSettings):
-    """CAJ's recipe on SYSU-MM01 by default."""
+    """CAJ's settings; the defaults are its recipe on SYSU-MM01."""
 
     method: str = setting("caj", "which method the other fields are of", one_of("caj"))
     augment: AugmentSettings = group(AugmentSettings, crop_padding=10, crop_fill=0, **ERASING)
@@ -37,9 +37,10 @@ class CAJSettings(AGWSettings):
 def enhanced_squared_difference(
     features: Float[Array, "b d"], labels: Int[Array, "b"], axis_name: str | None = None
 ) -> Float[Array, ""]:
-    """The mean of log(1 + e^(−y s)): s = min((d_p − d_n)², 88), y = −1 where d_p > d_n, else 1; this device's share.
+    """This device's share of the enhanced squared difference, the batch mean of log(1 + e^(−y s)).
 
-    d_p and d_n are `weighted_distances`; neither y nor a capped s has a gradient.
+    s = min((d_p − d_n)², 88); y = −1 where d_p > d_n, else 1. `weighted_distances` defines d_p and d_n. No gradient
+    passes through y or through an s that is capped.
     """
     d_p, d_n = weighted_distances(features, labels, axis_name)
     squared = jnp.square(d_p - d_n)
@@ -49,11 +50,12 @@ def enhanced_squared_difference(
 
 @dataclass(frozen=True)
 class CAJ(AGW):
-    """AGW's network under cross-entropy and the enhanced squared difference, each over three views.
+    """AGW's network, trained with cross-entropy and the enhanced squared difference over three views.
 
-    Every visible image enters twice, with draws of its own each time: as it is, and with one of its channels, drawn
-    uniformly, in place of all three. An infrared image enters once: with probability ¼ with one channel in place of
-    all, else with ½ as grey, else as it is. The colours change last, over the erased patch too.
+    Every visible image enters a batch twice, with a crop, flip and erasing of its own each time: once in its colours,
+    and once with one channel, drawn uniformly, copied over the other two. An infrared image enters once: with
+    probability ¼ one channel is copied over the others, else with probability ½ it becomes grey. Colours change after
+    erasing, in the erased patch too.
     """
 
     settings: CAJSettings
@@ -63,11 +65,11 @@ class CAJ(AGW):
     def views(
         self, key: PRNGKeyArray, images: UInt8[Array, "b h w 3"], rows: Rows, first_index: int | Int[Array, ""]
     ) -> tuple[Float[Array, "v h w 3"], Rows]:
-        """The batch, and behind it the second views of its visible images."""
+        """The images of the batch, then the second views of its visible images."""
         per_id = self.settings.data.images_per_id
         first_key, second_key, colour_key = jax.random.split(key, 3)
         places = jnp.arange(len(images))
-        visible = places.reshape(-1, per_id)[:, : per_id // 2].reshape(-1)  # in an identity's images they come first
+        visible = places.reshape(-1, per_id)[:, : per_id // 2].reshape(-1)  # each identity's visible images come first
         views = self._augmented(first_key, images, first_index + places)
         second = self._augmented(second_key, images[visible], first_index + visible)
 

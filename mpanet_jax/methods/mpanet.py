@@ -1,4 +1,4 @@
-"""MPANet (Wu et al., CVPR 2021): its settings, its loss and its mean classifiers.
+"""MPANet (Wu et al., CVPR 2021): its settings, losses and mean classifiers.
 
 The paper's baseline and its ablations are settings of this method: `model.channel_module`, `model.pattern_module`, and
 a loss weight of 0.
@@ -46,7 +46,7 @@ class MPANetModelSettings(ModelSettings):
     reduction: int = setting(16, "r of eq. 2", at_least(1))
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """The mask's layers have whole widths."""
+        """The mask's hidden layer has a whole number of channels."""
         channels = make_backbone(self.backbone, self.stage_sizes, self.width).channels(3)
         if channels % self.reduction and self.channel_module in ("mam", "se", "cbam"):
             yield "reduction", f"it has to divide the {channels} channels of stage 3"
@@ -54,7 +54,7 @@ class MPANetModelSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of eq. 14 (0 leaves a term out), and the scalars in which the published program differs."""
+    """The weights of eq. 14 (0 leaves a term out), the margin, and where the published program's losses differ."""
 
     identity: float = setting(1.0, "of L_id", at_least(0))
     center_cluster: float = setting(1.0, "of L_cc", at_least(0))
@@ -79,7 +79,7 @@ class MeanSettings:
 
 @dataclass(frozen=True)
 class MPANetSettings(Settings):
-    """The paper's recipe on SYSU-MM01 by default."""
+    """MPANet's settings; the defaults are the paper's recipe on SYSU-MM01."""
 
     init_from: str = start_setting(IMAGENET)
     model: MPANetModelSettings = group(MPANetModelSettings)
@@ -87,12 +87,12 @@ class MPANetSettings(Settings):
     mean: MeanSettings = group(MeanSettings)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """The preset is what the other fields say, and something is learned."""
+        """The preset agrees with the other fields, and at least one loss has a weight."""
         official = (not self.loss.per_modality_identity, self.loss.student_first, self.mean.epochs_at_full)
         if self.preset != "paper" and not any(official):
             yield (
                 "preset",
-                "the other fields are still the paper's; the preset is chosen behind the config file's name: "
+                "the other fields are still the paper's; choose a preset after the name of the config file: "
                 f"--config=configs/NAME.py:{self.preset}",
             )
         if not any(getattr(self.loss, term) for term in TERMS):
@@ -106,7 +106,7 @@ def mean_rate_schedule(rate: float, epochs_at_full: int, steps_per_epoch: int) -
       rate: α.
       epochs_at_full: 0 keeps α constant (the paper). A number E gives α·min(E/(epoch+1), 1) with the epoch counted
         from 1 (the published program: E = 100).
-      steps_per_epoch: steps of an epoch.
+      steps_per_epoch: number of steps in an epoch.
     """
 
     def schedule(step: Any) -> Array:
@@ -120,7 +120,7 @@ def mean_rate_schedule(rate: float, epochs_at_full: int, steps_per_epoch: int) -
 
 @dataclass(frozen=True)
 class MPANet(Method):
-    """The network of figure 2 under the loss of eq. 14."""
+    """The network of figure 2, trained with the loss of eq. 14."""
 
     settings: MPANetSettings
 
@@ -139,7 +139,7 @@ class MPANet(Method):
         )
 
     def names(self) -> NameMap:
-        """Those of the published program's checkpoints."""
+        """The names in the published program's checkpoints."""
         backbone = super().names()
         return replace(
             backbone,
@@ -168,12 +168,16 @@ class MPANet(Method):
         images: UInt8[Array, "b h w 3"],
         modality: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b l h2 w2"]:
-        """M of eq. 4: PAM's maps."""
+        """PAM's maps, M of eq. 4.
+
+        Raises:
+          UserError: the network has no PAM.
+        """
         if self.settings.model.pattern_module != "pam":
             module = self.settings.model.pattern_module
-            raise UserError(f"model.pattern_module = {module!r}: makes no pattern maps; 'pam' does")
+            raise UserError(f"model.pattern_module = {module!r}: there are no pattern maps; 'pam' has them")
         normalised = normalize(images, compute_dtype(self.settings.dtype))
-        # The maps come as rows of positions; the last stage's output says how these lie in the plane.
+        # The network returns maps over flattened positions; the last stage's output has their height and width.
         last = "stage4"
         outputs, state = network.apply(
             variables,
@@ -188,7 +192,7 @@ class MPANet(Method):
         return maps.reshape(len(maps), height, width, -1).transpose(0, 3, 1, 2)
 
     def averaged(self, params: Any) -> dict[str, Array]:
-        """θ_v and θ_r, whose averages are the mean classifiers."""
+        """The kernels θ_v and θ_r; their averages are the mean classifiers."""
         return {name: params[name] for name in MODALITY_CLASSIFIERS}
 
     def average_rate(self, steps_per_epoch: int) -> optax.Schedule:

@@ -1,1 +1,1 @@
-"""The network: ResNet, the attention modules and MPANet itself. Of this package it imports only the errors."""
+"""The networks: ResNet, the attention modules, MPANet and AGW."""

@@ -14,18 +14,19 @@ from jaxtyping import Array, Float, Int
 from mpanet_jax.models.layers import BatchNorm, Classifier, statistics_dtype, torch_uniform
 from mpanet_jax.models.resnet import BACKBONES, ResNet
 
-# Non-local blocks by stage: behind its last blocks; of ResNet-50 behind 2 and 3 of four, and 3, 4 and 5 of six.
+# Stage → number of non-local blocks, which follow its last blocks: in ResNet-50 blocks 2 and 3 (counted from 0) of
+# stage 2, and blocks 3, 4 and 5 of stage 3.
 NON_LOCAL_BLOCKS = {2: 2, 3: 3}
 GEM_POWER = 3.0
 GEM_EPS = 1e-12
 
 
 class Outputs(NamedTuple):
-    """What one forward pass gives, all in float32.
+    """The results of a forward pass, in float32 (float64 where the network computes in float64).
 
     Attributes:
-      features: the pooled features, before the neck: what the triplet loss sees.
-      embedding: after the neck: what the classifier and retrieval see.
+      features: the pooled features, before the neck; input of the triplet loss.
+      embedding: after the neck; input of the classifier and of retrieval.
       logits: of the classifier.
     """
 
@@ -35,7 +36,7 @@ class Outputs(NamedTuple):
 
 
 def uniform_by_channels(channels: int) -> nn.initializers.Initializer:
-    """U(±1/√channels), PyTorch's start of weight and bias of a layer with so many inputs."""
+    """U(±1/√channels), PyTorch's default for the weight and the bias of a layer with `channels` inputs."""
     bound = channels**-0.5
 
     def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
@@ -48,7 +49,7 @@ class NonLocalBlock(nn.Module):
     """z = BN(W y) + x with y = (θᵀφ / N) g over the N positions; θ, φ and g have one channel, and there is no softmax.
 
     With one channel θᵀφ is an outer product, so y_i = θ_i · mean_j(φ_j g_j). Scale and bias of the batch norm start at
-    0, so the block starts as the identity, and at first the batch norm alone gets a gradient.
+    0, so the block starts as the identity, and in the first step only the batch norm gets a gradient.
     """
 
     param_dtype: DTypeLike = jnp.float32
@@ -59,21 +60,21 @@ class NonLocalBlock(nn.Module):
         channels = x.shape[-1]
         wide = x.astype(statistics_dtype(x))
 
-        def project(name: str, y: Array, features: int) -> Array:
-            bias_init = uniform_by_channels(y.shape[-1])
+        def conv1x1(x: Array, features: int, name: str) -> Array:
+            bias_init = uniform_by_channels(x.shape[-1])
             options = {"kernel_init": torch_uniform, "bias_init": bias_init, "param_dtype": self.param_dtype}
-            return nn.Dense(features, dtype=wide.dtype, name=name, **options)(y)
+            return nn.Dense(features, dtype=x.dtype, name=name, **options)(x)
 
-        theta, phi, g = (project(name, wide, 1) for name in ("theta", "phi", "g"))
+        theta, phi, g = (conv1x1(wide, 1, name) for name in ("theta", "phi", "g"))
         y = theta * (phi * g).mean((1, 2), keepdims=True)
         norm = BatchNorm(
             axis_name=self.axis_name, param_dtype=self.param_dtype, scale_init=nn.initializers.zeros, name="bn"
         )
-        return (norm(project("w", y, channels), train=train) + wide).astype(x.dtype)
+        return (norm(conv1x1(y, channels, "w"), train=train) + wide).astype(x.dtype)
 
 
 class ModalityStem(nn.Module):
-    """The stem of one modality."""
+    """The stem of one modality: `backbone`'s stem, made with `options`."""
 
     backbone: ResNet
     options: dict[str, object]
@@ -93,13 +94,13 @@ class AGW(nn.Module):
     """AGW's network.
 
     Attributes:
-      num_ids: identities that the classifier tells apart.
-      backbone: a ResNet; its stem is there once for each modality.
-      visible_share: of the images of a training batch, on every device. A stem's batch statistics are those of its own
-        modality, so how many images that has must be known.
+      num_ids: number of training identities, the classes of the classifier.
+      backbone: a ResNet. Each modality has a stem of its own, and both share the stages.
+      visible_share: the share of visible images in a training batch, on every device. It fixes how many images each
+        stem gets, and over how many it takes its batch statistics.
       dtype: of convolutions and matrix products; statistics and outputs are float32.
       param_dtype: of the parameters: float32, or float64 where dtype is float64.
-      axis_name: the mapped axis of a multi-device step: batch norm's statistics are global over it.
+      axis_name: the mapped axis of a multi-device step, over which batch norm takes its statistics; None on one device.
     """
 
     num_ids: int
@@ -111,16 +112,20 @@ class AGW(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"], modality: Int[Array, "b"], *, train: bool) -> Outputs:
-        """Maps normalised images (NHWC, ImageNet statistics) and their modality (0 visible, 1 infrared) to `Outputs`.
+        """Runs the network.
 
-        `train` chooses batch statistics over running ones; with it, apply with `mutable=["batch_stats"]`.
+        Args:
+          images: NHWC, normalised with ImageNet's statistics.
+          modality: 0 visible, 1 infrared.
+          train: batch norm uses the batch's statistics and updates the running ones (apply with
+            `mutable=["batch_stats"]`); otherwise it uses the running ones.
         """
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype, "axis_name": self.axis_name}
         visible = ModalityStem(self.backbone, common, name="visible")
         infrared = ModalityStem(self.backbone, common, name="infrared")
         images = images.astype(self.dtype)
-        # In training each stem sees its own images, visible ones first from there on. Out of it there is no telling how
-        # many there are of a modality: both stems see all.
+        # In training each stem gets the images of its modality, and from here on the visible ones come first. In
+        # evaluation it is not known how many images each modality has, so both stems get all images.
         order = jnp.argsort(modality, stable=True)
         if train:
             number = round(self.visible_share * len(images))
@@ -134,8 +139,8 @@ class AGW(nn.Module):
             count = min(NON_LOCAL_BLOCKS.get(number, 0), self.backbone.stage_sizes[number - 1])
             first = self.backbone.stage_sizes[number - 1] - count
             options = {"param_dtype": self.param_dtype, "axis_name": self.axis_name}
-            behind = {first + i: NonLocalBlock(name=f"non_local{number}_{i}", **options) for i in range(count)}
-            x = self.backbone.stage(number, **common)(x, train=train, behind=behind)
+            non_local = {first + i: NonLocalBlock(name=f"non_local{number}_{i}", **options) for i in range(count)}
+            x = self.backbone.stage(number, **common)(x, train=train, after_block=non_local)
         features = gem(x)
         neck = BatchNorm(
             use_bias=False,
@@ -150,5 +155,5 @@ class AGW(nn.Module):
         outputs = Outputs(features, embedding, classifier(embedding))
         if not train:
             return outputs
-        back = jnp.argsort(order)
-        return Outputs(*(rows[back] for rows in outputs))
+        original_order = jnp.argsort(order)
+        return Outputs(*(rows[original_order] for rows in outputs))

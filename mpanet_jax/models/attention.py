@@ -1,7 +1,8 @@
-"""The modality alleviation module, the pattern alignment module, and what the ablations put in their place.
+"""The modality alleviation module, the pattern alignment module, and their replacements in the ablations.
 
 Channel modules (after stages 3 and 4) map b×h×w×c to the same shape: MAM, SE, instance norm, CBAM. Pattern modules
-turn the last feature map into the feature f: PAM, the non-local block, plain pooling.
+turn the last feature map into the feature f: PAM, the non-local block, plain pooling. All compute in the type of their
+input, and their statistics in float32 at least.
 """
 
 import flax.linen as nn
@@ -17,9 +18,9 @@ INSTANCE_NORM_EPS = 1e-5
 
 
 class ChannelMask(nn.Module):
-    """The two bias-free layers of eq. 2, W₂ δ(W₁ ·), shared by MAM, SE and CBAM; no sigmoid yet.
+    """W₂ δ(W₁ ·) of eq. 2, without the sigmoid: two linear layers without bias around a ReLU, for MAM, SE and CBAM.
 
-    They start like the backbone's convolutions, as in the published program (docs/method.md).
+    The weights are initialised like the backbone's convolutions, as in the published program (docs/method.md).
     """
 
     reduction: int
@@ -35,11 +36,11 @@ class ChannelMask(nn.Module):
 
 
 def instance_statistics(z: Float[Array, "b h w c"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
-    """Mean and 1/√(variance + eps) per image and channel, biased variance over h×w (eq. 3)."""
+    """The mean and 1/√(variance + eps) of each image and channel over h×w, with the biased variance (eq. 3)."""
     wide = z.astype(statistics_dtype(z))
     mean = wide.mean((1, 2))
-    # In two passes: maps that are nearly constant over an image are common, and E[x²] − E[x]² loses their variance.
-    # The variance does not change with the mean that is subtracted, so no gradient has to be computed there.
+    # In two passes, because E[x²] − E[x]² loses the variance of maps that are nearly constant, which are common.
+    # The derivative of the variance by the subtracted mean is 0, so no gradient has to pass through it.
     variance = jnp.square(wide - lax.stop_gradient(mean)[:, None, None]).mean((1, 2))
     return mean, lax.rsqrt(variance + INSTANCE_NORM_EPS)
 
@@ -72,17 +73,17 @@ class ModalityAlleviation(nn.Module):
         return jax.nn.sigmoid(ChannelMask(self.reduction, self.param_dtype, name="mask")(pooled))
 
 
-def _largest(x: Array, axis: int) -> Array:
-    """x.max(axis), by index.
+def _max_by_index(x: Array, axis: int) -> Array:
+    """x.max(axis), with a gradient that is never NaN.
 
-    The gradient of jnp.max looks for the entries of x that equal the maximum; where XLA computes x a second time for
-    that, rounded otherwise, there are none and the gradient is NaN.
+    The gradient of jnp.max looks for the entries of x that equal the maximum. XLA may compute x a second time for that
+    and round it differently; then no entry is equal, and the gradient is NaN.
     """
     return jnp.take_along_axis(x, x.argmax(axis, keepdims=True), axis).squeeze(axis)
 
 
 class CBAM(nn.Module):
-    """Channel then spatial attention (Woo et al., ECCV 2018), without biases and batch norm: an ablation of table 4."""
+    """Channel, then spatial attention (Woo et al., ECCV 2018), without biases and batch norm; an ablation."""
 
     reduction: int = 16
     param_dtype: DTypeLike = jnp.float32
@@ -92,9 +93,9 @@ class CBAM(nn.Module):
         wide = z.astype(statistics_dtype(z))
         positions = wide.reshape(wide.shape[0], -1, wide.shape[-1])
         shared = ChannelMask(self.reduction, self.param_dtype, name="mask")
-        channel_mask = jax.nn.sigmoid(shared(positions.mean(1)) + shared(_largest(positions, 1)))
+        channel_mask = jax.nn.sigmoid(shared(positions.mean(1)) + shared(_max_by_index(positions, 1)))
         wide = wide * channel_mask[:, None, None]
-        planes = jnp.stack([wide.mean(-1), _largest(wide, -1)], axis=-1)
+        planes = jnp.stack([wide.mean(-1), _max_by_index(wide, -1)], axis=-1)
         conv = nn.Conv(
             1,
             (7, 7),
@@ -109,11 +110,14 @@ class CBAM(nn.Module):
 
 
 class PatternAlignment(nn.Module):
-    """PAM, eq. 4–6: pattern maps M = σ(A(F)) and the pooled features of M_k⊙F, then of F itself.
+    """PAM, eq. 4–6: f = [p₁ … p_l, g(F)] with the pattern maps M = σ(A(F)) and p_k = g(M_k ⊙ F), g average pooling.
+
+    Attributes:
+      num_patterns: l.
 
     Returns:
-      f: [b, (l+1)·c], pattern-major with the global feature last, in float32.
-      maps: [b, h·w, l], float32.
+      f: float32[b, (l+1)·c], one pattern after the other, the global feature last.
+      maps: float32[b, h·w, l], M.
     """
 
     num_patterns: int = 6
@@ -132,7 +136,7 @@ class PatternAlignment(nn.Module):
         return pooled.reshape(batch, -1), maps
 
     def maps(self, flat: Float[Array, "b n c"]) -> Float[Array, "b n l"]:
-        """M = σ(A(F)): A is a 1×1 convolution with bias, i.e. the same matrix at every position."""
+        """M = σ(A(F)). A is a 1×1 convolution with bias, that is, the same matrix at every position."""
         kernel = self.param("kernel", torch_uniform, (flat.shape[-1], self.num_patterns), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.num_patterns,), self.param_dtype)
         kernel = kernel.astype(flat.dtype)
@@ -141,7 +145,10 @@ class PatternAlignment(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Embedded-Gaussian non-local block (Wang et al., CVPR 2018): z = F + BN(W y), y = softmax(θᵀφ)·g."""
+    """Embedded-Gaussian non-local block (Wang et al., CVPR 2018): z = F + BN(W y), y = softmax(θᵀφ)·g.
+
+    θ, φ, g and W are 1×1 convolutions; θ, φ and g have half of F's channels.
+    """
 
     axis_name: str | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -151,16 +158,16 @@ class NonLocal(nn.Module):
         batch, height, width, channels = feature_map.shape
         flat = feature_map.reshape(batch, height * width, channels)
 
-        def project(features: int, name: str, x: Array) -> Array:
+        def conv1x1(x: Array, features: int, name: str) -> Array:
             return nn.Dense(
                 features, dtype=x.dtype, param_dtype=self.param_dtype, kernel_init=torch_uniform, name=name
             )(x)
 
-        theta, phi, value = (project(channels // 2, name, flat) for name in ("theta", "phi", "g"))
+        theta, phi, value = (conv1x1(flat, channels // 2, name) for name in ("theta", "phi", "g"))
         similarity = jnp.einsum("bnc,bmc->bnm", theta, phi, preferred_element_type=statistics_dtype(flat))
         attended = jnp.einsum("bnm,bmc->bnc", jax.nn.softmax(similarity).astype(flat.dtype), value)
-        # The scale starts at 0, so the block starts as the identity (section 4.1 of that paper).
+        # With a scale of 0 the block starts as the identity (section 4.1 of that paper).
         norm = BatchNorm(
             axis_name=self.axis_name, param_dtype=self.param_dtype, scale_init=nn.initializers.zeros, name="bn"
         )
-        return (flat + norm(project(channels, "w", attended), train=train)).reshape(feature_map.shape)
+        return (flat + norm(conv1x1(attended, channels, "w"), train=train)).reshape(feature_map.shape)

@@ -13,18 +13,18 @@ from mpanet_jax.models.resnet import BACKBONES, Backbone
 
 CHANNEL_MODULES = ("mam", "se", "in", "cbam", "none")
 PATTERN_MODULES = ("pam", "non_local", "none")
-# The names of the classifiers' kernels: C_v and C_r, which have a mean classifier, and with C all three.
+# Parameters that are the classifiers' kernels: those of C_v and C_r, which have mean classifiers; all three, C's first.
 MODALITY_CLASSIFIERS = ("visible_classifier", "infrared_classifier")
 CLASSIFIERS = ("classifier", *MODALITY_CLASSIFIERS)
 
 
 class Outputs(NamedTuple):
-    """What one forward pass gives, all in float32.
+    """The results of a forward pass, in float32 (float64 where the network computes in float64).
 
     Attributes:
-      features: f, before the neck: what the center cluster loss sees.
-      embedding: g, after the neck: what the classifiers and retrieval see.
-      maps: M, the pattern maps over the h·w positions; l = 0 without PAM.
+      features: f, before the neck; input of the center cluster loss.
+      embedding: g, after the neck; input of the classifiers and of retrieval.
+      maps: M, the l pattern maps over the h·w positions of the last feature map; l = 0 without PAM.
       logits: of C, the identity classifier.
       visible_logits, infrared_logits: of C_v and C_r, each for every image of the batch.
     """
@@ -41,15 +41,15 @@ class MPANet(nn.Module):
     """The network of figure 2.
 
     Attributes:
-      num_ids: identities that the classifiers tell apart.
-      backbone: the stem and the four stages.
-      channel_module: what follows stages 3 and 4: 'mam', or the ablations 'se', 'in', 'cbam', 'none'.
-      pattern_module: what makes f: 'pam', or the ablations 'non_local', 'none'.
-      num_patterns: l.
+      num_ids: number of training identities, the classes of the classifiers.
+      backbone: makes the stem and the four stages.
+      channel_module: the module after stages 3 and 4: 'mam', or for ablations 'se', 'in', 'cbam', 'none'.
+      pattern_module: the module that computes f: 'pam', or for ablations 'non_local', 'none'.
+      num_patterns: l, the number of patterns.
       reduction: r of eq. 2.
       dtype: of convolutions and matrix products; statistics and outputs are float32.
       param_dtype: of the parameters: float32, or float64 where dtype is float64.
-      axis_name: the mapped axis of a multi-device step: batch norm's statistics are global over it.
+      axis_name: the mapped axis of a multi-device step, over which batch norm takes its statistics; None on one device.
     """
 
     num_ids: int
@@ -66,10 +66,13 @@ class MPANet(nn.Module):
     def __call__(
         self, images: Float[Array, "b h w 3"], modality: Int[Array, "b"] | None = None, *, train: bool
     ) -> Outputs:
-        """Maps normalised images (NHWC, ImageNet statistics) to `Outputs`.
+        """Runs the network.
 
-        `train` chooses batch statistics over running ones; with it, apply with `mutable=["batch_stats"]`. The forward
-        pass is the same for both modalities, so `modality` is not read.
+        Args:
+          images: NHWC, normalised with ImageNet's statistics.
+          modality: not read, because both modalities take the same path; other methods' networks need it.
+          train: batch norm uses the batch's statistics and updates the running ones (apply with
+            `mutable=["batch_stats"]`); otherwise it uses the running ones.
         """
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype, "axis_name": self.axis_name}
         x = self.backbone.stem(**common)(images.astype(self.dtype), train=train)

@@ -1,7 +1,10 @@
-"""ResNet as torchvision defines it (v1.5: the stride sits on the 3×3 convolution), NHWC; 18, 34, 50, 101 and 152.
+"""torchvision's ResNet-18, 34, 50, 101 and 152 (v1.5: the stride is in the 3×3 convolution), for images as NHWC.
 
-torchvision's padding is symmetric: half the kernel's size, never "SAME". In person re-identification stage 4 keeps the
-resolution of stage 3 (its stride is 1).
+Padding is half the kernel's size on every side, as in torchvision; flax's "SAME" would pad otherwise. As is usual in
+person re-identification, stage 4 has stride 1 and keeps the resolution of stage 3.
+
+All modules have the fields `dtype`, which their convolutions compute in, `param_dtype`, of their parameters, and
+`axis_name`, the mapped axis of a multi-device step (None on one device): batch norm takes its statistics over it.
 """
 
 import re
@@ -18,7 +21,7 @@ from jaxtyping import Array, Float
 from mpanet_jax.errors import UserError
 from mpanet_jax.models.layers import BatchNorm, kaiming_fan_out
 
-# Flax path → torchvision's name, "/" for "."; applied one after the other.
+# Rules that turn a Flax path into torchvision's name, with "/" in place of "."; all are applied, in this order.
 TORCHVISION_NAMES = (
     (r"\bstem/", ""),
     (r"\bstage(\d)/block(\d+)/", r"layer\1/\2/"),
@@ -28,14 +31,17 @@ TORCHVISION_NAMES = (
 
 
 def convolution(features: int, size: int, stride: int = 1, **options: Any) -> nn.Conv:
-    """A convolution without bias, size × size, with torchvision's padding and start."""
+    """A size × size convolution without bias, padded and initialised as in torchvision."""
     return nn.Conv(
         features, (size, size), stride, padding=size // 2, use_bias=False, kernel_init=kaiming_fan_out, **options
     )
 
 
 class Stem(nn.Module):
-    """7×7 convolution with stride 2, batch norm, ReLU, 3×3 max-pool with stride 2: a quarter of the resolution."""
+    """7×7 convolution with stride 2, batch norm, ReLU, 3×3 max-pool with stride 2.
+
+    The output has a quarter of the images' height and width, and `width` channels.
+    """
 
     width: int = 64
     dtype: DTypeLike = jnp.float32
@@ -46,12 +52,12 @@ class Stem(nn.Module):
     def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
         x = convolution(self.width, 7, 2, dtype=self.dtype, param_dtype=self.param_dtype, name="conv1")(images)
         x = BatchNorm(axis_name=self.axis_name, param_dtype=self.param_dtype, name="bn1")(x, train=train)
-        # flax has no types here; a checker infers padding's from its default, a string.
+        # flax does not annotate `padding`, so a type checker expects a string, like the default.
         return nn.max_pool(nn.relu(x), (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
 
 class BasicBlock(nn.Module):
-    """3×3 → 3×3 with a shortcut; projects the shortcut where the shape changes.
+    """Two 3×3 convolutions with a shortcut, which a 1×1 convolution projects where the shape changes.
 
     Attributes:
       width: channels of both convolutions.
@@ -82,10 +88,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1 → 3×3 → 1×1 with a shortcut; projects the shortcut where the shape changes.
+    """1×1, 3×3 and 1×1 convolution with a shortcut, which a 1×1 convolution projects where the shape changes.
 
     Attributes:
-      width: channels of the 3×3 convolution; the block puts out 4·width.
+      width: channels of the first two convolutions; the output has 4·width.
       stride: of the 3×3 convolution and of the projected shortcut.
     """
 
@@ -116,9 +122,14 @@ class Bottleneck(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks named block0, block1, …; the first one has the stride. `options` are the blocks' further fields.
+    """Residual blocks in a row, named block0, block1, …
 
-    `behind` has modules of another network that follow a block, by the block's number.
+    Attributes:
+      block: class of the blocks.
+      num_blocks: how many there are.
+      width: of every block.
+      stride: of the first block; the others have 1.
+      options: dtype, param_dtype and axis_name of the blocks.
     """
 
     block: type[nn.Module]
@@ -129,53 +140,63 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], *, train: bool, behind: Mapping[int, nn.Module] | None = None
+        self, x: Float[Array, "b h w c"], *, train: bool, after_block: Mapping[int, nn.Module] | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
+        """Applies the blocks; `after_block` maps a block's number to a module that follows it."""
         for i in range(self.num_blocks):
             block = self.block(self.width, self.stride if i == 0 else 1, **self.options, name=f"block{i}")
             x = block(x, train=train)
-            if behind and i in behind:
-                x = behind[i](x, train=train)  # type: ignore[operator]
+            if after_block and i in after_block:
+                x = after_block[i](x, train=train)  # type: ignore[operator]
         return x
 
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A stem and four stages, and what their weights look like in PyTorch; a frozen dataclass.
+    """What makes the stem and the four stages of a network, and names their weights in PyTorch: a frozen dataclass.
 
-    `options` are dtype, param_dtype and axis_name, as for the modules of this file. In `published_names`, which turn
-    Flax's paths into PyTorch's names, a path is joined by "/", and comes with a method's prefix or without.
+    Attributes:
+      published_names: rules (pattern, replacement), applied in order, that turn a Flax path joined by "/" into the name
+        in PyTorch, likewise with "/". A method may have put a prefix before the path.
     """
 
     published_names: ClassVar[Sequence[tuple[str, str]]]
 
     def channels(self, number: int) -> int:
-        """How many channels stage `number`, 1 to 4, puts out."""
+        """The number of output channels of stage `number`, 1 to 4."""
         ...
 
     def stem(self, **options: Any) -> nn.Module:
-        """The module `stem`, from images b×h×w×3 to what stage 1 takes, called as `stem(images, train=…)`."""
+        """Makes the module named `stem`, called as `stem(images float[b, h, w, 3], train=…)`; stage 1 takes its output.
+
+        `options` are dtype, param_dtype and axis_name, as for the modules of this file.
+        """
         ...
 
     def stage(self, number: int, **options: Any) -> nn.Module:
-        """The module `stage{number}`, called as `stage(x, train=…)`."""
+        """Makes the module named `stage{number}`, called as `stage(x, train=…)`; `options` as for `stem`."""
         ...
 
     def describe(self, names: Iterable[str]) -> str:
-        """Which backbone of this class, of any size, some weights are of, by their names in PyTorch; '' for none.
+        """Describes, for errors, the backbone of this class that a state dict holds, whatever its size.
 
-        The names may begin with a method's prefix, and there may be others among them. Errors say it.
+        Args:
+          names: of the state dict's arrays, in PyTorch. They may begin with a method's prefix, and names of other
+            parts of a network may be among them.
+
+        Returns:
+          A description, or '' if no name is one of this class of backbones.
         """
         ...
 
 
 @dataclass(frozen=True)
 class ResNet:
-    """The backbone of torchvision: a quarter of the resolution after the stem, half as much after stages 2 and 3 each.
+    """torchvision's ResNet. The stem leaves a quarter of the images' height and width; stages 2 and 3 each halve that.
 
     Attributes:
       block: BasicBlock or Bottleneck.
-      stage_sizes: blocks of the four stages.
+      stage_sizes: number of blocks in each of the four stages.
       width: channels of the stem.
     """
 
@@ -186,21 +207,21 @@ class ResNet:
     published_names: ClassVar[Sequence[tuple[str, str]]] = TORCHVISION_NAMES
 
     def channels(self, number: int) -> int:
-        """How many channels stage `number` puts out."""
+        """The number of output channels of stage `number`."""
         return self.block.expansion * self.width * 2 ** (number - 1)
 
     def stem(self, **options: Any) -> nn.Module:
-        """The module `stem`."""
+        """Makes the module `stem`."""
         return Stem(self.width, **options, name="stem")
 
     def stage(self, number: int, **options: Any) -> nn.Module:
-        """The module `stage{number}`."""
+        """Makes the module `stage{number}`."""
         stride = 2 if number in (2, 3) else 1
         width, num_blocks = self.width * 2 ** (number - 1), self.stage_sizes[number - 1]
         return Stage(self.block, num_blocks, width, stride, options, name=f"stage{number}")
 
     def describe(self, names: Iterable[str]) -> str:
-        """Its name, where it has one, and its stages: 'resnet18 (stages of (2, 2, 2, 2) basic blocks)'."""
+        """For example 'resnet18 (stages of (2, 2, 2, 2) basic blocks)', or only the stages if they have no name."""
         names = list(names)
         blocks = {match.groups() for name in names if (match := re.search(r"\blayer(\d)\.(\d+)\.", name))}
         if not blocks:
@@ -213,7 +234,7 @@ class ResNet:
         return f"{known[0]} ({stages})" if known else stages
 
 
-# The backbones that `model.backbone` names, by torchvision's names.
+# The backbones by the names, torchvision's, that the setting `model.backbone` takes.
 BACKBONES: dict[str, Backbone] = {
     "resnet18": ResNet(BasicBlock, (2, 2, 2, 2)),
     "resnet34": ResNet(BasicBlock, (3, 4, 6, 3)),
@@ -224,10 +245,15 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def make_backbone(name: str, stage_sizes: Sequence[int] = (), width: int = 64) -> Backbone:
-    """The backbone of that name; with other blocks in its stages, or another stem, where they are given.
+    """The backbone called `name`, at its own size or, if it is a ResNet, at another one.
+
+    Args:
+      name: one of `BACKBONES`.
+      stage_sizes: number of blocks in each of the four stages; () leaves the backbone's own.
+      width: channels of the stem.
 
     Raises:
-      UserError: no backbone of that name, or one that is not a ResNet and takes no other size.
+      UserError: no backbone has that name, or another size was asked of one that is not a ResNet.
     """
     if name not in BACKBONES:
         raise UserError(f"model.backbone = {name!r}: expected one of {', '.join(map(repr, BACKBONES))}")

@@ -1,1 +1,1 @@
-"""Weights in and out: files, names, the hub, and whole conversions."""
+"""Weights in and out: files, names, Hugging Face, and conversions."""

@@ -1,4 +1,4 @@
-"""Whole jobs with weights: read them from anywhere, convert them, start a network from them."""
+"""Reads weights from anywhere, converts them, and initialises networks with them."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -20,23 +20,27 @@ from mpanet_jax.methods.method import Method
 from mpanet_jax.settings import ModelSettings, Settings, differences, expected_one_of, to_dict
 from mpanet_jax.state import init_variables, random_keys
 from mpanet_jax.weights import files
-from mpanet_jax.weights.files import listed
+from mpanet_jax.weights.files import comma_list
 from mpanet_jax.weights.hub import resolve
 from mpanet_jax.weights.names import COUNTERS, Variables, from_state_dict, number_of_ids, to_state_dict
 
-# The fields of the settings that say which backbone it is.
+# The settings that define the backbone.
 BACKBONE_FIELDS = {f"model.{field.name}" for field in fields(ModelSettings)} - {"model.fused"}
 
 
 def template_of(method: Method, num_ids: int) -> Variables:
-    """The shapes of a method's variables for `num_ids` identities."""
+    """Shapes and types of the {"params", "batch_stats", "averages"} of a method's network for `num_ids` identities."""
     network = method.network(num_ids)
     variables = jax.eval_shape(lambda key: init_variables(network, key, 32, 32), jax.random.key(0))
     return {**variables, "averages": method.averaged(variables["params"])}
 
 
 def settings_of_weights(source: str | Path) -> Settings | None:
-    """The settings that were stored with weights: a run's config.json, or a .safetensors file's metadata."""
+    """The settings stored with weights, in a run's config.json or a .safetensors file's metadata; None without.
+
+    Raises:
+      UserError: the weights are not there, or the metadata are not settings.
+    """
     path = resolve(str(source))
     if path.is_dir():
         return run_files.load_settings(path) if (path / run_files.CONFIG_FILE).exists() else None
@@ -56,24 +60,24 @@ def read_weights(
     checkpoint: str = "last",
     advice: str = "",
 ) -> tuple[Settings, Variables, list[str]]:
-    """Reads weights of any kind: a file, `hf:owner/repository`, a workdir, or a folder that `convert` wrote.
+    """Reads weights of any kind.
 
     Args:
-      source: where they are.
-      settings: of the network, for weights that carry none (the published program's); None takes the paper's. Weights
-        that carry settings have to be of the same network, and keep theirs.
-      num_ids: identities that the classifiers must tell apart; None takes the file's.
-      drop_classifiers: leave the classifiers and their averages out.
+      source: a file, `hf:owner/repository`, a workdir, or a folder that `convert` wrote.
+      settings: of the network, for weights without settings of their own, such as the published program's; None stands
+        for the paper's. Weights with settings keep theirs, and must be of the same network.
+      num_ids: number of identities that the classifiers must have; None accepts what is there.
+      drop_classifiers: leave out the classifiers and their averages.
       checkpoint: of a workdir: 'last', 'best' (kept with settings.eval.best), or 'untrained' for the network before its
         first step.
-      advice: what an error says in the end where the weights do not fit the network.
+      advice: ends the error message if the weights do not fit the network.
 
     Returns:
-      The settings, the variables, and the names that were left out, as `from_state_dict`.
+      The settings, the variables, and the names that were left out, as in `from_state_dict`.
 
     Raises:
-      UserError: not there, not readable, or not the weights of this network.
-      ArgumentError: an unknown `checkpoint`, or one other than 'last' of weights that are no workdir.
+      UserError: the weights are not there, cannot be read, or are of another network.
+      ArgumentError: an unknown `checkpoint`, or one other than 'last' of weights that are not a workdir.
     """
     if checkpoint not in run_files.METRICS_FILES:
         raise ArgumentError("checkpoint", expected_one_of(checkpoint, run_files.METRICS_FILES))
@@ -85,12 +89,12 @@ def read_weights(
         )
     stored = settings_of_weights(source)
     if stored and settings:
-        fix = "leave the settings out, as they come with the weights, or name other weights"
+        fix = "leave the settings out, because these weights have their own, or name other weights"
         _check_same_network(stored, settings, source, fix)
     elif not stored and not settings:
         advice = (
-            "weights that carry no settings are taken for the paper's MPANet; name another network by "
-            "its settings (of a script: --config=configs/NAME.py --config.model.…)"
+            "weights without settings are read as the paper's MPANet; for another network, "
+            "pass its settings (scripts: --config=configs/NAME.py --config.model.…)"
         )
     settings = stored or settings or settings_of({})
     method = make_method(settings)
@@ -115,28 +119,35 @@ def read_weights(
 def _check_same_network(
     stored: Settings, given: Settings, source: str | Path, fix: str, *, backbone_only: bool = False
 ) -> None:
-    """Refuses weights of another method, backbone or modules by the names of both."""
+    """Raises an error, with both values of each setting, for weights of another method, backbone or modules."""
     differing = {
         name: values
         for name, values in differences(given, stored).items()
         if name in BACKBONE_FIELDS
         or (not backbone_only and (name == "method" or (name.startswith("model.") and name != "model.fused")))
     }
-    if "method" in differing:  # then the other fields are not each other's
+    if "method" in differing:  # other fields cannot be compared then
         differing = {"method": differing["method"]}
     if differing:
-        both = ", ".join(f"{name} = {here!r} ({there!r} there)" for name, (here, there) in differing.items())
-        raise UserError(f"{source}: its weights are stored as those of another network, {both}; {fix}")
+        both = ", ".join(f"{name} is {there!r} there and {here!r} here" for name, (here, there) in differing.items())
+        raise UserError(f"{source}: its weights are of another network: {both}; {fix}")
 
 
 def convert(source: str | Path, target: str | Path, **options: Any) -> list[str]:
-    """Converts weights of any kind (`read_weights`, whose options these are) and returns the names left out.
+    """Converts weights of any kind.
 
-    `target` ending in .safetensors or .pth gets a state dict in the published names; any other name becomes a folder
-    with an orbax checkpoint and the settings, which `evaluate` and `extract` read as they read a workdir.
+    Args:
+      source: as for `read_weights`.
+      target: the file or folder to write. A name ending in .safetensors, .pth, .pt or .bin becomes a state dict in the
+        published names; any other becomes a folder with an orbax checkpoint and the settings, which can be evaluated
+        and used like a workdir.
+      options: `settings`, `num_ids`, `drop_classifiers` and `advice` of `read_weights`.
+
+    Returns:
+      The names that were left out.
 
     Raises:
-      UserError: as `read_weights`, or the target folder exists.
+      UserError: as in `read_weights`, or the target folder exists.
     """
     target = Path(target)
     if target.suffix in files.FILE_SUFFIXES:
@@ -148,7 +159,7 @@ def convert(source: str | Path, target: str | Path, **options: Any) -> list[str]
         return left_out
     if target.exists():
         suffixes = ", ".join(files.FILE_SUFFIXES)
-        raise UserError(f"{target}: exists already; give a new folder, or a name ending in {suffixes}")
+        raise UserError(f"{target}: exists already; choose a new folder, or a name ending in {suffixes}")
     settings, variables, left_out = read_weights(source, **options)
     with write_whole_folder(target) as folder:
         with ocp.training.Checkpointer(str((folder / "checkpoints").resolve())) as checkpointer:
@@ -158,24 +169,24 @@ def convert(source: str | Path, target: str | Path, **options: Any) -> list[str]
 
 
 def start_from(init_from: str, method: Method, variables: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Puts trained weights into a network that is to be trained.
+    """Initialises a network with trained weights.
 
-    Of a bare backbone, such as ImageNet's, all arrays are taken and the rest of the network stays as it is. Of a whole
-    network everything is taken but the classifiers. They stay as they are even where their number of identities fits:
-    nothing in the weights says that the identities are the same ones.
+    A bare backbone, such as ImageNet's, replaces the network's backbone. A whole network replaces everything except the
+    classifiers. They are kept even if their number of identities is the same, because nothing in the weights says that
+    the identities are.
 
     Args:
-      init_from: `settings.init_from`, anything that `read_weights` reads; of a run its last checkpoint.
-      method: of the network. Weights of a whole network that carry settings have to be of its method, backbone and
-        modules, those of a bare backbone of its backbone.
+      init_from: `settings.init_from`: any source that `read_weights` reads.
+      method: of the network. Weights with settings must agree with it: a whole network in method, backbone and modules,
+        a bare backbone in the backbone.
       variables: the network's {"params", "batch_stats"}.
 
     Returns:
-      The variables, in which the loaded arrays have the types of those that they replace; and one line that says what
-      was taken and what starts anew.
+      The variables, where loaded arrays have the types of those that they replace; and a line that says what was loaded
+      and what starts from scratch.
 
     Raises:
-      UserError: the weights cannot be had, or are not of this network.
+      SettingsError: the weights are not there, cannot be read, or are of another network.
     """
     names = method.names()
     before: dict[tuple[str, ...], Any] = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
@@ -185,43 +196,52 @@ def start_from(init_from: str, method: Method, variables: Mapping[str, Any]) -> 
             init_from,
             settings=None if stored else method.settings,
             drop_classifiers=True,
-            advice="method and model of the settings say which network is expected",
+            advice="the settings method and model define the expected network",
         )
         taken = {path: array for path, array in flatten_dict(loaded).items() if path[0] in variables}
         is_bare = all(map(names.is_backbone, taken))
         if stored:
-            fix = "set these fields as they are there, or name other weights"
+            fix = "set these fields to the values there, or name other weights"
             _check_same_network(stored, method.settings, init_from, fix, backbone_only=is_bare)
     except UserError as error:
         raise SettingsError(f"init_from: {error}") from error
     after = {path: jnp.asarray(taken[path], leaf.dtype) if path in taken else leaf for path, leaf in before.items()}
-    return unflatten_dict(after), f"init_from: {init_from}: " + _taken_in_words(method, variables, is_bare, left_out)
+    return unflatten_dict(after), f"init_from: {init_from}: " + _describe_start(method, variables, is_bare, left_out)
 
 
-def _taken_in_words(method: Method, variables: Mapping[str, Any], is_bare: bool, left_out: list[str]) -> str:
+def _describe_start(method: Method, variables: Mapping[str, Any], is_bare: bool, left_out: list[str]) -> str:
     names, params = method.names(), flatten_dict({"params": variables["params"]})
     anew = ["/".join(path[1:]) for path in params if names.is_classifier(names.name(path))]
     if is_bare:
-        words = "the backbone is taken, everything else starts anew"
+        words = "loaded the backbone; everything else starts from scratch"
     elif anew:
         num_ids = number_of_ids({"params": variables["params"]}, names)
-        words = f"everything is taken but the classifiers, which start anew for {num_ids} identities ({listed(anew)})"
+        words = (
+            f"loaded everything but the classifiers, which start from scratch for {num_ids} identities "
+            f"({comma_list(anew)})"
+        )
     else:
-        words = "everything is taken"
+        words = "loaded everything"
     others = [name for name in left_out if is_bare or not names.is_classifier(name)]
     others = [name for name in others if not re.fullmatch(COUNTERS, name)]
-    return words + (f"; left out: {listed(others)}" if others else "")
+    return words + (f"; left out: {comma_list(others)}" if others else "")
 
 
 def initial_variables(
     method: Method, num_ids: int, *, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """{params, batch_stats} before training: drawn from settings.seed, and what settings.init_from has, if set.
+    """The network's variables before the first training step: random, from settings.seed, then settings.init_from's.
 
-    `report` is told, in one line, what was taken from settings.init_from and what starts anew.
+    Args:
+      method: of the network, with its settings.
+      num_ids: number of training identities.
+      report: called with a line that says what was loaded from settings.init_from and what starts from scratch.
+
+    Returns:
+      {"params", "batch_stats"}.
 
     Raises:
-      UserError: settings.init_from cannot be had, or does not fit the network.
+      SettingsError: the weights of settings.init_from are not there, or do not fit the network.
     """
     settings = method.settings
     key, _ = random_keys(settings.seed)

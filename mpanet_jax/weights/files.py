@@ -19,13 +19,13 @@ StateDict = dict[str, np.ndarray]
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-# Where the settings, and what was measured, stand in the metadata of a .safetensors file.
+# The keys of the settings, and of the figures measured with them, in the metadata of a .safetensors file.
 METADATA_KEY = "mpanet_jax.settings"
 METRICS_KEY = "mpanet_jax.metrics"
 
 
-def listed(names: Iterable[str], most: int = 20) -> str:
-    """Names with commas between them, the first `most` of them."""
+def comma_list(names: Iterable[str], most: int = 20) -> str:
+    """The first `most` names, separated by commas, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -35,12 +35,14 @@ def _one_line(error: BaseException) -> str:
 
 
 def read_state_dict(path: str | Path) -> StateDict:
-    """Reads a `.safetensors` file (without torch) or a `.pth`/`.pt`/`.bin` file of either PyTorch format.
+    """Reads the state dict in a `.safetensors` file, or in a `.pth`, `.pt` or `.bin` file (needs torch).
 
-    Unwraps `{"state_dict": …}`, `{"model": …}` and the `module.` prefix of DataParallel.
+    Unwraps `{"state_dict": …}`, `{"model": …}` and the `module.` prefix of DataParallel. bfloat16 of PyTorch files
+    becomes float32.
 
     Raises:
-      UserError: no such file; truncated, foreign, or with code in its pickle; no torch for a `.pth` file.
+      UserError: the file does not exist, is damaged or of another kind, or has code in its pickle; or it is a PyTorch
+        file and torch is not installed.
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
@@ -72,7 +74,11 @@ def _read_safetensors(path: Path) -> StateDict:
 
 
 def import_torch(path: Path) -> Any:
-    """PyTorch, which reading or writing `path` needs."""
+    """Imports PyTorch, which the file `path` needs.
+
+    Raises:
+      UserError: it is not installed.
+    """
     try:
         import torch
     except ImportError as error:
@@ -87,12 +93,12 @@ def _read_torch(path: Path) -> StateDict:
     try:
         # weights_only: the unpickler builds tensors and containers and refuses everything else.
         content = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises a different type for every way in which a file can be broken
+    except Exception as error:  # torch raises many types for damaged files
         code = re.search(r"(?:GLOBAL|global)\s+`?([\w.]+)`?", str(error))
         if code:
             raise UserError(
                 f"{path}: refused, its pickle holds code ({code[1]}) besides tensors; "
-                "where you trust it, save its state dict alone: torch.save(model.state_dict(), …)"
+                "if you trust the file, save only its state dict: torch.save(model.state_dict(), …)"
             ) from error
         raise _damaged(path, "PyTorch", error) from error
     for key in ("state_dict", "model"):
@@ -102,7 +108,9 @@ def _read_torch(path: Path) -> StateDict:
         raise UserError(f"{path}: expected a state dict (names and tensors), found {type(content).__name__}")
     foreign = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if foreign:
-        raise UserError(f"{path}: expected a state dict, but these entries are no tensors: {listed(map(str, foreign))}")
+        raise UserError(
+            f"{path}: expected a state dict, but these entries are not tensors: {comma_list(map(str, foreign))}"
+        )
     return {
         name: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
         for name, value in content.items()
@@ -110,10 +118,13 @@ def _read_torch(path: Path) -> StateDict:
 
 
 def read_metadata(path: str | Path, key: str = METADATA_KEY) -> dict[str, Any] | None:
-    """The settings, or another `key`, in the metadata of a `.safetensors` file, as plain values; None without.
+    """The settings, or what stands under another `key`, in the metadata of a `.safetensors` file.
+
+    Returns:
+      Plain values, or None if the file has no such key or is not a `.safetensors` file.
 
     Raises:
-      UserError: no such file, not a safetensors file, or the settings are not JSON.
+      UserError: the file does not exist or is damaged, or the value is not JSON.
     """
     path = _existing(path)
     if path.suffix != ".safetensors":
@@ -135,13 +146,16 @@ def write_state_dict(
     settings: dict[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a `.safetensors` file, or a PyTorch file (`.pth`, `.pt`, `.bin`; needs torch). Never half a file.
+    """Writes a `.safetensors` file, or a PyTorch file (`.pth`, `.pt` or `.bin`; needs torch), whole or not at all.
 
-    `settings`, plain values, go into the metadata of a `.safetensors` file: they say which network the weights are of.
-    So do `metrics`, what was measured with them.
+    Args:
+      path: of the file; its ending decides the format.
+      state_dict: the arrays.
+      settings: plain values for the metadata of a `.safetensors` file; they define the network of the weights.
+      metrics: figures measured with the weights, likewise for the metadata.
 
     Raises:
-      UserError: unknown ending, or no torch for a PyTorch file.
+      UserError: the ending is unknown, or torch is needed and not installed.
     """
     path = Path(path)
     if path.suffix not in FILE_SUFFIXES:

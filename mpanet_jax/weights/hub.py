@@ -5,37 +5,42 @@ from pathlib import Path
 
 from mpanet_jax.errors import UserError
 
-MODEL_FILE = "model.safetensors"  # of a saved model's folder, and of a repository
-CALIBRATION_FILE = "calibration.json"  # beside it, where there is one
+MODEL_FILE = "model.safetensors"  # in a repository, and in the folder of a saved model
+CALIBRATION_FILE = "calibration.json"  # beside it, if the model was calibrated
 
 
 def resolve(source: str) -> Path:
-    """The local path of `source`: itself, or the model.safetensors of a saved model's folder or of `hf:owner/name`.
+    """The local path of weights.
 
-    The last comes from Hugging Face's cache, or is fetched into it. A run's workdir stays one, whatever lies in it.
+    Args:
+      source: a path, or `hf:owner/name`, a repository on Hugging Face.
+
+    Returns:
+      For a repository its model.safetensors, from Hugging Face's cache or downloaded into it; for the folder of a saved
+      model the model.safetensors in it; for anything else, a run's workdir too, the path itself.
 
     Raises:
-      UserError: not in the cache and not to be had; holds the command that gets it.
+      UserError: the repository is not in the cache and cannot be downloaded; the message has the command that does it.
     """
     if not source.startswith("hf:"):
         path = Path(source)
         is_saved_model = (path / MODEL_FILE).is_file() and not (path / "checkpoints").exists()
         return path / MODEL_FILE if is_saved_model else path
-    import huggingface_hub  # slow to import, and needed here only
+    import huggingface_hub  # slow to import, and only needed here
 
     repository = source.removeprefix("hf:")
     try:
         try:
-            # The cache first: no network traffic, and no wait for it to fail, where the file is there.
+            # The cache first: if the file is there, no network is needed.
             return Path(huggingface_hub.hf_hub_download(repository, MODEL_FILE, local_files_only=True))
         except huggingface_hub.errors.LocalEntryNotFoundError:
-            huggingface_hub.logging.set_verbosity_error()  # its retries; the error below says all there is to say
+            huggingface_hub.logging.set_verbosity_error()  # not its retries: the error below says enough
             path = Path(huggingface_hub.hf_hub_download(repository, MODEL_FILE))
             with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):  # not every model has one
                 huggingface_hub.hf_hub_download(repository, CALIBRATION_FILE)
             return path
-    except Exception as error:  # no network, no such repository, no permission, no space: all have the same cure
+    except Exception as error:  # no network, repository, permission or space: the advice is the same
         raise UserError(
-            f"{source}: cannot be had ({type(error).__name__}); where there is a network, run: "
+            f"{source}: cannot be downloaded ({type(error).__name__}); on a machine with a network, run: "
             f"hf download {repository} {MODEL_FILE}"
         ) from error

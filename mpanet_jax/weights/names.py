@@ -1,8 +1,8 @@
-"""One name map between PyTorch's state dicts and a Flax tree, used in both directions.
+"""The map between the names of PyTorch's state dicts and the paths of a Flax tree, for both directions.
 
-Variables are `{"params", "batch_stats", "averages"}`, nested; an array's path is joined by "/". The rules turn a path
-into PyTorch's name, one after the other; the layout of the array (HWIO or OIHW, [in, out] or [out, in]) follows its
-number of axes. A backbone's rules lie with the backbone, a method's with the method.
+Variables are nested dicts {"params", "batch_stats", "averages"}, and an array's path is joined by "/". Rules turn the
+path into PyTorch's name, one after the other. The array's layout (HWIO or OIHW, [in, out] or [out, in]) follows from
+its number of axes. A backbone's rules are in its file, a method's in the method's.
 """
 
 import re
@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpanet_jax.errors import UserError
-from mpanet_jax.weights.files import StateDict, listed
+from mpanet_jax.weights.files import StateDict, comma_list
 
 Variables = dict[str, Any]
 Rules = Sequence[tuple[str, str]]
@@ -27,22 +27,23 @@ COMMON_RULES = (
     (r"/mean$", "/running_mean"),
     (r"/var$", "/running_var"),
 )
-COUNTERS = r"(.*\.)?num_batches_tracked$"  # batch norm's, which nothing here needs
+COUNTERS = r"(.*\.)?num_batches_tracked$"  # batch norm's, which are not used here
 
 
 @dataclass(frozen=True)
 class NameMap:
-    """How the arrays of a network are called in PyTorch.
+    """The names in PyTorch of a network's arrays.
 
     Attributes:
-      rules: (pattern, replacement) on a path; one of an average begins with `averages/`.
-      backbone_rules: the same for the backbone alone, as it comes with ImageNet weights; arrays of one name there all
-        start as that one.
-      backbone: matches the paths of the backbone.
-      linear: matches the *names* of linear layers, which are the classifiers; other matrices are 1×1 convolutions.
-      zeros: names that PyTorch has and that are fixed at 0 here, each beside `….weight`.
-      left_out: matches names that nothing here needs, such as ImageNet's classifier.
-      describe: which backbone names are of, in words, as the backbone says it; '' for none.
+      rules: pairs (pattern, replacement), applied to a path in order; the path of an average begins with `averages/`.
+      backbone_rules: the same for a bare backbone, as ImageNet's weights are. If several paths get one name, that array
+        initialises all of them.
+      backbone: pattern of the paths that belong to the backbone.
+      linear: pattern of the *names* of linear layers, which are the classifiers; in PyTorch all other matrices are 1×1
+        convolutions.
+      zeros: names that only PyTorch has, of arrays that must be 0; each is beside a `….weight`.
+      left_out: pattern of names that are not used here, such as those of ImageNet's classifier.
+      describe: describes the backbone that a state dict's names belong to; '' for none (`Backbone.describe`).
     """
 
     rules: Rules = ()
@@ -54,7 +55,7 @@ class NameMap:
     describe: Callable[[Iterable[str]], str] = lambda names: ""
 
     def name(self, path: Sequence[str]) -> str:
-        """PyTorch's name of the array at `path`, whose first part is the collection."""
+        """PyTorch's name of the array at `path`, whose first part is the collection, such as 'params'."""
         return _renamed(path, self.rules)
 
     def is_backbone(self, path: Sequence[str]) -> bool:
@@ -62,7 +63,7 @@ class NameMap:
         return path[0] != "averages" and re.match(self.backbone, "/".join(path[1:])) is not None
 
     def is_classifier(self, name: str) -> bool:
-        """Whether a name is a classifier's."""
+        """Whether `name`, in PyTorch, is a classifier's."""
         return re.fullmatch(self.linear, name) is not None
 
 
@@ -100,15 +101,15 @@ def _entries(variables: Variables, names: NameMap) -> Iterator[tuple[tuple[str, 
 
 
 def number_of_ids(variables: Variables, names: NameMap) -> int:
-    """How many identities the classifiers of `variables` tell apart; 1 where they were left out."""
+    """The number of identities of the classifiers in `variables`; 1 if the classifiers were left out."""
     return next((s[0] for _, name, s, _ in _entries(variables, names) if names.is_classifier(name)), 1)
 
 
 def to_state_dict(variables: Variables, names: NameMap) -> StateDict:
-    """Flax → PyTorch, the exact inverse of `from_state_dict`.
+    """Converts variables to a PyTorch state dict; the exact inverse of `from_state_dict`.
 
-    A bare backbone gets its own names. PyTorch's `num_batches_tracked` is not written: `load_state_dict` does not ask
-    for it.
+    A bare backbone gets the names that it has in ImageNet's weights. `num_batches_tracked` is not written, because
+    PyTorch's `load_state_dict` does not require it.
     """
     variables = {name: variables[name] for name in ("params", "batch_stats", "averages") if name in variables}
     bare = all(names.is_backbone(path) for path in flatten_dict(variables))
@@ -131,21 +132,21 @@ def from_state_dict(
     source: str | Path = "state dict",
     advice: str = "",
 ) -> tuple[Variables, list[str]]:
-    """PyTorch → Flax.
+    """Converts a PyTorch state dict to variables.
 
     Args:
       state_dict: of the whole network, or of its backbone alone.
-      template: `{"params", "batch_stats", "averages"}` of the network (arrays or shapes), whose types the result gets.
-      names: of the network.
-      drop_classifiers: leave the classifiers and their averages out, whatever their size.
-      source: what to call the state dict in an error.
-      advice: what an error says in the end where the state dict does not fit.
+      template: {"params", "batch_stats", "averages"} of the network, arrays or shapes; the result has their types.
+      names: the network's name map.
+      drop_classifiers: leave out the classifiers and their averages, whatever their size.
+      source: name of the state dict in errors.
+      advice: ends the error message if the state dict does not fit.
 
     Returns:
-      The variables as NumPy arrays, of a bare backbone its part of them; and the names that were left out.
+      The variables as NumPy arrays, only the backbone's for a bare backbone; and the names that were left out.
 
     Raises:
-      UserError: entries are missing, extra or misshapen, or hold NaN or infinity; each is named.
+      UserError: entries are missing, extra or misshapen, or hold NaN or infinity; the message names each.
     """
     zeros = {name for name in names.zeros if name in state_dict and not state_dict[name].any()}
     left_out = {name for name in state_dict if re.fullmatch(f"{COUNTERS}|{names.left_out}", name)}
@@ -167,12 +168,14 @@ def from_state_dict(
         reason = _reason(state_dict, expected, missing + extra + misfit, names)
         raise UserError(
             f"{source}: does not fit the model{reason}; "
-            + "; ".join(f"{kind}: {listed(those)}" for kind, those in kinds.items() if those)
+            + "; ".join(f"{kind}: {comma_list(those)}" for kind, those in kinds.items() if those)
             + (f"; {advice}" if advice else "")
         )
     broken = [name for name in sorted(expected) if not np.isfinite(usable[name]).all()]
     if broken:
-        raise UserError(f"{source}: NaN or infinity in {listed(broken)}; take weights from before training diverged")
+        raise UserError(
+            f"{source}: NaN or infinity in {comma_list(broken)}; take weights from before training diverged"
+        )
     flat = {}
     for name, (paths, _, leaf) in expected.items():
         array = _from_published(usable[name], len(leaf.shape))
@@ -181,7 +184,7 @@ def from_state_dict(
 
 
 class _Entry(NamedTuple):
-    """An array of a state dict: where it goes, in one place or several, its shape there, and the leaf in the tree."""
+    """An array that a state dict should have: the paths it goes to, its shape in PyTorch, and the leaf in the tree."""
 
     paths: list[tuple[str, ...]]
     shape: tuple[int, ...]
@@ -196,9 +199,10 @@ def _by_name(template: Variables, names: NameMap) -> dict[str, _Entry]:
 
 
 def _expected(found: Iterable[str], template: Variables, names: NameMap) -> tuple[NameMap, dict[str, _Entry]]:
-    """What is expected by name, of the whole network, or of its backbone where `found` are a bare backbone's names.
+    """The name map and the entries expected of a state dict with the names `found`.
 
-    So they are where some are the backbone's own and none is that of another part. With them goes their name map.
+    They are those of the backbone if some names are the backbone's and none belongs to another part of the network,
+    otherwise those of the whole network.
     """
     whole = _by_name(template, names)
     bare = replace(names, rules=names.backbone_rules)
@@ -210,10 +214,10 @@ def _expected(found: Iterable[str], template: Variables, names: NameMap) -> tupl
 
 
 def _reason(state_dict: StateDict, expected: Iterable[str], problems: Sequence[str], names: NameMap) -> str:
-    """What kind of misfit it is, where that can be told, as an insertion into the message."""
+    """The likely cause of a misfit, to be inserted into the message; '' if it is not known."""
     found, wanted = names.describe(state_dict), names.describe(expected)
     if found != wanted:
         return f": another backbone, {found}; expected {wanted}" if found else f": no backbone like {wanted} in it"
     if all(names.is_classifier(problem.split(" ")[0]) for problem in problems):
-        return " in its classifiers, another number of identities or missing (drop_classifiers leaves them out)"
+        return ": its classifiers are missing or of other identities (drop_classifiers leaves them out)"
     return ""

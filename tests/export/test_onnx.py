@@ -17,7 +17,7 @@ from mpanet_jax.export import onnx_file
 from mpanet_jax.export.equations import equations_of
 from mpanet_jax.export.onnx_file import export_onnx, onnx_bytes
 from mpanet_jax.methods import make_method, settings_of
-from mpanet_jax.methods.method import unit
+from mpanet_jax.methods.method import l2_normalize
 from mpanet_jax.model import Model
 from mpanet_jax.settings import replace
 from mpanet_jax.weights.convert import template_of
@@ -182,7 +182,7 @@ def of_layers(images):
     parts = jnp.concatenate([half, jnp.abs(half), jnp.clip(half, -0.2, 0.3)], -1)
     rows = jnp.stack([parts.max((1, 2)), parts[:, 1, 0] + parts.min((1, 2)), jax.lax.erf(parts).sum((1, 2))], 1)
     mixed = jnp.einsum("bkc,dc->bkd", rows, jnp.arange(36.0).reshape(4, 9) / 36) - rows[:, :, :4] ** 2
-    return unit(jnp.einsum("bkd,bjd->bkj", mixed, rows[..., :4]).transpose(0, 2, 1).reshape(-1, 9))
+    return l2_normalize(jnp.einsum("bkd,bjd->bkj", mixed, rows[..., :4]).transpose(0, 2, 1).reshape(-1, 9))
 
 
 def test_layers_of_other_methods(tmp_path):

@@ -457,20 +457,20 @@ def table() -> str:
 
 PAGE = """# Parity with PyTorch
 
-`tests/reference/` holds an independent MPANet in PyTorch. From the same weights and batches, the plain and the fused
-form of the network are compared with it: the table has the largest relative error ‖a − b‖ / ‖b‖ that was seen, b
-PyTorch's. PyTorch computes in float64, so that its own rounding is no part of the errors. The networks are small, 1
-or 2 blocks a stage and images of 128×64 or 64×32; evaluation is compared for ResNet-50 at 384×128 too.
+`tests/reference/` has an independent implementation of MPANet in PyTorch. The plain and the fused form of the network
+are compared with it, from the same weights and batches. The table has the largest relative error ‖a − b‖ / ‖b‖, where b
+is PyTorch's value. PyTorch computes in float64, so that its own rounding does not add to the errors. The networks are
+small, with 1 or 2 blocks a stage and images of 128×64 or 64×32; evaluation is also compared for ResNet-50 at 384×128.
 Augmentation is off.
 
 {table}
 
-A gradient that is 0 but for rounding (the bias of a layer before a batch norm) is measured against the norm of all
+If a gradient is 0 up to rounding (the bias of a layer before a batch norm), its error is relative to the norm of all
 gradients. The nine ablation variants are {variants}.
 
-The bounds that `make test` holds (`tests/test_parity.py`) are 1e-5 in float32, 1e-10 (values) and 1e-8 (gradients, five
-steps of training) in float64, for both forms. In bfloat16 the cosine is at least 0.999, and no more is lost than 1.5
-times what PyTorch loses. `tests/methods/` holds AGW and CAJ in the same way ([methods](methods.md)).
+`make test` checks these bounds for both forms (`tests/test_parity.py`): 1e-5 in float32; 1e-10 for values and 1e-8 for
+gradients and five training steps in float64; in bfloat16 a cosine of at least 0.999, and 1 − cosine at most 1.5 times
+that of PyTorch. `tests/methods/` checks AGW and CAJ in the same way ([methods](methods.md)).
 
 ## How this page is made
 

@@ -1,8 +1,8 @@
-"""The fast forms of the plain layers: the same parameters, running statistics and numbers, less memory traffic.
+"""Fast forms of the plain layers: the same parameters, running statistics and numbers, with less memory traffic.
 
-`fuse(network)` is the network with every layer that has a fused form computed in it. The plain layers know nothing of
-this: flax calls the fused form in their place. Custom gradients, barriers and work that is placed beside the sums of
-several devices live in this package only. Why each form is as it is, with the measurements: docs/performance.md.
+`fuse(network)` returns a network that computes every layer in its fused form, if there is one. The plain layers do not
+know about this: flax intercepts their calls. Custom gradients, optimisation barriers and work that overlaps with sums
+over devices are in this package only. docs/performance.md gives the reasons for each form, with measurements.
 """
 
 from collections.abc import Callable
@@ -14,28 +14,28 @@ import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
 from mpanet_jax.models.attention import ModalityAlleviation, PatternAlignment
-from mpanet_jax.models.fused.attention import align_patterns, alleviate
-from mpanet_jax.models.fused.classifier import classify
-from mpanet_jax.models.fused.normalization import normalize
-from mpanet_jax.models.fused.resnet import bottleneck, stem
+from mpanet_jax.models.fused.attention import fused_mam, fused_pam
+from mpanet_jax.models.fused.classifier import fused_classifier
+from mpanet_jax.models.fused.normalization import fused_batch_norm
+from mpanet_jax.models.fused.resnet import fused_bottleneck, fused_stem
 from mpanet_jax.models.layers import BatchNorm, Classifier
 from mpanet_jax.models.resnet import Bottleneck, Stem
 
-# The plain layer → its fused form, called with the layer and the arguments of the layer's __call__.
+# Plain layer → fused form, a function that takes the layer and the arguments of its __call__.
 FUSED_FORMS: dict[type[nn.Module], Callable[..., Any]] = {
-    BatchNorm: normalize,
-    Bottleneck: bottleneck,
-    Classifier: classify,
-    ModalityAlleviation: alleviate,
-    PatternAlignment: align_patterns,
-    Stem: stem,
+    BatchNorm: fused_batch_norm,
+    Bottleneck: fused_bottleneck,
+    Classifier: fused_classifier,
+    ModalityAlleviation: fused_mam,
+    PatternAlignment: fused_pam,
+    Stem: fused_stem,
 }
-# The platforms on which the fused network was measured to be the faster one (docs/performance.md).
+# The platforms on which the fused network was measured to be faster (docs/performance.md).
 FASTER_ON = ("cpu", "gpu")
 
 
 class Fused(nn.Module):
-    """A network with its layers in their fused forms; its variables are those of the plain network."""
+    """A network that computes its layers in their fused forms; its variables are those of the plain network."""
 
     network: nn.Module
 
@@ -52,12 +52,12 @@ class Fused(nn.Module):
 
 
 def fuse(network: nn.Module) -> nn.Module:
-    """`network` with every layer that has a fused form computed in it."""
+    """A network with the variables and results of `network`, which computes every layer in its fused form, if any."""
     return Fused(network)
 
 
 def has_fused_blocks(network: nn.Module) -> bool:
-    """Whether the network has bottlenecks, whose fused form is most of what `fuse` gains."""
+    """Whether the network has bottlenecks: most of the speed that `fuse` gains comes from their fused form."""
     found = set()
 
     def note(plain: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext) -> Any:

@@ -1,4 +1,4 @@
-"""MAM as one affine map per image and channel, and PAM as one product."""
+"""The fused forms of MAM, one affine map per image and channel, and of PAM, one product."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from mpanet_jax.models.fused.batch_norm import two_sums
 def _affine(
     z: Float[Array, "b h w c"], factor: Float[Array, "b c"], offset: Float[Array, "b c"]
 ) -> Float[Array, "b h w c"]:
-    """factor·z + offset, with one factor and offset per image and channel; the gradients of both in one pass."""
+    """factor·z + offset, with one factor and offset per image and channel; one pass computes the gradients of both."""
     return (z * factor[:, None, None] + offset[:, None, None]).astype(z.dtype)
 
 
@@ -30,8 +30,8 @@ def _affine_backward(saved, dy):
 _affine.defvjp(_affine_forward, _affine_backward)
 
 
-def alleviate(module: ModalityAlleviation, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """The form of `ModalityAlleviation`: IN shares its mean with g(Z), so F = (m + (1−m)/σ)·Z − (1−m)·μ/σ."""
+def fused_mam(module: ModalityAlleviation, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """The fused form of `ModalityAlleviation`: F = (m + (1−m)/σ)·Z − (1−m)·μ/σ, where μ is both g(Z) and IN's mean."""
     mean, inverse_deviation = instance_statistics(z)
     if module.kind == "in":
         return _affine(z, inverse_deviation, -mean * inverse_deviation)
@@ -42,10 +42,10 @@ def alleviate(module: ModalityAlleviation, z: Float[Array, "b h w c"]) -> Float[
     return _affine(z, mask + rest, -rest * mean)
 
 
-def align_patterns(
+def fused_pam(
     module: PatternAlignment, feature_map: Float[Array, "b h w c"]
 ) -> tuple[Float[Array, "b d"], Float[Array, "b positions l"]]:
-    """The form of `PatternAlignment`: g(F) is the pattern whose map is 1 everywhere, so one product pools all."""
+    """The fused form of `PatternAlignment`: g(F) is a pattern whose map is 1 everywhere, so one product pools all."""
     batch, height, width, channels = feature_map.shape
     flat = feature_map.reshape(batch, height * width, channels)
     maps = module.maps(flat)

@@ -1,9 +1,9 @@
-"""Training-mode batch normalisation with the ReLU behind it, and what its relatives share with it.
+"""Training-mode batch normalisation with the ReLU that follows it, and functions that other fused forms share.
 
-The forward and backward passes are written by hand because they decide the speed of the step: a ResNet is bound by
-memory traffic, and this form keeps only the convolution's output, the layer's output and two vectors per channel. Two
-relatives leave out one of the two: `projection.py`, behind a 1×1 convolution that widens, the convolution's output;
-`pooling.py`, in the stem, the layer's.
+A ResNet's speed is bound by memory traffic, so the forward and backward passes are written by hand. This form stores
+only the convolution's output, the layer's output and two vectors with a value a channel. Two other forms store less:
+`conv1x1.py`, for 1×1 convolutions that widen, not the convolution's output; `pooling.py`, for the stem, not the
+normalised array.
 """
 
 from functools import partial
@@ -19,19 +19,27 @@ from mpanet_jax.models.layers import statistics_dtype
 
 
 def sum_over_devices(values: tuple[Array, ...], axis_name: str | None) -> tuple[Array, ...]:
-    """The sums of vectors over the devices of `axis_name`, in one message; `values` on one device (axis_name None).
+    """Sums vectors over the devices of `axis_name`, all in one message; with axis_name None, returns them as they are.
 
-    Gathered and added, not `psum`: a hundred such sums a step wait for nothing but latency, and for vectors this short
-    a gather has less of it (docs/performance.md).
+    The vectors are gathered and added instead of summed by `psum`: a step makes about a hundred such sums, the latency
+    of each is all that it costs, and for vectors this short a gather has less of it (docs/performance.md).
     """
-    return sum_beside(values, None, axis_name)[0]
+    return sum_overlapped(values, None, axis_name)[0]
 
 
-def sum_beside(values: tuple[Array, ...], work: Any, axis_name: str | None) -> tuple[tuple[Array, ...], Any]:
-    """`sum_over_devices` of `values`, and `work`: arrays that the device computes while the sums travel.
+def sum_overlapped(values: tuple[Array, ...], work: Any, axis_name: str | None) -> tuple[tuple[Array, ...], Any]:
+    """`sum_over_devices(values)`, and has the device compute `work` while the sums travel.
 
-    XLA would leave such work for the end of the step, and the device would wait for the sums meanwhile. So all that is
-    made of the sums is made to wait for the work too.
+    XLA would compute `work` at the end of the step, and the device would idle until the sums arrive. Therefore
+    everything that uses the sums is made to wait for `work` too.
+
+    Args:
+      values: vectors to sum.
+      work: arrays to compute that do not depend on the sums, or None.
+      axis_name: the mapped axis of a multi-device step, None on one device.
+
+    Returns:
+      The sums, and `work`.
     """
     if axis_name is None:
         return values, work
@@ -52,22 +60,22 @@ def _sums_together(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[
 
 
 def two_sums(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """The sums of both over `axes`.
+    """The sums of both arrays over `axes`.
 
-    One reduction of two operands saves a GPU a kernel and a pass; on the CPU it is slower and rounds worse than two,
-    and nothing says that it gains anywhere else.
+    On a GPU one reduction of two operands saves a kernel and a pass. On the CPU it is slower and rounds worse than two
+    reductions, and elsewhere it was not measured.
     """
     together = partial(_sums_together, axes=axes)
     return lax.platform_dependent(first, second, cuda=together, rocm=together, default=partial(_sums_apart, axes=axes))
 
 
 def channel_sums(first: Array, second: Array) -> tuple[Array, Array]:
-    """The sums of both over all axes but the last."""
+    """The sums of both arrays over all axes but the last."""
     return two_sums(first, second, tuple(range(first.ndim - 1)))
 
 
 def count_positions(x: Array, axis_name: str | None) -> int:
-    """How many positions, on all devices together, the statistics of x are taken over."""
+    """The number of positions, on all devices together, over which the statistics of x are taken."""
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     return x.size // x.shape[-1] * devices
 
@@ -90,9 +98,18 @@ def input_gradient(
     scale: Float[Array, "c"],
     axis_name: str | None,
 ) -> Float[Array, "*positions c"]:
-    """The gradient of x from `gradient`, that of the normalised and scaled array, in x's type.
+    """The gradient of batch norm's input.
 
-    `totals` are Σ gradient and Σ gradient·x̂ of each channel over all devices, the gradients of the bias and the scale.
+    Args:
+      x: the input; x̂ is x normalised.
+      gradient: of batch norm's output.
+      totals: Σ gradient and Σ gradient·x̂ of each channel over all devices, which are the gradients of bias and scale.
+      mean, inverse_deviation: of the batch, by channel.
+      scale: of the layer.
+      axis_name: the mapped axis of a multi-device step, None on one device.
+
+    Returns:
+      The gradient of x, in x's type.
     """
     total_gradient, total_product = totals
     count = count_positions(x, axis_name)
@@ -125,15 +142,15 @@ def batch_norm(
     Args:
       x: any number of leading axes; the statistics are taken over them and over the devices of `axis_name`.
       scale, bias: one value a channel. Their gradients are sums over all devices.
-      next_kernel: that of the convolution which follows, or None. It is handed through as it is, so that the backward
+      next_kernel: the kernel of the convolution that follows, or None. It is returned unchanged, so that the backward
         pass computes its gradient while the devices exchange their sums.
       eps: added to the variance.
       relu: whether a ReLU follows.
       axis_name: the mapped axis of a multi-device step, None on one device.
 
     Returns:
-      y in x's type, and the batch's mean and *biased* variance in float32, through which no gradient flows; and
-      `next_kernel`, to be used from here on.
+      (y, mean, variance), next_kernel: y in x's type; the batch's mean and *biased* variance in float32, through which
+      no gradient flows; and the kernel, which the convolution must take from here.
     """
     return _forward(x, scale, bias, eps, relu, axis_name)[0], next_kernel
 
@@ -148,11 +165,11 @@ def _backward(eps, relu, axis_name, saved, cotangents):
     (gradient, *_), d_next_kernel = cotangents
     centred = x.astype(mean.dtype) - mean
     if relu:
-        # The mask is computed again from x, which is read in any case, instead of from y.
+        # The ReLU's mask is computed from x, which is read anyway, and not from y.
         gradient = jnp.where(centred * (inverse_deviation * scale) + bias > 0, gradient, 0)
     gradient = gradient.astype(mean.dtype)
     sums = channel_sums(gradient, gradient * (centred * inverse_deviation))
-    (d_bias, d_scale), d_next_kernel = sum_beside(sums, d_next_kernel, axis_name)
+    (d_bias, d_scale), d_next_kernel = sum_overlapped(sums, d_next_kernel, axis_name)
     dx = input_gradient(x, gradient, (d_bias, d_scale), mean, inverse_deviation, scale, axis_name)
     return dx, d_scale, d_bias, d_next_kernel
 

@@ -1,4 +1,4 @@
-"""A batch norm's parameters and running statistics, with arithmetic that is fused with its neighbours."""
+"""Batch norm whose arithmetic is fused with its neighbours', with the parameters and statistics of the plain layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,46 +8,51 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mpanet_jax.models.fused.batch_norm import batch_norm, count_positions
-from mpanet_jax.models.layers import BatchNorm, gradients_are_summed, statistics_dtype
+from mpanet_jax.models.layers import BatchNorm, mark_gradients_summed, statistics_dtype
 
 Vector = Float[Array, "c"]
 ByBatch = Callable[[Vector, Vector], tuple[Array, Vector, Vector]]
 ByRunning = Callable[[Vector, Vector, Vector], Array]
 
 
-def run(norm: BatchNorm, channels: int, count: int, by_batch: ByBatch, by_running: ByRunning, *, train: bool) -> Array:
-    """One of the two functions on the variables of `norm`; after `by_batch` its running statistics move.
+def normalize_with(
+    norm: BatchNorm, channels: int, count: int, by_batch: ByBatch, by_running: ByRunning, *, train: bool
+) -> Array:
+    """Computes a batch norm with one of two functions, and in training updates its running statistics.
 
     Args:
-      norm: whose parameters and statistics.
+      norm: has the parameters and the running statistics.
       channels: of the array that is normalised.
-      count: positions, on all devices together, that the batch's statistics are taken over.
-      by_batch: (scale, bias) → the result, the batch's mean and its *biased* variance. The gradients of scale and bias
-        are sums over all devices.
-      by_running: (mean, factor, bias) → the result, where the normalised array is (x − mean)·factor + bias.
-      train: chooses `by_batch`.
+      count: number of positions, on all devices together, over which the batch's statistics are taken.
+      by_batch: for training, (scale, bias) → (result, mean, *biased* variance of the batch). It must give gradients of
+        scale and bias that are sums over all devices.
+      by_running: for evaluation, (mean, factor, bias) → result, where (x − mean)·factor + bias is the normalised array.
+      train: which of the two is called.
+
+    Returns:
+      The result.
     """
     scale, bias, running_mean, running_variance = norm.variables_of(channels)
     if not train:
         return by_running(running_mean, lax.rsqrt(running_variance + norm.eps) * scale, bias)
-    gradients_are_summed(norm, *(("scale", "bias") if norm.use_bias else ("scale",)))
+    mark_gradients_summed(norm, *(("scale", "bias") if norm.use_bias else ("scale",)))
     result, mean, variance = by_batch(scale, bias)
-    norm.move_running_statistics(mean, variance, count)
+    norm.update_running_statistics(mean, variance, count)
     return result
 
 
-class Norm(BatchNorm):
-    """The variables of a `BatchNorm`; called with the further arguments of `run`."""
+class FusedBatchNorm(BatchNorm):
+    """A `BatchNorm` that is called with the arguments of `normalize_with` instead of an array."""
 
     @nn.compact
     def __call__(
         self, channels: int, count: int, by_batch: ByBatch, by_running: ByRunning, *, train: bool
     ) -> Float[Array, "..."]:
-        return run(self, channels, count, by_batch, by_running, train=train)
+        return normalize_with(self, channels, count, by_batch, by_running, train=train)
 
 
-def normalize(norm: BatchNorm, x: Float[Array, "*positions c"], *, train: bool) -> Float[Array, "*positions c"]:
-    """The form of a `BatchNorm` that stands alone."""
+def fused_batch_norm(norm: BatchNorm, x: Float[Array, "*positions c"], *, train: bool) -> Float[Array, "*positions c"]:
+    """The fused form of a `BatchNorm` whose neighbours are not fused with it."""
 
     def by_batch(scale: Vector, bias: Vector) -> tuple[Array, Vector, Vector]:
         outputs: Any = batch_norm(x, scale, bias, None, norm.eps, False, norm.axis_name)  # custom_vjp loses the type
@@ -56,7 +61,7 @@ def normalize(norm: BatchNorm, x: Float[Array, "*positions c"], *, train: bool) 
     def by_running(mean: Vector, factor: Vector, bias: Vector) -> Array:
         return affine(x, mean, factor, bias)
 
-    return run(norm, x.shape[-1], count_positions(x, norm.axis_name), by_batch, by_running, train=train)
+    return normalize_with(norm, x.shape[-1], count_positions(x, norm.axis_name), by_batch, by_running, train=train)
 
 
 def affine(x: Array, mean: Vector, factor: Vector, bias: Vector) -> Array:

@@ -1,7 +1,7 @@
-"""3×3 max-pool with stride 2 and padding 1, and the stem's batch norm, ReLU and max-pool as one operation.
+"""3×3 max-pool with stride 2 and padding 1, alone and as one operation with the batch norm and ReLU before it.
 
-The backward pass of the latter gathers, where XLA's own one scatters. Of equal maxima PyTorch's takes the gradient: the
-first.
+The backward pass gathers, while XLA's own one scatters, which is slow. As in PyTorch, the first of several equal maxima
+takes the gradient.
 """
 
 from functools import partial
@@ -19,14 +19,14 @@ from mpanet_jax.models.fused.batch_norm import (
 )
 from mpanet_jax.models.layers import statistics_dtype
 
-# The nine places of a 3×3 window in PyTorch's order.
+# The nine places of a 3×3 window, in PyTorch's order.
 TAPS = [(row, column) for row in range(3) for column in range(3)]
 
 
-def largest_of_windows(
+def max_pool_with_places(
     x: Float[Array, "b h w c"],
 ) -> tuple[Float[Array, "b h2 w2 c"], UInt8[Array, "b h2 w2 c"]]:
-    """The maximum of every window and its place in it, 0 to 8."""
+    """The maximum of every window, and its place in the window: an index into `TAPS`."""
     height, width = x.shape[1:3]
     rows, columns = (height - 1) // 2 + 1, (width - 1) // 2 + 1
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
@@ -39,13 +39,18 @@ def largest_of_windows(
     return largest, place
 
 
-def spread(
+def max_unpool(
     place: UInt8[Array, "b h2 w2 c"], values: Float[Array, "b h2 w2 c"], height: int, width: int
 ) -> Float[Array, "b {height} {width} c"]:
-    """The transpose of taking the maximum: every window's value goes to its place; summed in float32.
+    """The transpose of max-pooling: adds each window's value, in float32, to the position of the window's maximum.
 
-    Position (2i, ·) lies in the windows i alone, in their middle row; position (2i+1, ·) in the last row of the windows
-    i and in the first row of the windows i+1. Columns likewise.
+    Row 2i of the result is the middle row of the windows in row i. Row 2i+1 is the last row of these windows and the
+    first row of those in row i+1. The same holds for columns.
+
+    Args:
+      place: of the maxima, from `max_pool_with_places`.
+      values: one for each window.
+      height, width: of the pooled array.
     """
     batch, rows, columns, channels = place.shape
     odd_row = jnp.arange(2, dtype=jnp.uint8).reshape(1, 1, 2, 1, 1, 1)
@@ -53,7 +58,7 @@ def spread(
     total = 0
     for next_row in (0, 1):
         for next_column in (0, 1):
-            # The windows (i + next_row, j + next_column); behind the last one the value is 0.
+            # The windows (i + next_row, j + next_column); beyond the last one the value is 0.
             ahead = ((0, 0), (0, next_row), (0, next_column), (0, 0))
             place_there, value_there = (
                 jnp.pad(a[:, next_row:, next_column:], ahead)[:, :, None, :, None] for a in (place, values)
@@ -66,17 +71,17 @@ def spread(
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """3×3 max-pool with stride 2 and padding 1, for evaluation: its gradient is a slow scatter."""
-    return largest_of_windows(x)[0]
+    """3×3 max-pool with stride 2 and padding 1. Only for evaluation: its gradient is a slow scatter."""
+    return max_pool_with_places(x)[0]
 
 
 def _forward(x, scale, bias, eps, axis_name):
     mean, variance = batch_statistics(x, axis_name)
     inverse_deviation = lax.rsqrt(variance + eps)
-    # Batch norm rises with x, or falls where its scale is negative: the largest (smallest) x of a window makes the
-    # largest y, and only those are normalised.
+    # Batch norm is monotonic: a window's largest y comes from its largest x, or where the scale is negative from its
+    # smallest. Only these are normalised.
     sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
-    chosen, place = largest_of_windows(x * sign)
+    chosen, place = max_pool_with_places(x * sign)
     chosen *= sign
     y = jnp.maximum((chosen.astype(mean.dtype) - mean) * (inverse_deviation * scale) + bias, 0)
     return (y.astype(x.dtype), mean, variance), (x, chosen, place, mean, inverse_deviation, scale, bias)
@@ -86,11 +91,18 @@ def _forward(x, scale, bias, eps, axis_name):
 def normalize_and_pool(
     x: Float[Array, "b h w c"], scale: Float[Array, "c"], bias: Float[Array, "c"], eps: float, axis_name: str | None
 ) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, "c"], Float[Array, "c"]]:
-    """Batch norm, ReLU and max-pool in one; takes the arguments of `batch_norm`, returns its mean and variance too.
+    """Training-mode batch norm, ReLU and 3×3 max-pool.
 
-    The normalised array, four times the result, is never written, and the sums of the backward pass run over the
-    result's positions: at the others the gradient is 0. (Where the scale is 0, or too small to change the bias, all of
-    a window are equal; then the largest x takes the gradient, not the first.)
+    The normalised array, four times as large as the result, is never stored, and the sums of the backward pass run only
+    over the chosen positions, as the gradient is 0 at all others. Where the scale is 0, or too small to change the
+    bias, all entries of a window are equal after batch norm; then the largest x takes the gradient, not the first.
+
+    Args:
+      x: the convolution's output.
+      scale, bias, eps, axis_name: as for `batch_norm`.
+
+    Returns:
+      The result in x's type, and the batch's mean and *biased* variance in float32, through which no gradient flows.
     """
     return _forward(x, scale, bias, eps, axis_name)[0]
 
@@ -101,8 +113,8 @@ def _backward(eps, axis_name, saved, cotangents):
     gradient = jnp.where(centred * (inverse_deviation * scale) + bias > 0, cotangents[0], 0)
     wide = gradient.astype(mean.dtype)
     d_bias, d_scale = sum_over_devices(channel_sums(wide, wide * (centred * inverse_deviation)), axis_name)
-    spread_gradient = spread(place, gradient, *x.shape[1:3])
-    dx = input_gradient(x, spread_gradient, (d_bias, d_scale), mean, inverse_deviation, scale, axis_name)
+    unpooled = max_unpool(place, gradient, *x.shape[1:3])
+    dx = input_gradient(x, unpooled, (d_bias, d_scale), mean, inverse_deviation, scale, axis_name)
     return dx, d_scale, d_bias
 
 

@@ -1,4 +1,4 @@
-"""The stem and the bottleneck, their convolutions fused with the batch norms, ReLUs and shortcuts around them."""
+"""The fused forms of the stem and the bottleneck: convolutions with the batch norms, ReLUs and shortcuts after them."""
 
 from functools import partial
 from typing import Any
@@ -10,15 +10,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mpanet_jax.models.fused.batch_norm import batch_norm, count_positions
-from mpanet_jax.models.fused.normalization import Norm, affine
+from mpanet_jax.models.fused.conv1x1 import conv1x1, conv1x1_batch_norm
+from mpanet_jax.models.fused.normalization import FusedBatchNorm, affine
 from mpanet_jax.models.fused.pooling import max_pool, normalize_and_pool
-from mpanet_jax.models.fused.projection import project, project_and_normalize
 from mpanet_jax.models.layers import kaiming_fan_out
 from mpanet_jax.models.resnet import Bottleneck, Stem
 
 
 class Kernel(nn.Module):
-    """The kernel of a convolution without bias, which something else carries out; x gives only its channels."""
+    """The kernel of a size × size convolution of x with `width` output channels. It does not convolve."""
 
     size: int
     width: int
@@ -30,7 +30,7 @@ class Kernel(nn.Module):
 
 
 def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "s s c o"], stride: int = 1) -> Float[Array, "b h2 w2 o"]:
-    """A convolution without bias; padding s // 2 as in torchvision's ResNet."""
+    """A convolution without bias, with padding s // 2 as in torchvision's ResNet."""
     padding = len(kernel) // 2
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -42,9 +42,9 @@ def stem_convolution(
 ) -> Float[Array, "b h2 w2 c"]:
     """The 7×7 convolution with stride 2 and padding 3, in `dtype`.
 
-    For even sizes it is computed as a 4×4 convolution with stride 1 over 2×2 blocks of pixels: with a fourth channel of
-    zeros that makes 16 channels instead of 3. The kernel gets a first row and a first column of zeros, so that its 8×8
-    taps are 4×4 blocks.
+    For images of even height and width it is computed as a 4×4 convolution with stride 1 over 2×2 blocks of pixels; a
+    fourth channel of zeros gives these 16 channels. The kernel gets a first row and a first column of zeros, so that
+    its 8×8 taps are 4×4 blocks.
     """
     batch, height, width, _ = images.shape
     images, kernel = images.astype(dtype), kernel.astype(dtype)
@@ -55,15 +55,15 @@ def stem_convolution(
     blocks = blocks.reshape(batch, height // 2, width // 2, 16)
     taps = jnp.pad(kernel, ((1, 0), (1, 0), (0, 1), (0, 0))).reshape(4, 2, 4, 2, 4, -1).transpose(0, 2, 1, 3, 4, 5)
     taps = taps.reshape(4, 4, 16, -1)
-    # Output row i reads the pixel rows 2i−4 … 2i+3, the first of them with weight 0: blocks i−2 … i+1.
+    # Output row i reads pixel rows 2i−4 … 2i+3, the first with weight 0: these are blocks i−2 … i+1.
     return lax.conv_general_dilated(blocks, taps, (1, 1), ((2, 1), (2, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
-    """The form of `Stem`: the normalised array, its largest, is never written."""
+def fused_stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
+    """The fused form of `Stem`: the normalised array, the largest of the network, is never stored."""
     kernel = Kernel(7, module.width, module.param_dtype, name="conv1")(images)
     x = stem_convolution(images, kernel, module.dtype)
-    norm = Norm(axis_name=module.axis_name, param_dtype=module.param_dtype, name="bn1")
+    norm = FusedBatchNorm(axis_name=module.axis_name, param_dtype=module.param_dtype, name="bn1")
     return norm(
         module.width,
         count_positions(x, module.axis_name),
@@ -73,30 +73,30 @@ def stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) -> Float
     )
 
 
-def bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
-    """The form of `Bottleneck`: behind the 1×1 convolutions that widen, batch norm follows from their input."""
+def fused_bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
+    """The fused form of `Bottleneck`; `conv1x1_batch_norm` computes the 1×1 convolutions that widen."""
     axis_name, dtype, stride = module.axis_name, module.dtype, module.stride
     kernel = partial(Kernel, param_dtype=module.param_dtype)
-    norm = partial(Norm, axis_name=axis_name, param_dtype=module.param_dtype)
+    norm = partial(FusedBatchNorm, axis_name=axis_name, param_dtype=module.param_dtype)
     out = module.expansion * module.width
 
     def widen(u: Array, names: tuple[str, str], residual: Array | None) -> Array:
-        """1×1 convolution and batch norm; with a residual its addition and the ReLU too."""
+        """1×1 convolution and batch norm; with a residual, adds it and applies the ReLU."""
         weights, bn, relu = kernel(1, out, name=names[0])(u)[0, 0], norm(name=names[1]), residual is not None
 
         def by_running(mean: Array, factor: Array, bias: Array) -> Array:
-            return project(u, (weights * factor).astype(u.dtype), bias - mean * factor, residual, relu)
+            return conv1x1(u, (weights * factor).astype(u.dtype), bias - mean * factor, residual, relu)
 
         return bn(
             out,
             count_positions(u, axis_name),
-            lambda scale, bias: project_and_normalize(u, weights, residual, scale, bias, bn.eps, relu, axis_name),
+            lambda scale, bias: conv1x1_batch_norm(u, weights, residual, scale, bias, bn.eps, relu, axis_name),
             by_running,
             train=train,
         )
 
     def norm_and_relu(x: Array, name: str, next_kernel: Any = None) -> tuple[Array, Any]:
-        """And `next_kernel`, to be used from here on: see `batch_norm`."""
+        """Batch norm and ReLU; also returns `next_kernel`, as `batch_norm` does."""
         bn = norm(name=name)
 
         def by_batch(scale: Array, bias: Array) -> tuple[Array, Array, Array]:
@@ -119,7 +119,7 @@ def bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -
         shortcut = widen(x[:, ::stride, ::stride], ("downsample_conv", "downsample_bn"), None)
     y = convolve(x, kernel(1, module.width, name="conv1")(x).astype(dtype))
     conv2 = kernel(3, module.width, name="conv2")(y).astype(dtype)
-    # Not so behind bn2: there the product with the kernel's gradient comes before the sums.
+    # conv2's gradient is computed while bn1's sums travel. bn2 has no such work: conv3's gradient is done by then.
     y, conv2 = norm_and_relu(y, "bn1", conv2)
     y = convolve(y, conv2, stride)
     y, _ = norm_and_relu(y, "bn2")

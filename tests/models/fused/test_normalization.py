@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpanet_jax.models.fused.batch_norm import _sums_together, batch_norm
-from mpanet_jax.models.fused.projection import _convolution, project, project_and_normalize
+from mpanet_jax.models.fused.conv1x1 import _convolution, conv1x1, conv1x1_batch_norm
 from mpanet_jax.models.layers import BatchNorm
 
 
@@ -46,7 +46,7 @@ def test_hand_written_gradients_equal_autodiff(relu):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_projection_equals_autodiff_of_convolution_and_batch_norm(relu, with_residual):
+def test_conv1x1_batch_norm_equals_autodiff_of_convolution_and_batch_norm(relu, with_residual):
     rng = np.random.default_rng(2)
     activation = jax.nn.relu if relu else lambda y: y
     with jax.enable_x64(True):
@@ -57,13 +57,13 @@ def test_projection_equals_autodiff_of_convolution_and_batch_norm(relu, with_res
             arguments += (jnp.asarray(rng.normal(size=(3, 4, 2, 7))),)
 
         def ours(u, kernel, scale, bias, residual=None):
-            return project_and_normalize(u, kernel, residual, scale, bias, 1e-5, relu, None)[0]
+            return conv1x1_batch_norm(u, kernel, residual, scale, bias, 1e-5, relu, None)[0]
 
         def expected(u, kernel, *rest):
             return activation(plain(u @ kernel, *rest))
 
         assert_same_values_and_gradients(ours, expected, arguments)
-        _, mean, variance = project_and_normalize(u, kernel, None, scale, bias, 1e-5, relu, None)
+        _, mean, variance = conv1x1_batch_norm(u, kernel, None, scale, bias, 1e-5, relu, None)
         np.testing.assert_allclose(mean, (u @ kernel).mean((0, 1, 2)), rtol=1e-12)
         np.testing.assert_allclose(variance, (u @ kernel).var((0, 1, 2)), rtol=1e-10)
 
@@ -80,7 +80,7 @@ def test_operations_of_accelerators_equal_those_of_the_cpu():
         np.testing.assert_allclose(_convolution(x, kernel), np.asarray(x) @ np.asarray(kernel), rtol=1e-12)
 
 
-def test_projection_of_the_running_statistics_equals_convolution_and_batch_norm():
+def test_conv1x1_of_the_running_statistics_equals_convolution_and_batch_norm():
     rng = np.random.default_rng(3)
     with jax.enable_x64(True):
         x, kernel = jnp.asarray(rng.normal(size=(2, 3, 4, 5))), jnp.asarray(rng.normal(size=(5, 7)))
@@ -94,17 +94,17 @@ def test_projection_of_the_running_statistics_equals_convolution_and_batch_norm(
         mean, variance = variables["batch_stats"]["mean"], variables["batch_stats"]["var"]
         factor = variables["params"]["scale"] / jnp.sqrt(variance + norm.eps)
         offset = variables["params"]["bias"] - mean * factor
-        actual = project(x, kernel * factor, offset, residual, True)
+        actual = conv1x1(x, kernel * factor, offset, residual, True)
         np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_projection_in_bfloat16_keeps_mean_and_deviation():
+def test_conv1x1_batch_norm_in_bfloat16_keeps_mean_and_deviation():
     # The sums of 8,192 squares would be off by percents in bfloat16, and so would be a variance that is a small
     # difference of large products: here the mean is three times the deviation.
     rng = np.random.default_rng(4)
     u = jnp.asarray(np.maximum(rng.normal(1.5, 0.5, size=(64, 16, 8, 16)), 0), jnp.bfloat16)
     kernel = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
-    y, mean, variance = project_and_normalize(u, kernel, None, jnp.ones(64), jnp.zeros(64), 1e-5, False, None)
+    y, mean, variance = conv1x1_batch_norm(u, kernel, None, jnp.ones(64), jnp.zeros(64), 1e-5, False, None)
     exact = np.asarray(u, np.float64) @ np.asarray(kernel, np.float64)
     assert y.dtype == jnp.bfloat16 and mean.dtype == variance.dtype == jnp.float32
     np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-4, atol=1e-4)

@@ -1,13 +1,13 @@
-"""A 1×1 convolution that widens, and the batch norm behind it, as one operation.
+"""A 1×1 convolution that widens, and the batch norm after it, as one operation.
 
-The convolution's output y = uW is never written: not for its statistics, which follow from the sums and products of the
-convolution's input u, a quarter or half as wide,
+The output y = uW of the convolution is never stored. Its statistics follow from the convolution's input u, which has a
+quarter or half as many channels:
 
-    mean(y) = mean(u) W        E[y²]_j = (Wᵀ E[u uᵀ] W)_jj,
+    mean(y) = mean(u) W        E[y²]_j = (Wᵀ E[u uᵀ] W)_jj
 
-not for the normalisation, which is folded into W, and not for the gradients, which are linear in g (the gradient behind
-the normalisation) and in u. These layers write two thirds of a ResNet-50's convolution outputs, and a pass over them is
-what its training step is made of (docs/performance.md).
+The normalisation is folded into W, and the gradients are linear in u and in g, the gradient of the normalised array. In
+a ResNet-50 these layers have two thirds of all convolution outputs, and passes over convolution outputs are what limits
+the training step (docs/performance.md).
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mpanet_jax.models.fused.batch_norm import count_positions, sum_beside, sum_over_devices
+from mpanet_jax.models.fused.batch_norm import count_positions, sum_over_devices, sum_overlapped
 from mpanet_jax.models.layers import statistics_dtype
 
 EXACT = lax.Precision.HIGHEST
@@ -28,7 +28,7 @@ def _convolution(x: Float[Array, "b h w i"], kernel: Float[Array, "i o"]) -> Flo
 
 
 def _product(x: Float[Array, "b h w i"], kernel: Float[Array, "i o"]) -> Float[Array, "b h w o"]:
-    """x·kernel. As a convolution, because cuDNN takes the additions and the ReLU behind it along; not so on the CPU."""
+    """x·kernel; off the CPU as a convolution, for cuDNN then does the additions and the ReLU after it in one pass."""
     return lax.platform_dependent(x, kernel, cpu=jnp.dot, default=_convolution)
 
 
@@ -39,8 +39,8 @@ def _sums(x: Float[Array, "b h w c"]) -> Float[Array, "c"]:
 def _sums_of_products(x: Float[Array, "b h w i"], y: Float[Array, "b h w o"], precision=None) -> Float[Array, "i o"]:
     """Σ x yᵀ over all positions.
 
-    On the CPU by images first: one long product adds position after position there, and its rounding is the largest of
-    the whole network then.
+    On the CPU one long product would add position after position, with the largest rounding error of the whole network;
+    there each image has its own sum.
     """
     options = {"precision": precision, "preferred_element_type": statistics_dtype(x)}
     return lax.platform_dependent(
@@ -51,14 +51,14 @@ def _sums_of_products(x: Float[Array, "b h w i"], y: Float[Array, "b h w o"], pr
     )
 
 
-def project(
+def conv1x1(
     u: Float[Array, "b h w i"],
     kernel: Float[Array, "i o"],
     offset: Float[Array, "o"],
     residual: Float[Array, "b h w o"] | None,
     relu: bool,
 ) -> Float[Array, "b h w o"]:
-    """u·kernel + residual + offset, then ReLU, in u's type."""
+    """The 1×1 convolution of u, plus residual (None: none) and offset, then with `relu` the ReLU; in u's type."""
     y = _product(u, kernel)
     if residual is not None:
         y = y + residual
@@ -76,16 +76,16 @@ def _forward(u, kernel, residual, scale, bias, eps, relu, axis_name):
     variance = jnp.maximum(total_squares / count - mean * mean, 0)
     inverse_deviation = lax.rsqrt(variance + eps)
     folded = (kernel * (inverse_deviation * scale)).astype(u.dtype)
-    # Of the rounded kernel: then the mean of the result is the bias, up to the rounding of the offset.
+    # From the rounded kernel, so that the mean of the result is the bias up to the rounding of the offset.
     offset = bias - jnp.dot(mean_u, folded.astype(mean.dtype), precision=EXACT)
-    # Without the barrier XLA computes a block's output again, from all earlier blocks, wherever it is read.
-    y = lax.optimization_barrier(project(u, folded, offset, residual, relu))
+    # Without the barrier XLA recomputes a block's output, from all earlier blocks, wherever it is read.
+    y = lax.optimization_barrier(conv1x1(u, folded, offset, residual, relu))
     saved = (u, kernel, scale, mean, inverse_deviation, mean_u, sums_u, products_y, y if relu else None)
     return (y, mean, variance), (saved, residual is not None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def project_and_normalize(
+def conv1x1_batch_norm(
     u: Float[Array, "b h w i"],
     kernel: Float[Array, "i o"],
     residual: Float[Array, "b h w o"] | None,
@@ -98,10 +98,11 @@ def project_and_normalize(
     """Training-mode batch norm of u·kernel, then `+ residual`, then ReLU.
 
     Args:
-      u: the statistics are taken over all axes but the last and over the devices of `axis_name`.
-      kernel: of the 1×1 convolution, in the type of the statistics.
+      u: the convolution's input. The statistics are taken over all axes but the last and over the devices of
+        `axis_name`.
+      kernel: of the 1×1 convolution, in float32 or float64. Its gradient is this device's part, not the sum.
       residual: added after the normalisation; None for none.
-      scale, bias, eps, relu, axis_name: as for `batch_norm`. The gradient of the kernel is this device's part.
+      scale, bias, eps, relu, axis_name: as for `batch_norm`.
 
     Returns:
       The result in u's type, and mean and *biased* variance of u·kernel in float32, through which no gradient flows.
@@ -113,25 +114,25 @@ def _backward(eps, relu, axis_name, saved, cotangents):
     (u, kernel, scale, mean, inverse_deviation, mean_u, sums_u, products_y, y), has_residual = saved
     g = cotangents[0]
     if relu:
-        # Read by three products and sums and by the shortcut: the barrier has it written once.
+        # Three products and sums and the shortcut read g; the barrier makes XLA store it once.
         g = lax.optimization_barrier(jnp.where(y > 0, g, 0))
     factor = scale * inverse_deviation
     a = (kernel * factor).astype(u.dtype).T
-    # With ŷ = (y − mean)·inverse_deviation, Σ g ŷ follows from Σ u gᵀ, because y is linear in u. Of this device's part:
+    # y is linear in u, so Σ g ŷ, with ŷ = (y − mean)·inverse_deviation, follows from Σ u gᵀ. This device's part:
     sums_g = _sums(g)
     if u.dtype == mean.dtype:
-        # A GPU cuts float32 off to TF32 for the product: one-sided errors, which would grow with the mean of u.
+        # For the product a GPU truncates float32 to TF32; these one-sided errors would grow with the mean of u.
         products_g = _sums_of_products(u - mean_u, g) + mean_u[:, None] * sums_g
     else:  # products of bfloat16 are exact in float32
         products_g = _sums_of_products(u, g)
     sums_g_y = ((products_g * kernel).sum(0) - mean * sums_g) * inverse_deviation
-    (d_bias, d_scale), g_a = sum_beside((sums_g, sums_g_y), jnp.dot(g, a), axis_name)
+    (d_bias, d_scale), g_a = sum_overlapped((sums_g, sums_g_y), jnp.dot(g, a), axis_name)
     count = count_positions(u, axis_name)
     mean_g, slope = d_bias / count, d_scale / count * inverse_deviation
 
-    # dy = factor·(g − mean_g − slope·(y − mean)). So for the kernel …
+    # dy = factor·(g − mean_g − slope·(y − mean)), which gives the kernel's gradient …
     d_kernel = factor * (products_g - sums_u[:, None] * (mean_g - slope * mean) - products_y * slope)
-    # … and for u: (g − mean_g) a − (u − mean_u) b with a = (kernel·factor)ᵀ and b = kernel·slope a.
+    # … and u's: (g − mean_g) a − (u − mean_u) b with a = (kernel·factor)ᵀ and b = kernel·slope a.
     b = jnp.dot((kernel * slope).astype(u.dtype), a)
     mean_part = jnp.dot(mean_u, b.astype(mean.dtype), precision=EXACT)
     mean_part -= jnp.dot(mean_g, a.astype(mean.dtype), precision=EXACT)
@@ -139,4 +140,4 @@ def _backward(eps, relu, axis_name, saved, cotangents):
     return d_u, d_kernel, g if has_residual else None, d_scale, d_bias
 
 
-project_and_normalize.defvjp(_forward, _backward)
+conv1x1_batch_norm.defvjp(_forward, _backward)
