@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from mpanet_jax.compilation import DEFAULT_CACHE
 from mpanet_jax.errors import UserError, run_script
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -37,7 +38,7 @@ TIME_LIMIT = flags.DEFINE_float("time_limit", None, "seconds after which no furt
 JOBS = flags.DEFINE_integer("jobs", 1, "rows at a time, which share the accelerator", lower_bound=1)
 PNG = flags.DEFINE_bool("png", True, "draw the tables too; needs matplotlib, of mpanet_jax[report]")
 CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/mpanet_jax/xla", "folder for compiled programs, '' for none; makes later starts fast"
+    "compilation_cache", DEFAULT_CACHE, "folder for compiled programs, '' for none; makes later starts fast"
 )
 flags.mark_flag_as_required("config")
 

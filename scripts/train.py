@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from mpanet_jax.compilation import DEFAULT_CACHE
 from mpanet_jax.errors import UserError, run_script
 
 config_flag = config_flags.DEFINE_config_file(
@@ -19,7 +20,7 @@ workdir_flag = flags.DEFINE_string(
     "workdir", None, "the run's folder; by default runs/NAME, of --config=configs/NAME.py:preset runs/NAME_preset"
 )
 cache_flag = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/mpanet_jax/xla", "folder for compiled programs, '' for none; makes later starts fast"
+    "compilation_cache", DEFAULT_CACHE, "folder for compiled programs, '' for none; makes later starts fast"
 )
 distributed_flag = flags.DEFINE_bool(
     "distributed", False, "one of several processes; by the scheduler (Slurm, Open MPI, …) or by the three flags below"
