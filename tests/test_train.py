@@ -353,8 +353,8 @@ def test_a_model_is_tested_on_another_data_set_by_that_ones_protocol(linen, tmp_
         evaluate_workdir(tmp_path / "regdb2", dataset=RegdbSettings(trial=3), data_dir=str(tmp_path / "data"))
     for flags, message in (
         (["--dataset=llcm"], "llcm is not prepared in"),
-        (["--dataset=llcm", "--trial=2"], "--trial = 2: goes with --dataset regdb"),
-        (["--trial=2"], "--trial goes with --dataset"),
+        (["--dataset=llcm", "--trial=2"], "trial = 2: goes with --dataset regdb"),
+        (["--trial=2"], "trial goes with --dataset"),
     ):
         with pytest.raises(Refused, match=re.escape(message)):
             scripts_in_process.run([*command, *flags])

@@ -39,7 +39,7 @@ class NameMap:
       backbone_rules: the same for the backbone alone, as it comes with ImageNet weights; arrays of one name there all
         start as that one.
       backbone: matches the paths of the backbone.
-      linear: matches the *names* of linear layers, which are the classifiers; other matrices are 1×1 convolutions.
+      linear: matches the *names* of the classifiers, the only linear layers; other matrices are 1×1 convolutions.
       zeros: names that PyTorch has and that are fixed at 0 here, each beside `….weight`.
       left_out: matches names that nothing here needs, such as ImageNet's classifier.
       describe: which backbone names are of, in words, as the backbone says it; '' for none.
@@ -48,7 +48,7 @@ class NameMap:
     rules: Rules = ()
     backbone_rules: Rules = ()
     backbone: str = r"(stem|stage\d)/"
-    linear: str = r"(.*\.)?\w*classifier\w*\.weight"
+    linear: str = r"(.*\.)?\w*classifier\w*\.(weight|bias)"
     zeros: Sequence[str] = ()
     left_out: str = r"(.*\.)?fc\.\w+"
     describe: Callable[[Iterable[str]], str] = lambda names: ""
@@ -97,11 +97,6 @@ def _entries(variables: Variables, names: NameMap) -> Iterator[tuple[tuple[str, 
         name = names.name(path)
         shape = _to_published(np.broadcast_to(np.float32(0), leaf.shape), names.is_classifier(name)).shape
         yield path, name, shape, leaf
-
-
-def number_of_ids(variables: Variables, names: NameMap) -> int:
-    """How many identities the classifiers of `variables` tell apart; 1 where they were left out."""
-    return next((s[0] for _, name, s, _ in _entries(variables, names) if names.is_classifier(name)), 1)
 
 
 def to_state_dict(variables: Variables, names: NameMap) -> StateDict:
