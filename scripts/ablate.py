@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from mpanet_jax.compilation import DEFAULT_CACHE
 from mpanet_jax.errors import UserError, run_script
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -36,7 +37,7 @@ TIME_LIMIT = flags.DEFINE_float("time_limit", None, "seconds after which no more
 JOBS = flags.DEFINE_integer("jobs", 1, "how many rows run at a time and share the accelerator", lower_bound=1)
 PNG = flags.DEFINE_bool("png", True, "also draw the tables; needs matplotlib, from mpanet_jax[report]")
 CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/mpanet_jax/xla", "folder of compiled programs, for faster starts; '': none"
+    "compilation_cache", DEFAULT_CACHE, "folder of compiled programs, for faster starts; '': none"
 )
 flags.mark_flag_as_required("config")
 

@@ -61,14 +61,13 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"benchmark.py {' '.join(arguments)}: expected one of {', '.join(NAMES)}, then flags")
     # Imports JAX, and with it takes the accelerator.
     from benchmarks import data, evaluation, extract, gallery, measure, precision, search, step, train
-    from mpanet_jax.compilation import set_compilation_cache
+    from mpanet_jax.compilation import DEFAULT_CACHE, set_compilation_cache
     from mpanet_jax.methods import settings_of
     from mpanet_jax.settings import to_dict
 
     (name,), settings = arguments, settings_of(CONFIG.value.to_dict())
     out = Path(OUT.value or f"runs/benchmark/{name}.json")
-    default_cache = "~/.cache/mpanet_jax/xla" if name == "train" else None
-    set_compilation_cache(default_cache if CACHE.value is None else CACHE.value)
+    set_compilation_cache(CACHE.value if CACHE.value is not None else DEFAULT_CACHE if name == "train" else None)
     if not DIMENSIONS.value:
         raise UserError("--dimensions: expected numbers, like 256,14336")
     number = {"num_steps": STEPS.value} if STEPS.value else {}

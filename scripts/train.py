@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from mpanet_jax.compilation import DEFAULT_CACHE
 from mpanet_jax.errors import UserError, run_script
 
 config_flag = config_flags.DEFINE_config_file(
@@ -19,7 +20,7 @@ workdir_flag = flags.DEFINE_string(
     "workdir", None, "the run's folder; default: runs/NAME, or runs/NAME_preset for --config=configs/NAME.py:preset"
 )
 cache_flag = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/mpanet_jax/xla", "folder of compiled programs, for faster starts; '': none"
+    "compilation_cache", DEFAULT_CACHE, "folder of compiled programs, for faster starts; '': none"
 )
 distributed_flag = flags.DEFINE_bool(
     "distributed",

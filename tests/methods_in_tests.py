@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from mpanet_jax.losses import identity_loss
-from mpanet_jax.methods.method import Method
+from mpanet_jax.methods.method import Method, compute_dtype
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.settings import replace
 from mpanet_jax.state import TrainState, create_train_state, init_variables
 
 NO_AUGMENTATION = {"augment.flip_probability": 0.0, "augment.erase_probability": 0.0}
-SMALL = {"model.stage_sizes": (1, 1, 1, 1), "model.width": 16}
+SMALL = {"model.stage_sizes": (1, 1, 1, 1), "model.width": 8}
 OFFICIAL = {
     "loss.modality_identity": 1.0,
     "loss.per_modality_identity": False,
@@ -68,7 +68,7 @@ class LinenMethod(Method):
     needs_modality = True
 
     def network(self, num_ids, axis_name=None):
-        return LinenNetwork(num_ids, jnp.dtype(self.settings.dtype), axis_name)
+        return LinenNetwork(num_ids, compute_dtype(self.settings.dtype), axis_name)
 
     def loss_terms(self, outputs, rows, averages, axis_name=None):
         loss = identity_loss(outputs.logits, rows["labels"], rows["modality"], per_modality=False, axis_name=axis_name)

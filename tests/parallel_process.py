@@ -9,7 +9,7 @@ RESULT.json maps a case to the greatest deviation from one device, for every par
 
 import json
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -99,15 +99,19 @@ def make_batches(images_on_device):
     return (batches, images) if images_on_device else (batches | {"images": images[index]}, None)
 
 
+@cache
+def initial_state(name):
+    return start(METHODS[name], P + 2, HEIGHT, WIDTH, steps_per_epoch=1)
+
+
 def run(name, parallel, in_one_call, images_on_device):
     method = METHODS[name]
-    state = start(method, P + 2, HEIGHT, WIDTH, steps_per_epoch=1)
     network = method.build(P + 2, parallel.axis_name)
     options = {"method": method, "network": network, "steps_per_epoch": 1, "axis_name": parallel.axis_name}
     mapped = parallel.map_steps(partial(train_steps, **options))
     batches, images = make_batches(images_on_device)
     steps = STEPS_OF.get(name, STEPS)
-    state = parallel.replicate(state)
+    state = parallel.replicate(jax.tree.map(jnp.copy, initial_state(name)))  # donated
     images = None if images is None else parallel.replicate(images)
     metrics = []
     for rows in [slice(0, steps)] if in_one_call else [slice(i, i + 1) for i in range(steps)]:

@@ -7,17 +7,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from mpanet_jax.datasets import DATASETS, open_evaluation, open_split
 from mpanet_jax.errors import UserError
+from mpanet_jax.evaluation.extract import embed_of
 from mpanet_jax.evaluation.workdir import evaluate_set
 from mpanet_jax.methods import METHODS, make_method, settings_of
 from mpanet_jax.models.resnet import BACKBONES
 from mpanet_jax.settings import replace, to_dict
 from mpanet_jax.step import train_step
 from mpanet_jax.weights.convert import template_of
-from mpanet_jax.weights.names import from_state_dict
+from mpanet_jax.weights.names import from_state_dict, to_state_dict
 from tests.methods_in_tests import SMALL, start
 
 PAGE = Path(__file__).parent.parent / "docs/architecture.md"
@@ -69,6 +71,19 @@ def test_added_method_trains():
     # A config file, and a run's config.json, give its settings back.
     settings = METHODS["tiny"].settings()
     assert settings_of(to_dict(settings)) == settings
+
+
+def test_added_method_embeds_and_starts_from_other_identities():
+    method = make_method(METHODS["tiny"].settings())
+    trained = start(method, 5, HEIGHT, WIDTH)
+    variables = {"params": trained.params, "batch_stats": trained.batch_stats}
+    embed = embed_of(method, variables, "run")
+    assert embed(np.zeros((2, HEIGHT, WIDTH, 3), np.uint8), np.zeros(2, np.int32)).shape == (2, 64)
+    state_dict = to_state_dict(variables, method.names())
+    expected = template_of(method, 7)
+    taken, left_out = from_state_dict(state_dict, expected, method.names(), drop_classifiers=True, source="run")
+    assert left_out == ["classifier.bias", "classifier.weight"]
+    assert flatten_dict(taken).keys() == {path for path in flatten_dict(variables) if path[1] != "classifier"}
 
 
 def test_added_backbone_trains_and_its_weights_have_its_names():

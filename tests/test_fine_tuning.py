@@ -92,7 +92,7 @@ def test_all_but_the_classifiers_is_taken(run, suffix, num_ids):
 
 
 def test_a_published_checkpoint_embeds_as_pytorch_does_before_the_first_step(tmp_path):
-    network = randomise(Reference(5, stage_sizes=(1, 1, 1, 1), width=16), seed=0).double()
+    network = randomise(Reference(5, stage_sizes=(1, 1, 1, 1), width=8), seed=0).double()
     torch.save(network.state_dict(), tmp_path / "published.pth")
     fields = {"init_from": str(tmp_path / "published.pth"), "data__height": 32, "data__width": 32, "dtype": "float64"}
     method, lines = small_mpanet(**fields), []
@@ -150,7 +150,7 @@ def test_a_backbone_is_told_from_a_whole_network_that_has_its_names(run, tmp_pat
     [
         ("model.channel_module", "se", "mam"),
         ("model.pattern_module", "none", "pam"),
-        ("model.width", 32, 16),
+        ("model.width", 16, 8),
         ("method", "mpanet_copy", "mpanet"),
     ],
 )
@@ -182,8 +182,8 @@ def test_of_a_backbone_only_the_backbone_has_to_be_the_same(run, tmp_path):
     np.testing.assert_array_equal(
         after["params"]["stem"]["conv1"]["kernel"], backbone["conv1.weight"].transpose(2, 3, 1, 0)
     )
-    wider = small_mpanet(model__width=32)
-    with pytest.raises(UserError, match=r"^init_from: .*folder: .*: model\.width is 16 there and 32 here; set these"):
+    wider = small_mpanet(model__width=16)
+    with pytest.raises(UserError, match=r"^init_from: .*folder: .*: model\.width is 8 there and 16 here; set these"):
         start_from(str(tmp_path / "folder"), wider, random_variables(wider))
 
 

@@ -173,7 +173,7 @@ def test_embedding_does_not_depend_on_the_rest_of_the_batch():
     embed = jax.jit(partial(method.embed, network))
     together, alone = embed(variables, images), embed(variables, images[3:4])
     np.testing.assert_allclose(together[3:4], alone, rtol=1e-4, atol=1e-5)
-    assert together.shape == (P * K, 7 * 512) and together.dtype == jnp.float32
+    assert together.shape == (P * K, 7 * 256) and together.dtype == jnp.float32
 
 
 def test_full_size_shapes():

@@ -15,8 +15,8 @@ from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.parallel import local_devices
 from mpanet_jax.progress import track
-from mpanet_jax.weights.convert import template_of
-from mpanet_jax.weights.names import Variables, number_of_ids
+from mpanet_jax.weights.convert import number_of_ids, template_of
+from mpanet_jax.weights.names import Variables
 
 # (images uint8[b, h, w, 3], modality int32[b] or None) → embeddings float[b, d] on the device
 Embed = Callable[[Any, Any], Array]
@@ -74,7 +74,7 @@ def whole_variables(method: Method, variables: Variables, source: str | Path) ->
     Raises:
       UserError: the variables are of a backbone alone, which has no embedding.
     """
-    names, num_ids = method.names(), number_of_ids(variables, method.names())
+    names, num_ids = method.names(), number_of_ids(method, variables)
     given = flatten_dict({name: variables[name] for name in ("params", "batch_stats") if name in variables})
     if all(map(names.is_backbone, given)):
         raise UserError(

@@ -22,7 +22,7 @@ from mpanet_jax.state import init_variables, random_keys
 from mpanet_jax.weights import files
 from mpanet_jax.weights.files import comma_list
 from mpanet_jax.weights.hub import resolve
-from mpanet_jax.weights.names import COUNTERS, Variables, from_state_dict, number_of_ids, to_state_dict
+from mpanet_jax.weights.names import COUNTERS, Variables, from_state_dict, to_state_dict
 
 # The settings that define the backbone.
 BACKBONE_FIELDS = {f"model.{field.name}" for field in fields(ModelSettings)} - {"model.fused"}
@@ -33,6 +33,24 @@ def template_of(method: Method, num_ids: int) -> Variables:
     network = method.network(num_ids)
     variables = jax.eval_shape(lambda key: init_variables(network, key, 32, 32), jax.random.key(0))
     return {**variables, "averages": method.averaged(variables["params"])}
+
+
+def number_of_ids(method: Method, variables: Variables) -> int:
+    """How many identities the classifiers of `variables` tell apart; 1 where they were left out.
+
+    The classifiers are the arrays that grow with the number of identities, whatever a method calls them.
+    """
+    given = flatten_dict(variables["params"])
+    one, two = (flatten_dict(template_of(method, num_ids)["params"]) for num_ids in (1, 2))
+    return next(
+        (
+            given[path].shape[axis]
+            for path, leaf in one.items()
+            for axis, (length, other) in enumerate(zip(leaf.shape, two[path].shape, strict=True))
+            if length != other and path in given
+        ),
+        1,
+    )
 
 
 def settings_of_weights(source: str | Path) -> Settings | None:
@@ -215,7 +233,7 @@ def _describe_start(method: Method, variables: Mapping[str, Any], is_bare: bool,
     if is_bare:
         words = "loaded the backbone; everything else starts from scratch"
     elif anew:
-        num_ids = number_of_ids({"params": variables["params"]}, names)
+        num_ids = number_of_ids(method, variables)
         words = (
             f"loaded everything but the classifiers, which start from scratch for {num_ids} identities "
             f"({comma_list(anew)})"

@@ -49,7 +49,7 @@ class NameMap:
     rules: Rules = ()
     backbone_rules: Rules = ()
     backbone: str = r"(stem|stage\d)/"
-    linear: str = r"(.*\.)?\w*classifier\w*\.weight"
+    linear: str = r"(.*\.)?\w*classifier\w*\.(weight|bias)"
     zeros: Sequence[str] = ()
     left_out: str = r"(.*\.)?fc\.\w+"
     describe: Callable[[Iterable[str]], str] = lambda names: ""
@@ -98,11 +98,6 @@ def _entries(variables: Variables, names: NameMap) -> Iterator[tuple[tuple[str, 
         name = names.name(path)
         shape = _to_published(np.broadcast_to(np.float32(0), leaf.shape), names.is_classifier(name)).shape
         yield path, name, shape, leaf
-
-
-def number_of_ids(variables: Variables, names: NameMap) -> int:
-    """The number of identities of the classifiers in `variables`; 1 if the classifiers were left out."""
-    return next((s[0] for _, name, s, _ in _entries(variables, names) if names.is_classifier(name)), 1)
 
 
 def to_state_dict(variables: Variables, names: NameMap) -> StateDict:

@@ -46,7 +46,7 @@ def test_fused_equals_plain(channel_module, pattern_module):
         options = {"channel_module": channel_module, "pattern_module": pattern_module}
         network = MPANet(5, BACKBONE, **options, dtype=jnp.float64, param_dtype=jnp.float64)
         # Blobs, so that feature maps vary; the odd width takes the stem's other branch.
-        images = jnp.asarray(np.kron(rng.normal(size=(6, 6, 4, 3)), np.ones((1, 16, 16, 1)))[:, :, :-1])
+        images = jnp.asarray(np.kron(rng.normal(size=(6, 4, 3, 3)), np.ones((1, 16, 16, 1)))[:, :, :-1])
         modality = jnp.arange(6) % 2
         # Every parameter and statistic away from 0 and 1, where errors would hide; kernels keep the size of the maps.
         shapes = jax.eval_shape(partial(network.init, train=False), jax.random.key(1), images, modality)
