@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -63,9 +64,10 @@ def one_of(*names: str) -> Callable[[], Iterable[str]]:
 
 IMAGENET = "hf:timm/resnet50.tv_in1k"  # torchvision's ResNet-50
 POSITIVE = Rule("a positive number", lambda value: 0 < value < math.inf)
+MOST_EPOCHS = 100_000
 RISING = Rule(
-    "epochs from 0 on, in rising order",
-    lambda epochs: list(epochs) == sorted(set(epochs)) and min(epochs, default=0) >= 0,
+    f"epochs from 0 to {MOST_EPOCHS}, in rising order",
+    lambda epochs: list(epochs) == sorted(set(epochs)) and all(0 <= epoch <= MOST_EPOCHS for epoch in epochs),
 )
 SHARE_RANGE = Rule("a smallest and a largest value, above 0 and at most 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 POSITIVE_RANGE = Rule("a smallest and a largest value above 0", lambda pair: 0 < pair[0] <= pair[1] < math.inf)
@@ -151,7 +153,7 @@ class AugmentSettings:
     erase_area: tuple[float, float] = setting((0.02, 0.33), "least and greatest share of the image", SHARE_RANGE)
     erase_aspect: tuple[float, float] = setting((0.3, 3.3), "least and greatest height / width", POSITIVE_RANGE)
     erase_log_aspect: bool = setting(True, "the aspect is drawn log-uniformly; False: uniformly")
-    erase_attempts: int = setting(10, "rectangles until one is smaller than the image", at_least(1))
+    erase_attempts: int = setting(10, "rectangles until one is smaller than the image", between(1, 10_000))
     erase_fill: tuple[float, float, float] = setting(
         (0.0, 0.0, 0.0),
         "the channels' values in the rectangle, after normalisation",
@@ -198,7 +200,7 @@ class OptimSettings:
 class TrainSettings:
     """The length of a run and what it writes."""
 
-    num_epochs: int = setting(140, "of the whole run", at_least(1))
+    num_epochs: int = setting(140, "of the whole run", between(1, MOST_EPOCHS))
     eval_every_epochs: int = setting(20, "0: only at the end", at_least(0))
     checkpoint_every_epochs: int = setting(5, "0: only at the end", at_least(0))
     keep_checkpoints: int = setting(2, "the last ones", at_least(1))
@@ -334,7 +336,9 @@ def _is_a(value: Any, hint: Any) -> bool:
             return all(_is_a(v, inner[0]) for v in value)
         return len(value) == len(inner) and all(map(_is_a, value, inner))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        if isinstance(value, float):
+            return not math.isnan(value)
+        return _is_a(value, int) and abs(value) <= sys.float_info.max  # Python's whole numbers have no end
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
