@@ -183,7 +183,7 @@ def _check_complete(query: Embeddings, gallery: Embeddings, permutation: Permuta
 # ---- the data set ----
 
 
-_LAYOUT = re.compile(r"(?:^|/)(cam(?P<camera>[1-6])/(?P<pid>\d+)/[^/]+)$")
+_LAYOUT = re.compile(r"(?:^|/)(cam(?P<camera>[1-6])/(?P<pid>\d{1,18})/[^/]+)$")
 
 
 class SysuMm01(Dataset):
