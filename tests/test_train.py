@@ -24,6 +24,7 @@ from mpanet_jax import checkpoint, datasets
 from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, load_model
 from mpanet_jax.checksums import CHECKSUMS_FILE
 from mpanet_jax.data.cache import open_images
+from mpanet_jax.data.decode import encoded_image
 from mpanet_jax.datasets.regdb import RegdbSettings
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import SettingsError, Stopped, UserError
@@ -551,13 +552,27 @@ def test_unattended_run_goes_on_from_the_last_sound_checkpoint(settings, tmp_pat
     assert trees_equal(whole, final_state(tmp_path / "run"))
 
 
-def damage_image(settings, split, row):
-    encoded = split.encoded[row]
-    for records in datasets.prepared_dir(settings.dataset).glob("*.array_record*"):
-        data = bytearray(records.read_bytes())
-        if (start := data.find(encoded)) >= 0:
-            data[start + len(encoded) // 2] ^= 1
-            records.write_bytes(data)
+def damage_images(settings, split, paths):
+    """Flips a bit in the records of 'train' or 'test' by which some of the images `paths`, and no others, are lost."""
+
+    def is_lost(images, row):
+        try:
+            return not encoded_image(images, row)
+        except UserError:
+            return True
+
+    (records,) = datasets.prepared_dir(settings.dataset).glob(f"*-{split}.array_record*")
+    sound = records.read_bytes()
+    for place in range(0, len(sound), 101):
+        records.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        try:
+            images = datasets.load_split(settings.dataset, split)
+        except UserError:  # so that the file cannot be opened
+            continue
+        lost = [path for row, path in enumerate(images.paths) if is_lost(images, row)]
+        if lost and set(lost) <= set(paths):
+            return lost
+    raise AssertionError("no place does it")
 
 
 @pytest.mark.parametrize("damaged", ["train", "test", "val", "image cache", "permutation file"])
@@ -582,11 +597,11 @@ def test_damaged_data_are_found_before_anything_is_saved(raw, settings, tmp_path
         message = f"{file}: the image cache was damaged"
     else:
         if damaged == "train":
-            split = datasets.open_split(settings.dataset, "train")
+            images = datasets.open_split(settings.dataset, "train")
         else:
-            split = datasets.open_evaluation(settings.dataset, validation=damaged == "val").split
-        damage_image(settings, split, 3)
-        message = f"image {split.paths[3]} can't be read, its record in the prepared data is damaged"
+            images = datasets.open_evaluation(settings.dataset, validation=damaged == "val").split
+        lost = damage_images(settings, "test" if damaged == "test" else "train", images.paths)
+        message = f"image ({'|'.join(lost)}) can't be read, its record in the prepared data is damaged"
     with pytest.raises(UserError, match=f"^{message}"):
         train(settings, tmp_path / "run")
     assert not has_checkpoint(tmp_path / "run")
