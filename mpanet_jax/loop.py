@@ -15,7 +15,7 @@ from mpanet_jax.checkpoint_check import is_finite
 from mpanet_jax.data.pipeline import TrainFeed
 from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.errors import Stopped
-from mpanet_jax.evaluation.best import keep_best
+from mpanet_jax.evaluation.best import check_best, keep_best
 from mpanet_jax.evaluation.metrics_output import write_metrics
 from mpanet_jax.evaluation.workdir import evaluate_set, with_checkpoint
 from mpanet_jax.log_pictures import LogPictures
@@ -106,7 +106,7 @@ class _Run:
       train_split: the training images.
       test_set: the test set.
       watched_set: what is evaluated during training: the test set, or the validation identities.
-      test_records: the check of the test set's records, under way in the background.
+      evaluated_records: the check of the records that evaluations read, under way in the background.
       state: after the steps done so far.
       run_steps: `make_train_steps`.
       checkpoint_every, evaluate_every: in steps; 0: only at the end.
@@ -119,6 +119,7 @@ class _Run:
         self.method = make_method(settings)
         self.method.check_form()
         check_init_from(settings.init_from, workdir)
+        check_best(workdir, settings.eval.best, validation=settings.dataset.validation)
         parallel = all_devices(settings.parallel)
         self.train_split = datasets.open_split(settings.dataset, "train")
         self.test_set = datasets.open_evaluation(settings.dataset)
@@ -128,7 +129,8 @@ class _Run:
         # Before the feed: weights that are missing should be named before a cache is built, which takes long.
         variables = starting_variables(self.method, self.train_split.num_ids, workdir)
         self.feed = feed or make_feed(self.method, self.train_split, parallel)
-        self.test_records = RecordCheck(self.test_set.split)
+        watched = [self.watched_set.split] if settings.dataset.validation else []
+        self.evaluated_records = RecordCheck(self.test_set.split, *watched)
         steps_per_epoch = self.feed.steps_per_epoch
         self.state = parallel.replicate(initial_state(self.method, variables, steps_per_epoch))
         self.run_steps, self._make_embedder = programs.for_run(
@@ -235,7 +237,7 @@ class _Training:
         # images are damaged, the run should say so early.
         self._reader.read_last()
         self._run.feed.require_sound_images()
-        self._run.test_records.require()
+        self._run.evaluated_records.require()
         state = self._run.state
         if not is_finite((state.params, state.batch_stats, state.opt_state)):
             raise self._finite.error(step, "the weights are not finite any more", {})

@@ -75,9 +75,10 @@ def start_setting(default: str) -> Any:
 
 IMAGENET = "hf:timm/resnet50.tv_in1k"  # torchvision's ResNet-50
 POSITIVE = Rule("a positive number", lambda value: 0 < value < math.inf)
+MOST_EPOCHS = 100_000
 RISING = Rule(
-    "epochs from 0 on, in rising order",
-    lambda epochs: list(epochs) == sorted(set(epochs)) and min(epochs, default=0) >= 0,
+    f"epochs from 0 to {MOST_EPOCHS}, in rising order",
+    lambda epochs: list(epochs) == sorted(set(epochs)) and all(0 <= epoch <= MOST_EPOCHS for epoch in epochs),
 )
 SHARE_RANGE = Rule("a smallest and a largest value, above 0 and at most 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 POSITIVE_RANGE = Rule("a smallest and a largest value above 0", lambda pair: 0 < pair[0] <= pair[1] < math.inf)
@@ -163,7 +164,7 @@ class AugmentSettings:
     erase_area: tuple[float, float] = setting((0.02, 0.33), "least and greatest share of the image", SHARE_RANGE)
     erase_aspect: tuple[float, float] = setting((0.3, 3.3), "least and greatest height / width", POSITIVE_RANGE)
     erase_log_aspect: bool = setting(True, "the aspect is drawn log-uniformly; False: uniformly")
-    erase_attempts: int = setting(10, "rectangles until one is smaller than the image", at_least(1))
+    erase_attempts: int = setting(10, "rectangles until one is smaller than the image", between(1, 10_000))
     erase_fill: tuple[float, float, float] = setting(
         (0.0, 0.0, 0.0),
         "the channels' values in the rectangle, after normalisation",
@@ -210,7 +211,7 @@ class OptimSettings:
 class TrainSettings:
     """The length of a run and what it writes."""
 
-    num_epochs: int = setting(140, "of the whole run", at_least(1))
+    num_epochs: int = setting(140, "of the whole run", between(1, MOST_EPOCHS))
     eval_every_epochs: int = setting(20, "0: only at the end", at_least(0))
     checkpoint_every_epochs: int = setting(5, "0: only at the end", at_least(0))
     keep_checkpoints: int = setting(2, "how many of the last ones", at_least(1))

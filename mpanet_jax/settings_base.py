@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -117,7 +118,9 @@ def _is_a(value: Any, hint: Any) -> bool:
             return all(_is_a(v, inner[0]) for v in value)
         return len(value) == len(inner) and all(map(_is_a, value, inner))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        if isinstance(value, float):
+            return not math.isnan(value)
+        return _is_a(value, int) and abs(value) <= sys.float_info.max  # Python's whole numbers have no end
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 

@@ -9,6 +9,7 @@ python scripts/benchmark.py evaluate --dimensions=256,14336 --permutation=SYSU-M
 python scripts/benchmark.py gallery --gallery=100000 --queries=1000 --rerank
 python scripts/benchmark.py search --gallery=1000000 --queries=100 --dimension=2048     (writes 8 GB beside --out)
 python scripts/benchmark.py precision --config.dataset.data_dir=data     (whether bfloat16 follows float32)
+python scripts/benchmark.py save                       (a checkpoint, with checksums and without; beside --out)
 python scripts/benchmark.py data                       (draws a small data set where config.dataset names none)
 """
 
@@ -19,14 +20,15 @@ from ml_collections import config_flags
 
 from mpanet_jax.errors import UserError, run_script
 
-NAMES = ("step", "train", "extract", "evaluate", "gallery", "search", "data", "precision")
+NAMES = ("step", "train", "extract", "evaluate", "gallery", "search", "save", "data", "precision")
 SYSU = str(Path(__file__).parent.parent / "configs/sysu.py")
 CONFIG = config_flags.DEFINE_config_file("config", SYSU, "the recipe that is measured", lock_config=True)
 OUT = flags.DEFINE_string("out", None, "the file of the report; default: runs/benchmark/NAME.json")
 STEPS = flags.DEFINE_integer(
     "steps",
     None,
-    "how many steps (step: 240; train: a tenth of the epochs; precision: 200) or batches (extract: 60) are timed",
+    "how many steps (step: 240; train: a tenth of the epochs; precision: 200), batches (extract: 60), or saves of each "
+    "kind (save: 9) are timed",
     lower_bound=2,
 )
 STARTS = flags.DEFINE_integer("starts", 4, "precision: runs of each type", lower_bound=1)
@@ -60,7 +62,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in NAMES:
         raise UserError(f"benchmark.py {' '.join(arguments)}: expected one of {', '.join(NAMES)}, then flags")
     # Imports JAX, and with it takes the accelerator.
-    from benchmarks import data, evaluation, extract, gallery, measure, precision, search, step, train
+    from benchmarks import data, evaluation, extract, gallery, measure, precision, save, search, step, train
     from mpanet_jax.compilation import DEFAULT_CACHE, set_compilation_cache
     from mpanet_jax.methods import settings_of
     from mpanet_jax.settings import to_dict
@@ -71,6 +73,7 @@ def main(arguments: list[str]) -> None:
     if not DIMENSIONS.value:
         raise UserError("--dimensions: expected numbers, like 256,14336")
     number = {"num_steps": STEPS.value} if STEPS.value else {}
+    saves = {"num_saves": STEPS.value} if STEPS.value else {}
     images = {"num_images": IMAGES.value} if IMAGES.value else {}
     benchmarks = {
         "step": lambda: step.benchmark_step(settings, **number, **images, profile=PROFILE.value),
@@ -90,6 +93,7 @@ def main(arguments: list[str]) -> None:
             k=TOP.value,
             on_device=measure.has_accelerator(),
         ),
+        "save": lambda: save.benchmark_save(settings, out.parent, **saves),
         "data": lambda: data.benchmark_dataset(settings, **images),
         "precision": lambda: precision.benchmark_precision(settings, **number, num_starts=STARTS.value),
     }

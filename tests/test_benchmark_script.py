@@ -110,6 +110,17 @@ def test_gallery(rerank, tmp_path):
     assert 100 / 40 < results["rank1"] < 100  # clusters that overlap
 
 
+def test_save(tmp_path):
+    process, report = run(tmp_path, "save", *TINY, "--config.model.width=8", "--steps=2")
+    figures = [f"{kind}_{name}" for kind in ("with", "without") for name in ("seconds", "cpu_seconds", "waits_seconds")]
+    results = check(process, report, "save", *figures, "stored_mib")
+    # Random numbers are hardly compressed: four bytes each, where the kind of the others is not many.
+    assert results["stored_mib"] == pytest.approx(4 * results["numbers"] / 2**20, rel=0.15)
+    slower = results["with_seconds"] / results["without_seconds"] - 1
+    np.testing.assert_allclose(results["slower_percent"], 100 * slower)
+    assert os.listdir(tmp_path / "runs/benchmark") == ["save.json"]
+
+
 def test_data(data, tmp_path):
     process, report = run(tmp_path, "data", *TINY, *data, "--images=20")
     results = check(process, report, "data", "pillow_loop", "streaming", "cache_build", "host_cache")
@@ -134,7 +145,7 @@ def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["fast"], "step, train, extract, evaluate, gallery, search, data, precision"),
+        (["fast"], "step, train, extract, evaluate, gallery, search, save, data, precision"),
         (["evaluate", "--dimensions=many"], "--dimensions"),
         (["evaluate", "--permutation=nowhere/rand_perm_cam.mat"], "test_id.txt"),
     ],

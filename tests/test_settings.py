@@ -223,6 +223,7 @@ BEST = "'', 'rank1', 'rank5', 'rank10', 'rank20', 'mAP', 'mINP'"
 WORKERS = "expected a number of processes up to 1024, 0 for threads, or -1 to choose"
 STAGES = "expected 4 numbers from 1 to 200, or none"
 SHARES = "expected a smallest and a largest value, above 0 and at most 1"
+MILESTONES = "expected epochs from 0 to 100000, in rising order"
 RATIOS = "expected a smallest and a largest value above 0"
 BAD_VALUES = [
     # one of some names, with the nearest
@@ -243,6 +244,7 @@ BAD_VALUES = [
     ("seed", 2**32, "expected a number from 0 to 4294967295"),
     ("data.height", 1, "expected a number from 4 to 4096"),
     ("data.height", 100_000, "expected a number from 4 to 4096"),
+    ("data.width", 1, "expected a number from 4 to 4096"),
     ("data.width", -5, "expected a number from 4 to 4096"),
     ("data.width", 100_000, "expected a number from 4 to 4096"),
     ("data.num_ids_per_batch", 0, "expected a number from 1 to 4096"),
@@ -262,7 +264,8 @@ BAD_VALUES = [
     ("augment.erase_area", (0.0, 0.2), SHARES),
     ("augment.erase_aspect", (0.0, 3.3), RATIOS),
     ("augment.erase_aspect", (0.3, float("inf")), RATIOS),
-    ("augment.erase_attempts", 0, "expected at least 1"),
+    ("augment.erase_attempts", 0, "expected a number from 1 to 10000"),
+    ("augment.erase_attempts", 10**9, "expected a number from 1 to 10000"),
     ("augment.erase_fill", (0.0, float("inf"), 0.0), "expected finite numbers"),
     ("augment.exchange_probability", 2.0, "expected a number from 0 to 1"),
     ("augment.grey_probability", -1.0, "expected a number from 0 to 1"),
@@ -274,7 +277,8 @@ BAD_VALUES = [
     ("augment.rrle_aspect", (0.0, 1.0), RATIOS),
     ("model.width", 0, "expected a number from 1 to 1024"),
     ("model.width", 100_000, "expected a number from 1 to 1024"),
-    ("model.num_patterns", 0, "expected at least 1"),
+    ("model.num_patterns", 0, "expected a number from 1 to 256"),
+    ("model.num_patterns", 100_000, "expected a number from 1 to 256"),
     ("model.reduction", 0, "expected at least 1"),
     ("model.stage_sizes", (1, 1), STAGES),
     ("model.stage_sizes", (1, 1, 1, 0), STAGES),
@@ -283,11 +287,13 @@ BAD_VALUES = [
     ("optim.learning_rate", float("inf"), "expected a positive number"),
     ("optim.decay", -1.0, "expected a positive number"),
     ("optim.weight_decay", -1e-4, "expected at least 0"),
-    ("optim.milestones", (38, 29), "expected epochs from 0 on, in rising order"),
-    ("optim.milestones", (-5, 0), "expected epochs from 0 on, in rising order"),
+    ("optim.milestones", (38, 29), MILESTONES),
+    ("optim.milestones", (-5, 0), MILESTONES),
+    ("optim.milestones", (80, 10**10), MILESTONES),
     ("optim.milestones", ("a", "b"), "expected a tuple of whole numbers"),
-    ("optim.milestones", (38, 38), "expected epochs from 0 on, in rising order"),
-    ("train.num_epochs", 0, "expected at least 1"),
+    ("optim.milestones", (38, 38), MILESTONES),
+    ("train.num_epochs", 0, "expected a number from 1 to 100000"),
+    ("train.num_epochs", 10**20, "expected a number from 1 to 100000"),
     ("train.eval_every_epochs", -1, "expected at least 0"),
     ("train.checkpoint_every_epochs", -1, "expected at least 0"),
     ("train.keep_checkpoints", 0, "expected at least 1"),
@@ -302,7 +308,8 @@ BAD_VALUES = [
     ("loss.mutual_mean", float("inf"), "expected at least 0"),
     ("loss.margin", -0.7, "expected at least 0"),
     ("mean.rate", 1.2, "expected a number from 0 to 1"),
-    ("mean.epochs_at_full", -1, "expected at least 0"),
+    ("mean.epochs_at_full", -1, "expected a number from 0 to 100000"),
+    ("mean.epochs_at_full", 10**10, "expected a number from 0 to 100000"),
     # values of another type
     ("data.height", 384.0, "expected a whole number"),
     ("data.height", True, "expected a whole number"),
@@ -312,6 +319,7 @@ BAD_VALUES = [
     ("optim.learning_rate", False, "expected a number"),
     ("optim.learning_rate", float("nan"), "expected a number"),
     ("optim.learning_rate", None, "expected a number"),
+    ("optim.learning_rate", 10**400, "expected a number"),
     ("eval.rerank", 1, "expected True or False"),
     ("init_from", 5, "expected a text"),
     ("dtype", 32, "expected a text"),

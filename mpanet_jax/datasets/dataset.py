@@ -1,5 +1,6 @@
 """What a data set is: one class in one file, with everything that this program knows about it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ class Dataset:
           path: ends in FOLDER/PID/NAME, where FOLDER is one of the `camera_folders`; parts are separated by '/'.
         """
         above, pid, name = f"//{path}".rsplit("/", 2)
-        if pid.isdecimal() and name:
+        if re.fullmatch(r"\d{1,18}", pid) and name:  # Python refuses to read numbers of thousands of digits
             for folder, (camid, modality) in cls.camera_folders.items():
                 if above.endswith(f"/{folder}"):
                     return ImageRecord(f"{folder}/{pid}/{name}", int(pid), camid, modality)

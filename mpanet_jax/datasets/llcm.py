@@ -11,7 +11,15 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from mpanet_jax.datasets.dataset import Dataset, Evaluation, rows_of
-from mpanet_jax.datasets.raw import Report, check_labels, image_names, raise_fault, read_identities, read_index
+from mpanet_jax.datasets.raw import (
+    Report,
+    check_labels,
+    image_names,
+    is_number,
+    raise_fault,
+    read_identities,
+    read_index,
+)
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord, Split
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.protocol import (
@@ -28,7 +36,7 @@ CAMERAS = {VISIBLE: tuple(range(1, 10)), INFRARED: (1, 2, 4, 5, 6, 7, 8, 9)}  # 
 WORDS = {VISIBLE: "vis", INFRARED: "nir"}  # in the names of index files and folders
 TEST_LIST = "idx/test_id.txt"
 
-_CAMERA = re.compile(r"_c(?:am)?0*(\d+)_|(?:^|/)cam0*(\d+)/")
+_CAMERA = re.compile(r"_c(?:am)?0*(\d{1,9})_|(?:^|/)cam0*(\d{1,9})/")
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def _train_images(source: Path, report: Report) -> list[ImageRecord]:
         pid_labels = []
         for path, label in read_index(index, source, report):
             folder, camera = PurePosixPath(path).parent.name, _CAMERA.search(path)
-            if not folder.isdigit() or camera is None:
+            if not is_number(folder) or camera is None:
                 report(f"{index}: '{path}' is not of the form 'identity/identity_cCAMERA_name.jpg'; correct the line")
                 continue
             images.append(ImageRecord(path, int(folder), int(camera[1] or camera[2]), modality))

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from mpanet_jax.datasets.dataset import Dataset, Evaluation, rows_of
-from mpanet_jax.datasets.raw import Report, check_labels, raise_fault, read_index
+from mpanet_jax.datasets.raw import Report, check_labels, is_number, raise_fault, read_index
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE, ImageRecord, Split
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.protocol import (
@@ -89,7 +89,7 @@ class Regdb(Dataset):
             pid_labels = []
             for path, label in read_index(index, source, report):
                 parts = PurePosixPath(path).parts
-                if len(parts) != 3 or parts[0] != folder or not parts[1].isdigit():
+                if len(parts) != 3 or parts[0] != folder or not is_number(parts[1]):
                     report(f"{index}: '{path}' is not of the form '{folder}/identity/name.bmp'; correct the line")
                     continue
                 images.append(ImageRecord(path, int(parts[1]), camid, modality))

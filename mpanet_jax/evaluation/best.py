@@ -1,10 +1,12 @@
 """The best evaluation of a run so far: its checkpoint and its record."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from mpanet_jax.checkpoint import Checkpoints
+from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.evaluation.metrics_output import write_metrics
 from mpanet_jax.evaluation.workdir import with_checkpoint
 from mpanet_jax.processes import gather, is_first_process
@@ -31,9 +33,9 @@ def keep_best(
     """
     if not figure:
         return
-    record = workdir / (VALIDATION_FILE if validation else METRICS_FILES["best"])
+    record = _record(workdir, validation)
     setting = next(iter(results))
-    better = not record.exists() or json.loads(record.read_text())[setting][figure] < results[setting][figure]
+    better = _best_so_far(record, figure).get(setting, -math.inf) < results[setting][figure]
     # Process 0 decides for all, since the others may still see an older record.
     if not gather(int(better), "the choice of the best checkpoint")[0]:
         return
@@ -44,3 +46,30 @@ def keep_best(
             checkpoints.wait()
     if is_first_process():
         write_metrics(record, with_checkpoint(results, "best", step))
+
+
+def check_best(workdir: Path, figure: str, *, validation: bool) -> None:
+    """Refuses a record that `keep_best` could not read after an evaluation; the arguments are as there.
+
+    Raises:
+      UserError: the record is damaged.
+    """
+    if figure:
+        _best_so_far(_record(workdir, validation), figure)
+
+
+def _record(workdir: Path, validation: bool) -> Path:
+    return workdir / (VALIDATION_FILE if validation else METRICS_FILES["best"])
+
+
+def _best_so_far(record: Path, figure: str) -> dict[str, float]:
+    """{setting of the protocol: the figure in the record}."""
+    try:
+        return {setting: float(values[figure]) for setting, values in json.loads(record.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(
+            f"{record}: not the record of a best evaluation ({first_line(error)}); restore it, or move it away and "
+            "the next evaluation counts as the best"
+        ) from error

@@ -25,6 +25,7 @@ from mpanet_jax.models.resnet import BACKBONES, ResNet, make_backbone
 from mpanet_jax.optim import sgd, step_decay
 from mpanet_jax.settings import (
     IMAGENET,
+    MOST_EPOCHS,
     POSITIVE,
     RISING,
     AugmentSettings,
@@ -74,7 +75,7 @@ class SGDSettings(OptimSettings):
 
     learning_rate: float = setting(0.1, "of neck and classifier, after the warm-up", POSITIVE)
     milestones: tuple[int, ...] = setting((20, 50), "epochs after which the rate is multiplied by `decay`", RISING)
-    warmup_epochs: int = setting(10, "E: epoch e, from 0, has (e + 1)/E of the rate; 0: none", at_least(0))
+    warmup_epochs: int = setting(10, "E: epoch e, from 0, has (e + 1)/E of the rate; 0: none", between(0, MOST_EPOCHS))
     momentum: float = setting(0.9, "Nesterov's", between(0, 1))
     body_rate: float = setting(
         0.1, "the rate of all other parameters, as a share of that of neck and classifier", at_least(0)

@@ -24,6 +24,7 @@ from mpanet_jax.models.mpanet import MPANet as Network
 from mpanet_jax.models.resnet import make_backbone
 from mpanet_jax.settings import (
     IMAGENET,
+    MOST_EPOCHS,
     ModelSettings,
     Settings,
     at_least,
@@ -42,7 +43,7 @@ class MPANetModelSettings(ModelSettings):
 
     channel_module: str = setting("mam", "after stages 3 and 4", one_of(*CHANNEL_MODULES))
     pattern_module: str = setting("pam", "what makes the feature f", one_of(*PATTERN_MODULES))
-    num_patterns: int = setting(6, "l", at_least(1))
+    num_patterns: int = setting(6, "l", between(1, 256))
     reduction: int = setting(16, "r of eq. 2", at_least(1))
 
     def check(self) -> Iterator[tuple[str, str]]:
@@ -74,7 +75,7 @@ class MeanSettings:
     """The mean classifiers, eq. 11."""
 
     rate: float = setting(0.2, "α", between(0, 1))
-    epochs_at_full: int = setting(0, "E > 0: α·min(E/(epoch+1), 1); 0: α is constant", at_least(0))
+    epochs_at_full: int = setting(0, "E > 0: α·min(E/(epoch+1), 1); 0: α is constant", between(0, MOST_EPOCHS))
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,8 @@ def _rounded(distance: float) -> float | None:
 
 def _natural(name: str) -> list[Any]:
     """A sort key that puts '9' before '10', and numbers before words."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    # Python refuses to read numbers of thousands of digits: up to 18 of them are one number.
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d{1,18})", name) if part]
 
 
 # ---- pictures ----

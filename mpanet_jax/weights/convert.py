@@ -35,13 +35,14 @@ def template_of(method: Method, num_ids: int) -> Variables:
     return {**variables, "averages": method.averaged(variables["params"])}
 
 
-def number_of_ids(method: Method, variables: Variables) -> int:
+def number_of_ids(method: Method, variables: Mapping[str, Any]) -> int:
     """How many identities the classifiers of `variables` tell apart; 1 where they were left out.
 
     The classifiers are the arrays that grow with the number of identities, whatever a method calls them.
     """
-    given = flatten_dict(variables["params"])
-    one, two = (flatten_dict(template_of(method, num_ids)["params"]) for num_ids in (1, 2))
+    given: dict[tuple[str, ...], Any] = flatten_dict(variables["params"])
+    one: dict[tuple[str, ...], Any] = flatten_dict(template_of(method, 1)["params"])
+    two: dict[tuple[str, ...], Any] = flatten_dict(template_of(method, 2)["params"])
     return next(
         (
             given[path].shape[axis]

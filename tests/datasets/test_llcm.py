@@ -41,10 +41,13 @@ def test_faults_name_file_and_fix(layout):
     (layout / "idx/test_id.txt").write_text("2,8")
     with pytest.raises(UserError, match=r"test_id\.txt: identity 8 has no images"):
         list_images("llcm", layout, "test")
-    (layout / "vis/0001/no camera.jpg").touch()
-    (layout / "idx/train_vis.txt").write_text("vis/0001/no camera.jpg 0")
-    with pytest.raises(UserError, match=r"train_vis.txt: 'vis/0001/no camera\.jpg' is not of the form"):
-        list_images("llcm", layout, "train")
+    numbers = "vis/²/1_c1_1.jpg", f"vis/{'9' * 30}/1_c1_1.jpg", "vis/1/1_c12345678901_1.jpg"
+    for path in ("vis/0001/no camera.jpg", *numbers):
+        (layout / path).parent.mkdir(exist_ok=True)
+        (layout / path).touch()
+        (layout / "idx/train_vis.txt").write_text(f"{path} 0", encoding="utf-8")
+        with pytest.raises(UserError, match=f"train_vis.txt: '{path}' is not of the form"):
+            list_images("llcm", layout, "train")
 
 
 def test_prepared_records_are_the_source_files(tiny_sources, tmp_path):

@@ -45,11 +45,16 @@ def test_identity_is_the_folder_and_the_camera_the_modality(layout):
         ("Visible/285/none.bmp 0", "1: there is no image"),
         ("Visible/285/v 285.bmp", "1: expected 'path label'"),
         ("Visible/285/v 285.bmp 0\nVisible/285/v 285.bmp 0", "2: .* is listed twice"),
+        ("Visible/²/v.bmp 0", "not of the form 'Visible/identity/name.bmp'"),
+        (f"Visible/{'9' * 30}/v.bmp 0", "not of the form 'Visible/identity/name.bmp'"),
         ("Thermal/285/t 285.bmp 0", "not of the form 'Visible/identity/name.bmp'"),
         ("Visible/285/v 285.bmp 0\nVisible/7/v 7.bmp 0", "label 0 stands for the identities 285 and 7"),
     ],
 )
 def test_bad_index_lines(layout, line, fault):
+    for folder in ("²", "9" * 30):
+        (layout / "Visible" / folder).mkdir()
+        (layout / "Visible" / folder / "v.bmp").touch()
     (layout.parent / "outside.bmp").write_bytes((layout / "Visible/285/v 285.bmp").read_bytes())
     (layout / "idx" / "train_visible_3.txt").write_text(line)
     with pytest.raises(UserError, match=f"train_visible_3.txt.*{fault}"):

@@ -248,6 +248,7 @@ def test_many_batches_have_one_shape_and_keep_the_order(tmp_path):
         (".", "camping3/7/1.jpg", ("camping3/7/1.jpg", -1, -1)),
         (".", "cam3/seven/1.jpg", ("cam3/seven/1.jpg", -1, -1)),
         (".", "cam3/7/more/1.jpg", ("cam3/7/more/1.jpg", -1, -1)),
+        (".", f"cam3/{'9' * 30}/1.jpg", (f"cam3/{'9' * 30}/1.jpg", -1, -1)),
     ],
 )
 def test_identity_and_camera_come_from_a_known_layout(tmp_path, root, file, expected):
@@ -263,6 +264,9 @@ def test_a_list_keeps_its_order_and_takes_absolute_paths(tmp_path):
     images = list_images(tmp_path / "list.txt")
     assert [image.path for image in images] == ["b 1.jpg", f"{tmp_path}/x/a.xyz", "sub/ü.png"]
     assert [image.file for image in images] == [tmp_path / "b 1.jpg", tmp_path / "x/a.xyz", tmp_path / "sub/ü.png"]
+    layouts = [f"{folder}/{'9' * 5000}/1.jpg" for folder in ("cam1", "Visible", "test_nir/cam9")]
+    (tmp_path / "list.txt").write_text("\n".join(layouts))
+    assert [(image.path, image.pid) for image in list_images(tmp_path / "list.txt")] == [(p, -1) for p in layouts]
 
 
 def test_sources_without_images_are_refused(tmp_path):

@@ -96,6 +96,16 @@ def test_a_name_that_is_no_utf_8_is_written(ranking, tmp_path):
     assert strange in data_of(tmp_path / "report.html")["images"]["path"]
 
 
+def test_names_are_sorted_by_the_numbers_in_them_however_long(ranking, tmp_path):
+    long = [digit * 5000 for digit in "21"]
+    names = np.array(["10", "9", *long, "b", "a"])[np.arange(len(ranking.query)) % 6]
+    query = dataclasses.replace(ranking.query, pid_names=names)
+    page = page_of_ranking(dataclasses.replace(ranking, query=query), "Numbers")
+    write_page(tmp_path / "report.html", page, lambda _: None)
+    identities = [name for name in data_of(tmp_path / "report.html")["identities"] if name in names]
+    assert identities == ["9", "10", *reversed(long), "a", "b"]
+
+
 def test_pictures_of_a_large_set_lie_beside_the_page(large):
     images = large.parent / "report_images"
     assert large.stat().st_size < 5_000_000
