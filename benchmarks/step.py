@@ -60,7 +60,7 @@ def benchmark_step(
     images_per_id = settings.data.images_per_id
     batch_size = num_ids_per_batch * images_per_id
 
-    images = parallel.replicate(random_images(settings, num_images))
+    images = parallel.replicate(random_images(settings, num_images).reshape(num_images, settings.data.height, -1))
     variables = initial_variables(method, NUM_IDS)
     state = parallel.replicate(initial_state(method, variables, STEPS_PER_EPOCH))
     run_steps = make_train_steps(method, NUM_IDS, STEPS_PER_EPOCH, parallel)

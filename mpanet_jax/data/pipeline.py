@@ -39,8 +39,8 @@ class TrainFeed:
         b = P·K / process_count; identity-major, visible before infrared. Ends after `num_epochs`.
       steps_per_epoch: batches in an epoch.
       batch_size: P·K, of all processes.
-      images: uint8[N, height, width, 3] on the accelerator, to be indexed with a batch's `index`; None in the
-        other modes.
+      images: uint8[N, height, width·3] on the accelerator, to be indexed with a batch's `index`; None in the other
+        modes. No axis of 3 by itself: a TPU pads the last axis to 128.
       cache: the mode in use: 'device', 'host' or 'none'.
       plan: of all processes.
       check: of the images' file, under way in the background; None where no file is read.
@@ -115,7 +115,7 @@ def train_feed(
     elif cache == "host":
         dataset = dataset.map(_Gather(CacheFile(images).rows if isinstance(images, np.memmap) else images.__getitem__))
     else:
-        on_device = put_images(images)
+        on_device = put_images(images.reshape(*images.shape[:2], -1))
     batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
     return TrainFeed(batches, plan.steps_per_epoch, size * process_count, on_device, cache, plan, check)
 
