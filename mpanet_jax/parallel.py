@@ -73,20 +73,27 @@ class Parallel:
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, self._everywhere, lambda _: leaf)
 
-    def map_steps(self, steps: Steps, *, on_compiled: Callable[[], None] = lambda: None) -> Steps:
+    def map_steps(
+        self,
+        steps: Steps,
+        *,
+        on_compiled: Callable[[], None] = lambda: None,
+        compiler_options: dict[str, str] | None = None,
+    ) -> Steps:
         """Compiles per-device iterations `(state, batches, images) → (state, metrics)`; the state is donated.
 
         Args:
           steps: per-device code that reduces over `axis_name`, so that all it returns is the same on every device.
           on_compiled: over several processes, called between a program's compilation (one for every number of steps)
             and its first call, for some processes compile faster than others.
+          compiler_options: for XLA, of these programs alone.
 
         Returns:
           The same function of a replicated state, NumPy batches [steps, rows, …] (on several hosts this process's rows)
           and replicated images (or None).
         """
         if self.num_devices == 1:
-            return jax.jit(steps, donate_argnums=0)
+            return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options)
         if self.mapping == "pmap":
             # None: the state is one array on all devices, going in and coming out, not one with a device axis.
             mapped = jax.pmap(
@@ -110,11 +117,11 @@ class Parallel:
         def run(state: TrainState, batches: dict[str, np.ndarray], images: Any) -> tuple[TrainState, Any]:
             arguments = state, {name: self._split_rows(rows) for name, rows in batches.items()}, images
             # Not ahead of the call where it need not be: JAX_ENABLE_PGLE has jit compile again, by a profile.
-            if self._num_local == self.num_devices:
+            if self._num_local == self.num_devices and not compiler_options:
                 return mapped(*arguments)
             num_steps = len(next(iter(batches.values())))
             if num_steps not in programs:
-                programs[num_steps] = mapped.lower(*arguments).compile()
+                programs[num_steps] = mapped.lower(*arguments).compile(compiler_options)
                 on_compiled()
             return programs[num_steps](*arguments)
 
