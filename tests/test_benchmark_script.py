@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import measure, tables
+from benchmarks import measure, page, tables
 from benchmarks.growth import exponents
 from benchmarks.provenance import commit
 from benchmarks.step import forward_work
@@ -257,6 +257,44 @@ def test_exponents_of_powers():
     sizes = (10, 30, 100, 300)
     rows = [{"size": n, "square": 3 * n**2, "root": n**0.5, "constant": 7.0, "none": 0.0} for n in sizes]
     assert exponents(rows) == pytest.approx({"square": 2, "root": 0.5, "constant": 0})
+
+
+PART = "<!-- measured: {} -->\n{}<!-- end -->\n"
+
+
+def written_report(path, results, **fields):
+    report = {"name": "step", "command": "python scripts/benchmark.py step --out=there.json", **measure.environment()}
+    measure.write_report(
+        path, report | {"date": "2026-01-02", "config": to_dict(settings_of(fields)), "results": results}
+    )
+
+
+def test_the_page_is_filled_from_reports(tmp_path):
+    written_report(tmp_path / "step.json", {"images_per_second": 5818.2, "median_ms": 22.0})
+    written_report(tmp_path / "slow.json", {"images_per_second": 2700.0, "median_ms": 47.5}, dtype="float32")
+    rows = [{"ids": 10, "seconds": 0.5}, {"ids": 1000, "seconds": 50.0}]
+    written_report(tmp_path / "growth.json", {"over": "ids", "rows": rows, "exponents": {"seconds": 1.0}})
+    several = "step, slow | median_ms: ms a step; images_per_second: images/s"
+    growing, later = "growth | ids: identities; seconds: s", "later | seconds: s"
+    before = (
+        "# Page\n" + PART.format(several, "old\n") + "text\n" + PART.format(growing, "") + PART.format(later, "kept\n")
+    )
+    text, missing = page.filled(before, tmp_path)
+    assert (
+        "| | ms a step | images/s |\n|---|---|---|\n| `step` | 22 | 5,818 |\n| `step`, `dtype=float32` | 47.5 | 2,700 |"
+        in text
+    )
+    assert "| identities | s |\n|---|---|\n| 10 | 0.5 |\n| 1,000 | 50 |\n| exponent | 1.00 |" in text
+    assert text.count("`python scripts/benchmark.py step`: 2026-01-02, commit ") == 2 and "old" not in text
+    assert missing == ["later"] and PART.format(later, "kept\n") in text
+    assert page.filled(text, tmp_path) == (text, missing)
+    with pytest.raises(UserError, match=r"step\.json.*speed"):
+        page.filled(PART.format("step | speed: km/h", ""), tmp_path)
+
+
+def test_the_performance_page_is_that_of_its_reports():
+    text = page.PAGE.read_text()
+    assert page.filled(text)[0] == text
 
 
 def test_commit_is_that_of_git():
