@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 
+from benchmarks import measure
 from benchmarks.evaluation import peak_memory_gib
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.embeddings import Embeddings
@@ -54,8 +55,8 @@ def benchmark_gallery(
       noise: as for `clustered_embeddings`.
 
     Returns:
-      {'seconds', 'peak_gib' (this process's peak resident memory), 'before_gib' (the same before the evaluation:
-      features and libraries), 'added_gib' (their difference), 'features_gib', 'rank1', 'mAP', 'mINP', …}
+      {'seconds', 'cpu_seconds', 'peak_gib' (this process's peak resident memory), 'before_gib' (that peak before the
+      evaluation: features and libraries), 'added_gib' (their difference), 'features_gib', 'rank1', 'mAP', 'mINP', …}
     """
     num_ids = max(1, num_gallery // IMAGES_OF_AN_ID)
     query = clustered_embeddings(num_query, num_ids, dimension, noise=noise, seed=0)
@@ -63,12 +64,13 @@ def benchmark_gallery(
     groups = np.zeros(num_query, int), np.ones(num_gallery, int)
     comparison = Comparison(query, gallery, [Setting("gallery", [np.arange(num_gallery)])], *groups)
     before = peak_memory_gib()
-    start = time.perf_counter()
+    cpu, start = measure.cpu_seconds(), time.perf_counter()
     values = evaluate_comparison(comparison, metric, "image", rerank=rerank, on_device=on_device)["gallery"]
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, measure.cpu_seconds() - cpu
     peak = peak_memory_gib()
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "peak_gib": peak,
         "before_gib": before,
         "added_gib": peak - before,

@@ -4,9 +4,12 @@ import datetime
 import json
 import os
 import platform
+import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.evaluation import peak_memory_gib
+from benchmarks.evaluation import anonymous_memory_gib, peak_memory_gib
 from benchmarks.provenance import commit, processor
 from mpanet_jax.files import write_whole
 from mpanet_jax.metric_log import wait_until_ready
@@ -122,6 +125,31 @@ def _repeat(call: Callable[[], jax.Array], times: int) -> jax.Array:
     return call()
 
 
+def cpu_seconds() -> float:
+    """What the CPUs have worked for this process so far, user and system."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+@contextmanager
+def peak_anonymous_memory_gib() -> Iterator[list[float]]:
+    """A list whose one value is the peak of `anonymous_memory_gib`, every 20 ms, while the block runs."""
+    peak, finished = [anonymous_memory_gib()], threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(0.02):
+            peak[0] = max(peak[0], anonymous_memory_gib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        finished.set()
+        watcher.join()
+        peak[0] = max(peak[0], anonymous_memory_gib())
+
+
 def convolution_work(function: Callable, *arguments: Any) -> tuple[float, float]:
     """(floating-point operations, output values) of all convolutions and matrix products in `function`.
 
@@ -198,13 +226,36 @@ def seconds_since_process_start() -> float | None:
 def format_report(report: dict[str, Any]) -> str:
     """A line with the device, and below it a table of the results, for the terminal."""
     name, device, results = report["name"], report["device"], report["results"]
+    head = f"{name} on {device['count']} x {device['kind']}, jax {report['versions']['jax']}"
+    if "rows" in results:
+        return "\n".join([head, "", *rows_table(results)])
     width = max(map(len, results))
-    lines = [f"{name} on {device['count']} x {device['kind']}, jax {report['versions']['jax']}"]
-    return "\n".join(lines + [f"  {key:{width}}  {format_value(value)}" for key, value in results.items()])
+    return "\n".join([head, *(f"  {key:{width}}  {format_value(value)}" for key, value in results.items())])
+
+
+def rows_table(results: dict[str, Any], titles: dict[str, str] | None = None) -> list[str]:
+    """The lines of a Markdown table of results that are `rows`, with the exponents that fit its columns below.
+
+    Args:
+      results: what `benchmark_growth` returns.
+      titles: {key: title} of the columns that the table has, all under their keys by default.
+    """
+    rows = results["rows"]
+    titles = titles or dict(zip(rows[0], rows[0], strict=True))
+    size = next(iter(rows[0]))
+    lines = [f"| {' | '.join(titles.values())} |", f"|{'---|' * len(titles)}"]
+    lines += [f"| {' | '.join(format_value(row[key]) for key in titles)} |" for row in rows]
+    for key, title in (("exponents", "exponent"), ("last_exponents", "of the last two")):
+        if fitted := results.get(key):
+            cells = [title if name == size else f"{fitted[name]:.2f}" if name in fitted else "" for name in titles]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def format_value(value: Any) -> str:
     """Format a result for a table."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return ", ".join(map(format_value, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,14 +1,11 @@
 """Measures time and memory of finding the k nearest rows of a memory-mapped gallery."""
 
-import resource
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import measure
 from benchmarks.evaluation import anonymous_memory_gib
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.evaluation.top_k import top_k, upload
@@ -56,10 +53,10 @@ def benchmark_search(
             top_k(query, gallery, k, uploaded=uploaded)
             values["first_seconds"] = time.perf_counter() - start
         before = anonymous_memory_gib()
-        with _peak_memory_gib() as peak:
-            cpu, start = _cpu_seconds(), time.perf_counter()
+        with measure.peak_anonymous_memory_gib() as peak:
+            cpu, start = measure.cpu_seconds(), time.perf_counter()
             rows, _ = top_k(query, gallery, k, uploaded=uploaded)
-            values |= {"seconds": time.perf_counter() - start, "cpu_seconds": _cpu_seconds() - cpu}
+            values |= {"seconds": time.perf_counter() - start, "cpu_seconds": measure.cpu_seconds() - cpu}
         found = float(np.mean(rows[:, 0] == _sources(num_gallery, num_query)))
     finally:
         path.unlink(missing_ok=True)
@@ -91,26 +88,3 @@ def _write_gallery(path: Path, num_gallery: int, num_query: int, dimension: int)
     gallery.flush()
     noise = generator.standard_normal((num_query, dimension), np.float32) / np.float32(dimension**0.5)
     return gallery[_sources(num_gallery, num_query)] + noise
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-@contextmanager
-def _peak_memory_gib() -> Iterator[list[float]]:
-    """Yields a list whose only value is the peak of `anonymous_memory_gib` while the block runs, in GiB."""
-    peak, finished = [anonymous_memory_gib()], threading.Event()
-
-    def watch() -> None:
-        while not finished.wait(0.02):
-            peak[0] = max(peak[0], anonymous_memory_gib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        finished.set()
-        watcher.join()

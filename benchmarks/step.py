@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
+from mpanet_jax.errors import UserError
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import compute_dtype
-from mpanet_jax.parallel import all_devices, global_num_ids
+from mpanet_jax.parallel import Parallel, all_devices, global_num_ids
 from mpanet_jax.run_setup import initial_state, make_train_steps
 from mpanet_jax.settings import Settings, replace
 from mpanet_jax.state import init_variables
@@ -27,7 +28,14 @@ def random_images(settings: Settings, num_images: int) -> np.ndarray:
 
 
 def benchmark_step(
-    settings: Settings, *, num_steps: int = 240, num_images: int = 2048, profile: str | None = None
+    settings: Settings,
+    *,
+    num_steps: int = 240,
+    num_images: int = 2048,
+    num_ids: int = NUM_IDS,
+    num_devices: int | None = None,
+    compiler_options: dict[str, str | bool] | None = None,
+    profile: str | None = None,
 ) -> dict[str, Any]:
     """Measure the training step in steady state, as `train` runs it, on random images in device memory.
 
@@ -39,10 +47,14 @@ def benchmark_step(
       settings: the run whose step is measured.
       num_steps: timed steps, after two calls of warm-up; rounded up to a whole number of calls, at least five.
       num_images: images in device memory.
+      num_ids: training identities.
+      num_devices: how many devices are used; None: all.
+      compiler_options: of XLA, for the step's program alone.
       profile: a folder for a `jax.profiler` trace of three further calls; None: no trace.
 
     Returns:
       images_per_second, median_ms, p10_ms, p90_ms: of a step.
+      host_cpu_ms: this process's CPU time per step; on CPU that is the step itself.
       compile_seconds: the time to trace, lower and compile the program (see programs_from_cache).
       programs_from_cache: how many compiled programs came from a compilation cache; 0: all were compiled.
       peak_gib, image_set_gib: peak memory of the device (on CPU: of the process), and the image set's share of it.
@@ -55,18 +67,18 @@ def benchmark_step(
     """
     method = make_method(replace(settings, {"init_from": ""}))
     compiled = measure.CompileLog()
-    parallel = all_devices(settings.parallel)
+    parallel = _first_devices(settings, num_devices)
     num_ids_per_batch = global_num_ids(settings.data.num_ids_per_batch, parallel.num_devices, settings.batch_scale)
     # On the CPU, training takes one step a call: inside a loop of steps XLA runs convolutions on one thread.
     steps_per_call = 1 if jax.default_backend() == "cpu" else settings.train.steps_per_call
     images_per_id = settings.data.images_per_id
     batch_size = num_ids_per_batch * images_per_id
 
-    images = parallel.replicate(random_images(settings, num_images))
-    variables = initial_variables(method, NUM_IDS)
+    images = parallel.replicate(random_images(settings, num_images).reshape(num_images, settings.data.height, -1))
+    variables = initial_variables(method, num_ids)
     state = parallel.replicate(initial_state(method, variables, STEPS_PER_EPOCH))
-    run_steps = make_train_steps(method, NUM_IDS, STEPS_PER_EPOCH, parallel)
-    batches = _random_batches(steps_per_call, num_ids_per_batch, images_per_id, num_images)
+    run_steps = make_train_steps(method, num_ids, STEPS_PER_EPOCH, parallel, compiler_options)
+    batches = _random_batches(steps_per_call, num_ids, num_ids_per_batch, images_per_id, num_images)
 
     def call() -> Any:
         nonlocal state
@@ -78,12 +90,15 @@ def benchmark_step(
     first_call = time.perf_counter() - started
     from_cache = compiled.from_cache - from_cache
     num_calls = max(-(-num_steps // steps_per_call), 5)
-    seconds = measure.seconds_per_call(call, num_calls) / steps_per_call
+    cpu, warm_up = measure.cpu_seconds(), 2
+    seconds = measure.seconds_per_call(call, num_calls, warm_up=warm_up) / steps_per_call
+    cpu = (measure.cpu_seconds() - cpu) / ((1 + warm_up + num_calls) * steps_per_call)
     if profile:
         with jax.profiler.trace(profile):
             measure.seconds_per_call(call, 1, warm_up=1)
     results = {
         **measure.rates(seconds, batch_size),
+        "host_cpu_ms": cpu * 1e3,
         "timed_steps": len(seconds) * steps_per_call,
         "steps_per_call": steps_per_call,
         "batch_size": batch_size,
@@ -93,24 +108,36 @@ def benchmark_step(
         "peak_gib": measure.peak_device_memory_gib(),
         "image_set_gib": images.nbytes / 2**30,
         "first_loss": float(losses[0]),
+        **({"compiler_options": [f"{k}={v}" for k, v in compiler_options.items()]} if compiler_options else {}),
     }
-    return results | _shares(settings, batch_size, parallel.num_devices, results["median_ms"])
+    return results | _shares(settings, num_ids, batch_size, parallel.num_devices, results["median_ms"])
 
 
-def _random_batches(steps: int, num_ids: int, images_per_id: int, num_images: int) -> dict[str, np.ndarray]:
+def _first_devices(settings: Settings, number: int | None) -> Parallel:
+    parallel = all_devices(settings.parallel)
+    if number is None:
+        return parallel
+    if number > parallel.num_devices:
+        raise UserError(f"{number} devices: JAX finds {parallel.num_devices}")
+    return Parallel(parallel.devices[:number], parallel.mapping)
+
+
+def _random_batches(
+    steps: int, num_ids: int, num_ids_per_batch: int, images_per_id: int, num_images: int
+) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(1)
-    labels = np.stack([generator.permutation(NUM_IDS)[:num_ids] for _ in range(steps)]).astype(np.int32)
-    modality = np.arange(num_ids * images_per_id, dtype=np.int32) % images_per_id >= images_per_id // 2
+    labels = np.stack([generator.permutation(num_ids)[:num_ids_per_batch] for _ in range(steps)]).astype(np.int32)
+    modality = np.arange(num_ids_per_batch * images_per_id, dtype=np.int32) % images_per_id >= images_per_id // 2
     return {
         "labels": labels.repeat(images_per_id, axis=1),
         "modality": np.tile(modality.astype(np.int32), (steps, 1)),
-        "index": generator.integers(0, num_images, (steps, num_ids * images_per_id), np.int32),
+        "index": generator.integers(0, num_images, (steps, num_ids_per_batch * images_per_id), np.int32),
     }
 
 
-def _shares(settings: Settings, batch_size: int, num_devices: int, median_ms: float) -> dict[str, float]:
+def _shares(settings: Settings, num_ids: int, batch_size: int, num_devices: int, median_ms: float) -> dict[str, float]:
     dtype = compute_dtype(settings.dtype)
-    forward, outputs = forward_work(settings)
+    forward, outputs = forward_work(settings, num_ids)
     ceilings = {name: value * num_devices for name, value in measure.ceilings(dtype).items()}
     step_tflop = 3 * forward * batch_size / 1e12
     moved_gb = measure.ACTIVATION_MOVES * outputs * batch_size * dtype.itemsize / 1e9
@@ -127,13 +154,13 @@ def _shares(settings: Settings, batch_size: int, num_devices: int, median_ms: fl
     }
 
 
-def forward_work(settings: Settings) -> tuple[float, float]:
+def forward_work(settings: Settings, num_ids: int = NUM_IDS) -> tuple[float, float]:
     """(floating-point operations, output values) per image of the forward pass's convolutions and matrix products.
 
     The operations are those actually computed: the stem's convolution over blocks includes the zeros that pad its
     kernel, 1.4 % of the whole.
     """
-    network, data = make_method(settings).build(NUM_IDS), settings.data
+    network, data = make_method(settings).build(num_ids), settings.data
     variables = jax.eval_shape(lambda key: init_variables(network, key, data.height, data.width), jax.random.key(0))
     image = jax.ShapeDtypeStruct((2, data.height, data.width, 3), jnp.float32)
     # With running statistics, so that computing the batch's statistics does not count.

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import format_value
+from benchmarks.measure import format_value, rows_table
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import METHODS, settings_of
 from mpanet_jax.settings import differences
@@ -20,26 +20,38 @@ LEFT_OUT = ("dataset.source", "dataset.data_dir", "init_from", "preset", "method
 
 def table(report: dict[str, Any]) -> str:
     """One report as a table: its name, settings that differ from the method's defaults, machine, and results."""
-    device, versions = report["device"], report["versions"]
+    settings = settings_of(report["config"])
+    results = report["results"]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {format_value(value)} |" for name, value in results.items())]
+    return "\n".join(
+        [
+            "## " + ", ".join([f"{report['name']}: {settings.method}", *changed_fields(report)]),
+            "",
+            f"{made_of(report)}.",
+            "",
+            *(rows_table(results) if "rows" in results else lines),
+            "",
+        ]
+    )
+
+
+def changed_fields(report: dict[str, Any]) -> list[str]:
+    """The settings that differ from the method's defaults, like '`dtype=float32`'."""
     settings = settings_of(report["config"])
     changed = differences(settings, METHODS[settings.method].settings())
-    fields = [f"`{path}={here}`" for path, (here, _) in sorted(changed.items()) if path not in LEFT_OUT]
+    return [f"`{path}={here}`" for path, (here, _) in sorted(changed.items()) if path not in LEFT_OUT]
+
+
+def made_of(report: dict[str, Any]) -> str:
+    """Date, commit, device, processor and versions of a report."""
+    device, versions = report["device"], report["versions"]
     made = [
         f"{report.get('date', 'no date')}, commit {report.get('commit', 'unknown')}",
         f"{device['count']} × {device['kind']}",
         f"{device['cpus']} CPU cores ({device.get('processor', 'unknown')})",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
-    lines = [
-        "## " + ", ".join([f"{report['name']}: {settings.method}", *fields]),
-        "",
-        f"{'; '.join(made)}.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {format_value(value)} |" for name, value in report["results"].items()),
-    ]
-    return "\n".join(lines) + "\n"
+    return "; ".join(made)
 
 
 def page(files: list[Path]) -> str:

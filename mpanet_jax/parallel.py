@@ -77,20 +77,27 @@ class Parallel:
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, self._everywhere, lambda _: leaf)
 
-    def map_steps(self, steps: Steps, *, on_compiled: Callable[[], None] = lambda: None) -> Steps:
+    def map_steps(
+        self,
+        steps: Steps,
+        *,
+        on_compiled: Callable[[], None] = lambda: None,
+        compiler_options: dict[str, str | bool] | None = None,
+    ) -> Steps:
         """Maps and compiles the per-device code of training, `(state, batches, images) → (state, metrics)`.
 
         Args:
           steps: per-device code. It reduces over `axis_name`, so that it returns the same on every device.
           on_compiled: with several processes, called after the compilation of a program (one for every number of
             steps) and before its first call, because some processes compile faster than others.
+          compiler_options: of XLA, for these programs alone.
 
         Returns:
           The same function on all devices, of a replicated state, which is donated, NumPy batches [steps, rows, …] (on
           several hosts, of this process's rows), and replicated images or None.
         """
         if self.num_devices == 1:
-            return jax.jit(steps, donate_argnums=0)
+            return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options)
         if self.mapping == "pmap":
             # None: the state has no device axis, neither as an argument nor as a result.
             mapped = jax.pmap(
@@ -114,11 +121,11 @@ class Parallel:
         def run(state: TrainState, batches: dict[str, np.ndarray], images: Any) -> tuple[TrainState, Any]:
             arguments = state, {name: self._split_rows(rows) for name, rows in batches.items()}, images
             # One process does not compile ahead of the call: with JAX_ENABLE_PGLE jit compiles again, by a profile.
-            if self._num_local == self.num_devices:
+            if self._num_local == self.num_devices and not compiler_options:
                 return mapped(*arguments)
             num_steps = len(next(iter(batches.values())))
             if num_steps not in programs:
-                programs[num_steps] = mapped.lower(*arguments).compile()
+                programs[num_steps] = mapped.lower(*arguments).compile(compiler_options)
                 on_compiled()
             return programs[num_steps](*arguments)
 

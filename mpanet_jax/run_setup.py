@@ -84,7 +84,13 @@ def initial_state(method: Method, variables: dict[str, Any], steps_per_epoch: in
     return create(variables, run_key)
 
 
-def make_train_steps(method: Method, num_ids: int, steps_per_epoch: int, parallel: Parallel) -> Any:
+def make_train_steps(
+    method: Method,
+    num_ids: int,
+    steps_per_epoch: int,
+    parallel: Parallel,
+    compiler_options: dict[str, str | bool] | None = None,
+) -> Any:
     """Compiles `train_steps`: (state, stacked batches, image_cache) → (state, stacked metrics); the state is donated.
 
     Args:
@@ -92,12 +98,14 @@ def make_train_steps(method: Method, num_ids: int, steps_per_epoch: int, paralle
       num_ids: training identities.
       steps_per_epoch: for the schedules.
       parallel: the devices, which share each batch.
+      compiler_options: of XLA, for this program alone.
     """
     axis_name = parallel.axis_name
     network = method.build(num_ids, axis_name)
     options = {"method": method, "network": network, "steps_per_epoch": steps_per_epoch, "axis_name": axis_name}
     steps = partial(train_steps, **options)
-    return parallel.map_steps(steps, on_compiled=partial(wait_for_all_processes, "the first call of the compiled step"))
+    wait = partial(wait_for_all_processes, "the first call of the compiled step")
+    return parallel.map_steps(steps, on_compiled=wait, compiler_options=compiler_options)
 
 
 class Programs:

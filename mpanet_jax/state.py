@@ -67,7 +67,7 @@ def create_train_state(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        opt_state=jax.jit(optimizer.init)(variables["params"]),  # one program, not one for each shape
+        opt_state=optimizer.init(variables["params"]),
         averages=jax.tree.map(jnp.copy, averaged),
         rng=key,
     )

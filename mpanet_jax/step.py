@@ -14,7 +14,7 @@ import optax
 from flax.traverse_util import flatten_dict, path_aware_map
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from mpanet_jax.methods.method import Method, compute_dtype
 from mpanet_jax.models.layers import SUMMED, sum_gradient
@@ -53,7 +53,7 @@ def total_gradients(gradients: Any, summed: Any, dtype: DTypeLike, axis_name: st
 def train_step(
     state: TrainState,
     batch: Batch,
-    image_cache: UInt8[Array, "n h w 3"] | None = None,
+    image_cache: UInt8[Array, "n h row"] | None = None,
     *,
     method: Method,
     network: nn.Module,
@@ -66,7 +66,7 @@ def train_step(
       state: the state, replicated over the devices.
       batch: this device's share of the train batch (docs/method.md, "A train batch"): `labels`, `modality` and
         `images`, or `index` into `image_cache` in place of `images`. Whole identities only.
-      image_cache: the resized training set in device memory, or None.
+      image_cache: the resized training set in device memory, [N, height, width·3], or None.
       method: says the losses, the augmentation, the optimiser, and which parameters are averaged.
       network: the method's, built for `axis_name`.
       steps_per_epoch: for the schedules.
@@ -77,7 +77,7 @@ def train_step(
       and `learning_rate`; with settings.train.on_nonfinite = 'skip' also `skipped`: 1 where the loss, the new weights
       or the new moments are not finite, and the state stays as it was but for its step.
     """
-    images = batch["images"] if image_cache is None else image_cache[batch["index"]]
+    images = batch["images"] if image_cache is None else _cached_images(image_cache, batch["index"])
     rows = {name: batch[name] for name in ("labels", "modality")}
     # The keys depend on the step and on the place in the global batch, so neither on the devices nor on the history.
     first = 0 if axis_name is None else lax.axis_index(axis_name) * len(images)
@@ -123,13 +123,18 @@ def train_step(
     return next_state.replace(step=state.step + 1), metrics
 
 
+def _cached_images(image_cache: UInt8[Array, "n h row"], index: Int[Array, " b"]) -> UInt8[Array, "b h w 3"]:
+    images = image_cache[index]
+    return images.reshape(*images.shape[:2], -1, 3)
+
+
 def _all_finite(tree: Any) -> Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def train_steps(
-    state: TrainState, batches: Batch, image_cache: UInt8[Array, "n h w 3"] | None = None, **options: Any
+    state: TrainState, batches: Batch, image_cache: UInt8[Array, "n h row"] | None = None, **options: Any
 ) -> tuple[TrainState, dict[str, Float[Array, " steps"]]]:
     """Several training steps as one program, so that the device does not wait between them.
 

@@ -10,9 +10,12 @@ python scripts/benchmark.py gallery --gallery=100000 --queries=1000 --rerank
 python scripts/benchmark.py search --gallery=1000000 --queries=100 --dimension=2048     (writes 8 GB beside --out)
 python scripts/benchmark.py precision --config.dataset.data_dir=data     (whether bfloat16 follows float32)
 python scripts/benchmark.py save                       (a checkpoint, with checksums and without; beside --out)
+python scripts/benchmark.py growth --over=gallery --rerank --sizes=1000,3000,10000     (how cost grows: one table)
 python scripts/benchmark.py data                       (draws a small data set where config.dataset names none)
 """
 
+import shlex
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -20,15 +23,16 @@ from ml_collections import config_flags
 
 from mpanet_jax.errors import UserError, run_script
 
-NAMES = ("step", "train", "extract", "evaluate", "gallery", "search", "save", "data", "precision")
+NAMES = ("step", "train", "extract", "evaluate", "gallery", "search", "save", "data", "precision", "growth")
+OVER = ("batch", "devices", "images", "ids", "gallery")
 SYSU = str(Path(__file__).parent.parent / "configs/sysu.py")
 CONFIG = config_flags.DEFINE_config_file("config", SYSU, "the recipe that is measured", lock_config=True)
 OUT = flags.DEFINE_string("out", None, "the file of the report; default: runs/benchmark/NAME.json")
 STEPS = flags.DEFINE_integer(
     "steps",
     None,
-    "how many steps (step: 240; train: a tenth of the epochs; precision: 200), batches (extract: 60), or saves of each "
-    "kind (save: 9) are timed",
+    "how many steps (step, growth: 240; train: a tenth of the epochs; precision: 200), batches (extract: 60), or saves "
+    "of each kind (save: 9) are timed",
     lower_bound=2,
 )
 STARTS = flags.DEFINE_integer("starts", 4, "precision: runs of each type", lower_bound=1)
@@ -44,11 +48,16 @@ PERMUTATION = flags.DEFINE_string(
 RERANK = flags.DEFINE_bool(
     "rerank",
     False,
-    "evaluate: also k-reciprocal re-ranking of RegDB's 2,060 x 2,060; gallery: re-ranking instead of plain ranking",
+    "evaluate: also k-reciprocal re-ranking of RegDB's 2,060 x 2,060; gallery, growth: re-ranking, not plain ranking",
+)
+OVER_WHAT = flags.DEFINE_enum("over", None, OVER, "growth: what grows; one table each")
+SIZES = flags.DEFINE_list("sizes", [], "growth: the sizes, like 1000,10000; default: those of benchmarks/growth.py")
+COMPILER_OPTIONS = flags.DEFINE_multi_string(
+    "compiler_option", [], "step: NAME=VALUE, an option of XLA for the step's program; may be given several times"
 )
 GALLERY = flags.DEFINE_integer("gallery", 100_000, "gallery, search: size of the synthetic gallery", lower_bound=1)
-QUERIES = flags.DEFINE_integer("queries", 1000, "gallery, search: number of synthetic queries", lower_bound=1)
-DIMENSION = flags.DEFINE_integer("dimension", 2048, "gallery, search: length of the features", lower_bound=1)
+QUERIES = flags.DEFINE_integer("queries", 1000, "gallery, search, growth: number of synthetic queries", lower_bound=1)
+DIMENSION = flags.DEFINE_integer("dimension", 2048, "gallery, search, growth: length of the features", lower_bound=1)
 TOP = flags.DEFINE_integer("top", 10, "search: how many images to find for a query", lower_bound=1)
 CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -62,21 +71,40 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in NAMES:
         raise UserError(f"benchmark.py {' '.join(arguments)}: expected one of {', '.join(NAMES)}, then flags")
     # Imports JAX, and with it takes the accelerator.
-    from benchmarks import data, evaluation, extract, gallery, measure, precision, save, search, step, train
+    from benchmarks import data, evaluation, extract, gallery, growth, measure, precision, save, search, step, train
     from mpanet_jax.compilation import DEFAULT_CACHE, set_compilation_cache
     from mpanet_jax.methods import settings_of
     from mpanet_jax.settings import to_dict
 
     (name,), settings = arguments, settings_of(CONFIG.value.to_dict())
-    out = Path(OUT.value or f"runs/benchmark/{name}.json")
-    set_compilation_cache(CACHE.value if CACHE.value is not None else DEFAULT_CACHE if name == "train" else None)
+    if name == "growth" and OVER_WHAT.value is None:
+        raise UserError(f"--over: expected one of {', '.join(OVER)}")
+    default_out = f"growth_{OVER_WHAT.value}" if name == "growth" else name
+    out = Path(OUT.value or f"runs/benchmark/{default_out}.json")
+    cache = CACHE.value if CACHE.value is not None else DEFAULT_CACHE if name == "train" else None
+    set_compilation_cache(cache)
     if not DIMENSIONS.value:
         raise UserError("--dimensions: expected numbers, like 256,14336")
+    if not all("=" in option for option in COMPILER_OPTIONS.value):
+        raise UserError("--compiler_option: expected NAME=VALUE, like xla_gpu_autotune_level=0")
+    options = dict(option.split("=", 1) for option in COMPILER_OPTIONS.value)
     number = {"num_steps": STEPS.value} if STEPS.value else {}
     saves = {"num_saves": STEPS.value} if STEPS.value else {}
     images = {"num_images": IMAGES.value} if IMAGES.value else {}
+
+    # How cost grows is measured in processes of their own, for which the accelerator is left.
+    environment = growth.in_new_process(measure.environment) if name == "growth" else measure.environment()
+    command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
+
+    def write(results: dict) -> dict:
+        report = {"name": name, "command": command, **environment, "config": to_dict(settings), "results": results}
+        measure.write_report(out, report)
+        return report
+
     benchmarks = {
-        "step": lambda: step.benchmark_step(settings, **number, **images, profile=PROFILE.value),
+        "step": lambda: step.benchmark_step(
+            settings, **number, **images, compiler_options=options or None, profile=PROFILE.value
+        ),
         "train": lambda: train.benchmark_train(settings, out.parent, **number),
         "extract": lambda: extract.benchmark_extract(settings, **number, **images, from_files=FILES.value),
         "evaluate": lambda: evaluation.benchmark_all(
@@ -96,10 +124,25 @@ def main(arguments: list[str]) -> None:
         "save": lambda: save.benchmark_save(settings, out.parent, **saves),
         "data": lambda: data.benchmark_dataset(settings, **images),
         "precision": lambda: precision.benchmark_precision(settings, **number, num_starts=STARTS.value),
+        "growth": lambda: growth.benchmark_growth(
+            OVER_WHAT.value,
+            growth.Asked(settings, out.parent, STEPS.value, QUERIES.value, DIMENSION.value, RERANK.value, cache),
+            whole_numbers("sizes", SIZES.value),
+            on_row=write,
+        ),
     }
-    report = {"name": name, **measure.environment(), "config": to_dict(settings), "results": benchmarks[name]()}
-    print(measure.format_report(report))
-    measure.write_report(out, report)
+    print(measure.format_report(write(benchmarks[name]())))
+
+
+def whole_numbers(flag: str, values: list[str]) -> list[int]:
+    """The numbers in a flag's list.
+
+    Raises:
+      UserError: an entry is not a positive whole number.
+    """
+    if not all(value.isdigit() and int(value) for value in values):
+        raise UserError(f"--{flag}={','.join(values)}: expected whole numbers, like 1000,10000")
+    return [int(value) for value in values]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def start(method: Method, num_ids: int, height: int, width: int, steps_per_epoch
     if method.settings.dtype == "float64":  # flax.linen's batch norm starts in float32
         variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
     optimizer = method.optimizer(method.learning_rate(steps_per_epoch))
-    return create_train_state(variables, method.averaged(variables["params"]), optimizer, jax.random.key(1))
+    create = jax.jit(lambda v, key: create_train_state(v, method.averaged(v["params"]), optimizer, key))
+    return create(variables, jax.random.key(1))
 
 
 class LinenOutputs(NamedTuple):

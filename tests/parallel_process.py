@@ -96,7 +96,9 @@ def make_batches(images_on_device):
         "modality": np.tile([0, 0, 1, 1], (STEPS, P)).astype(np.int32),
         "index": index,
     }
-    return (batches, images) if images_on_device else (batches | {"images": images[index]}, None)
+    if images_on_device:
+        return batches, images.reshape(NUM_IMAGES, HEIGHT, WIDTH * 3)
+    return batches | {"images": images[index]}, None
 
 
 @cache

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import measure, tables
+from benchmarks import measure, page, tables
+from benchmarks.growth import exponents
 from benchmarks.provenance import commit
 from benchmarks.step import forward_work
 from benchmarks.train import _timed_calls
@@ -38,7 +39,7 @@ def data(tmp_path_factory):
     return [f"--config.dataset.source={folder}/raw", f"--config.dataset.data_dir={folder}/prepared"]
 
 
-def run(folder, name, *arguments):
+def run(folder, name, *arguments, out=None):
     """The process, and what it wrote."""
     cache = [f"--compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}"]
     process = subprocess.run(
@@ -48,7 +49,7 @@ def run(folder, name, *arguments):
         capture_output=True,
         text=True,
     )
-    path = folder / f"runs/benchmark/{name}.json"
+    path = folder / f"runs/benchmark/{out or name}.json"
     return process, json.loads(path.read_text()) if path.exists() else None
 
 
@@ -145,7 +146,12 @@ def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["fast"], "step, train, extract, evaluate, gallery, search, save, data, precision"),
+        (["fast"], "step, train, extract, evaluate, gallery, search, save, data, precision, growth"),
+        (["growth"], "--over"),
+        (["growth", "--over=gallery", "--sizes=100"], "--sizes=100"),
+        (["growth", "--over=gallery", "--sizes=100,many"], "--sizes=100,many"),
+        (["growth", *TINY, "--over=batch", "--sizes=5,8"], "--sizes"),
+        (["step", "--compiler_option=fast"], "--compiler_option"),
         (["evaluate", "--dimensions=many"], "--dimensions"),
         (["evaluate", "--permutation=nowhere/rand_perm_cam.mat"], "test_id.txt"),
     ],
@@ -223,6 +229,83 @@ def test_reports_as_tables(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match=r"other\.json"):
         tables.page([tmp_path / "step.json", tmp_path / "other.json"])
+
+
+@pytest.mark.parametrize("over", ["images", "ids", "batch", "devices"])
+def test_growth(over, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    sizes = {"images": [200, 400], "ids": [10, 40], "batch": [8, 16], "devices": [1, 2]}[over]
+    options = [f"--over={over}", f"--sizes={sizes[0]},{sizes[1]}", "--steps=5"]
+    process, report = run(tmp_path, "growth", *TINY, *options, out=f"growth_{over}")
+    results = check(process, report, "growth")
+    assert [row[over] for row in results["rows"]] == sizes and over in process.stdout
+    columns = {
+        "images": {"prepare_cpu_seconds", "cache_cpu_seconds", "device_start_gib", "host_batch_cpu_ms"},
+        "ids": {"plan_cpu_seconds", "plan_batch_ms", "median_ms", "step_gib"},
+    }.get(over, {"images_per_second", "median_ms", "host_cpu_ms"})
+    assert all(
+        columns <= set(row) and all(row[c] > 0 for c in columns - {"device_start_gib"}) for row in results["rows"]
+    )
+    assert columns - {"device_start_gib"} <= set(results["exponents"])
+    assert os.listdir(tmp_path / "runs/benchmark") == [f"growth_{over}.json"]
+    if over in ("batch", "devices"):  # images a step, by the rate and the time of one
+        images = [row["images_per_second"] * row["median_ms"] / 1e3 for row in results["rows"]]
+        devices, batch = [2, 2] if over == "batch" else sizes, sizes if over == "batch" else [12, 12]
+        np.testing.assert_allclose(images, [d * b for d, b in zip(devices, batch, strict=True)])
+
+
+@pytest.mark.parametrize("rerank", [False, True])
+def test_growth_with_the_gallery(rerank, tmp_path):
+    options = ["--over=gallery", "--sizes=200,400", "--queries=20", "--dimension=16", *(["--rerank"] if rerank else [])]
+    process, report = run(tmp_path, "growth", *options, out="growth_gallery")
+    results = check(process, report, "growth")
+    names = {"rerank_cpu_seconds"} if rerank else {"evaluate_cpu_seconds", "search_cpu_seconds"}
+    assert all(row[name] > 0 for name in names for row in results["rows"])
+    assert names <= set(results["exponents"])
+
+
+def test_exponents_of_powers():
+    sizes = (10, 30, 100, 300)
+    rows = [{"size": n, "square": 3 * n**2, "root": n**0.5, "constant": 7.0, "none": 0.0} for n in sizes]
+    assert exponents(rows) == pytest.approx({"square": 2, "root": 0.5, "constant": 0})
+
+
+PART = "<!-- measured: {} -->\n{}<!-- end -->\n"
+
+
+def written_report(path, results, **fields):
+    report = {"name": "step", "command": "python scripts/benchmark.py step --out=there.json", **measure.environment()}
+    measure.write_report(
+        path, report | {"date": "2026-01-02", "config": to_dict(settings_of(fields)), "results": results}
+    )
+
+
+def test_the_page_is_filled_from_reports(tmp_path):
+    written_report(tmp_path / "step.json", {"images_per_second": 5818.2, "median_ms": 22.0})
+    written_report(tmp_path / "slow.json", {"images_per_second": 2700.0, "median_ms": 47.5}, dtype="float32")
+    rows = [{"ids": 10, "seconds": 0.5}, {"ids": 1000, "seconds": 50.0}]
+    written_report(tmp_path / "growth.json", {"over": "ids", "rows": rows, "exponents": {"seconds": 1.0}})
+    several = "step, slow | median_ms: ms a step; images_per_second: images/s"
+    growing, later = "growth | ids: identities; seconds: s", "later | seconds: s"
+    before = (
+        "# Page\n" + PART.format(several, "old\n") + "text\n" + PART.format(growing, "") + PART.format(later, "kept\n")
+    )
+    text, missing = page.filled(before, tmp_path)
+    assert (
+        "| | ms a step | images/s |\n|---|---|---|\n| `step` | 22 | 5,818 |\n| `step`, `dtype=float32` | 47.5 | 2,700 |"
+        in text
+    )
+    assert "| identities | s |\n|---|---|\n| 10 | 0.5 |\n| 1,000 | 50 |\n| exponent | 1.00 |" in text
+    assert text.count("`python scripts/benchmark.py step`: 2026-01-02, commit ") == 2 and "old" not in text
+    assert missing == ["later"] and PART.format(later, "kept\n") in text
+    assert page.filled(text, tmp_path) == (text, missing)
+    with pytest.raises(UserError, match=r"step\.json.*speed"):
+        page.filled(PART.format("step | speed: km/h", ""), tmp_path)
+
+
+def test_the_performance_page_is_that_of_its_reports():
+    text = page.PAGE.read_text()
+    assert page.filled(text)[0] == text
 
 
 def test_commit_is_that_of_git():

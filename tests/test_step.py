@@ -131,7 +131,7 @@ def test_image_cache_gives_the_same_step_as_images():
     cache[order] = batch["images"]
     by_index = {"labels": batch["labels"], "modality": batch["modality"], "index": order}
     from_images, _ = step(state, batch)
-    from_cache, _ = step(state, by_index, jnp.asarray(cache))
+    from_cache, _ = step(state, by_index, jnp.asarray(cache.reshape(P * K, HEIGHT, WIDTH * 3)))
     assert equal(from_images.params, from_cache.params)
 
 

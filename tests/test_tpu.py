@@ -7,11 +7,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from mpanet_jax.data.pipeline import train_feed
 from mpanet_jax.errors import SettingsError
+from mpanet_jax.settings import DataSettings
 from mpanet_jax.step import train_steps
+from tests.data.toy import toy_plan, toy_split
 from tests.methods_in_tests import small_mpanet, start
 
 P, K, HEIGHT, WIDTH, STEPS = 4, 4, 64, 32, 2
+
+
+def device_images():
+    """The training images as the feed puts them on a device, here a description of them."""
+    split, data = toy_split(), DataSettings(height=HEIGHT, width=WIDTH, cache="device")
+    described = partial(train_feed, put_images=lambda images: jax.ShapeDtypeStruct(images.shape, images.dtype))
+    return described(split, toy_plan(split), data, num_epochs=1).images
 
 
 def program(monkeypatch, **fields):
@@ -21,7 +31,7 @@ def program(monkeypatch, **fields):
     state = jax.eval_shape(partial(start, method, P, HEIGHT, WIDTH))
     rows = jax.ShapeDtypeStruct((STEPS, P * K), jnp.int32)
     batches = {"labels": rows, "modality": rows, "index": rows}
-    images = jax.ShapeDtypeStruct((60, HEIGHT, WIDTH, 3), jnp.uint8)
+    images = device_images()
     options = {"method": method, "network": method.build(P), "steps_per_epoch": 10}
     steps = jax.jit(partial(train_steps, **options))
     return jax.export.export(steps, platforms=["tpu"])(state, batches, images).mlir_module()
@@ -39,6 +49,13 @@ def test_tpu_gets_no_reduction_of_two_operands_and_no_float64(fused, monkeypatch
     assert len(found) > 50 and set(found) == {1}
     assert not re.search(r"tensor<[^>]*f64>", module)
     assert "bf16" in module  # what 'auto' is on an accelerator
+
+
+def test_no_image_in_a_tpus_memory_has_an_axis_of_3_at_its_end(monkeypatch):
+    # The last axis is padded to 128 there: a cache of 4.7 GiB would take 200.
+    arguments = re.search(r"func\.func public @main\((.*?)\) ->", program(monkeypatch), re.S)[1]
+    bytes_of_images = re.findall(r"tensor<([\dx]+)xui8>", arguments)
+    assert bytes_of_images == [f"{len(toy_split())}x{HEIGHT}x{WIDTH * 3}"]
 
 
 def test_float32_is_float32_on_a_tpu(monkeypatch):

@@ -40,8 +40,8 @@ class TrainFeed:
         b = P·K / process_count. The order is identity by identity, visible before infrared.
       steps_per_epoch: batches in an epoch.
       batch_size: P·K, over all processes.
-      images: uint8[N, height, width, 3] on the accelerator, to be indexed by a batch's `index`; None in the modes
-        'host' and 'none'.
+      images: uint8[N, height, width·3] on the accelerator, to be indexed by a batch's `index`; None in the modes 'host'
+        and 'none'. The channels have no axis of their own, because a TPU pads the last axis to 128.
       cache: the mode: 'device', 'host' or 'none'.
       plan: which images are in which batch, over all processes.
       check: the check of the cache file, under way in the background; None if no file is read.
@@ -116,7 +116,7 @@ def train_feed(
     elif cache == "host":
         dataset = dataset.map(_Gather(CacheFile(images).rows if isinstance(images, np.memmap) else images.__getitem__))
     else:
-        on_device = put_images(images)
+        on_device = put_images(images.reshape(*images.shape[:2], -1))
     batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
     return TrainFeed(batches, plan.steps_per_epoch, size * process_count, on_device, cache, plan, check)
 

@@ -3,6 +3,7 @@
 The rule is in docs/method.md, "Epoch".
 """
 
+import bisect
 import functools
 import zlib
 from dataclasses import dataclass
@@ -57,18 +58,22 @@ class BatchPlan:
     @functools.cached_property
     def images_by_identity(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """The rows of each identity's visible images and of its infrared ones, by ascending label."""
-        lists = []
-        for label in np.unique(self.labels):
-            mine = self.labels == label
-            visible, infrared = (np.flatnonzero(mine & (self.modality == m)) for m in (VISIBLE, INFRARED))
-            for name, images in (("visible", visible), ("infrared", infrared)):
+        labels = np.unique(self.labels)
+        visible, infrared = (self._images_of_modality(m, labels) for m in (VISIBLE, INFRARED))
+        for label, *lists in zip(labels, visible, infrared, strict=True):
+            for name, images in zip(("visible", "infrared"), lists, strict=True):
                 if not len(images):
                     raise UserError(
                         f"identity {label} has no {name} image, so it can't be paired across modalities; "
                         "complete it in the data set or remove it from the list of training identities"
                     )
-            lists.append((visible, infrared))
-        return lists
+        return list(zip(visible, infrared, strict=True))
+
+    def _images_of_modality(self, modality: int, labels: np.ndarray) -> list[np.ndarray]:
+        """Each identity's images of a modality: sorted once, for as many identities as there may be."""
+        rows = np.flatnonzero(self.modality == modality)
+        rows = rows[np.argsort(self.labels[rows], kind="stable")]
+        return np.split(rows, np.searchsorted(self.labels[rows], labels[1:]))
 
     @functools.cached_property
     def num_resampled(self) -> int:
@@ -107,10 +112,12 @@ def most_batches(groups: np.ndarray, num_ids_per_batch: int) -> int:
     T batches are possible exactly if Σ_i min(groups_i, T) ≥ P·T: an identity is in a batch at most once, and taking the
     P identities with the most groups left always succeeds then.
     """
-    steps = 0
-    while np.minimum(groups, steps + 1).sum() >= num_ids_per_batch * (steps + 1):
-        steps += 1
-    return steps
+
+    def possible(steps: int) -> bool:
+        return bool(np.minimum(groups, steps).sum() >= num_ids_per_batch * steps)
+
+    # Once impossible, always impossible: each batch more adds no more groups to the sum than the one before it did.
+    return bisect.bisect_left(range(1, int(groups.sum()) // num_ids_per_batch + 1), True, key=lambda t: not possible(t))
 
 
 @functools.lru_cache(maxsize=4)  # prefetching threads ask for two epochs in turn where one ends
@@ -147,9 +154,9 @@ def _draw_identities(groups: np.ndarray, size: int, steps: int, generator: np.ra
     for to_go in range(steps, 0, -1):
         spare = np.minimum(left, to_go).sum() - size * to_go
         order = generator.permutation(np.flatnonzero(left))
-        needed = left[order] >= to_go
-        forced = order[needed][: max(0, needed.sum() - spare)]
-        batch = np.concatenate([forced, order[~np.isin(order, forced)]])[:size]
+        needed = np.flatnonzero(left[order] >= to_go)
+        forced = needed[: max(0, len(needed) - spare)]
+        batch = np.concatenate([order[forced], np.delete(order, forced)])[:size]
         left[batch] -= 1
         batches.append(generator.permutation(batch))
     return batches

@@ -78,7 +78,8 @@ def toy_feed(
 def batch_hash(batch: dict[str, np.ndarray], device_images=None) -> str:
     """Of everything that a training step sees of a batch, whichever mode feeds it."""
     if device_images is not None:
-        batch = batch | {"images": np.asarray(device_images)[batch["index"]]}
+        images = np.asarray(device_images)[batch["index"]]
+        batch = batch | {"images": images.reshape(*images.shape[:2], -1, 3)}
     digest = hashlib.sha256()
     for name in sorted(batch):
         digest.update(f"{name}{batch[name].shape}{batch[name].dtype}".encode() + batch[name].tobytes())
