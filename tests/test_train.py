@@ -539,7 +539,7 @@ def test_weights_alone_are_no_run_to_go_on_with(linen, tmp_path):
         shutil.rmtree(next((tmp_path / "run/checkpoints").glob(f"[0-9]*/{item}")))
     next((tmp_path / "run/checkpoints").glob(f"[0-9]*/{CHECKSUMS_FILE}")).unlink()  # nobody says that more was there
     linen = replace(linen, {"train.num_epochs": 2})
-    with pytest.raises(UserError, match=r"checkpoints/\d+: lacks the data and training .*init_from"):
+    with pytest.raises(UserError, match=r"checkpoints/\d+: lacks the data and training, .*init_from"):
         train(linen, tmp_path / "run")
 
 
