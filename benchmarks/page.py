@@ -5,7 +5,7 @@ A table stands between two comments, the first of which names its reports and it
     <!-- measured: growth_ids | ids: identities; plan_cpu_seconds: plan an epoch, CPU s -->
     <!-- end -->
 
-A report is what `scripts/benchmark.py NAME --out=a JSON file in docs/results` writes. One of `growth` is a table; several
+A report is a file that `scripts/benchmark.py NAME --out=…` wrote there. One of `growth` is a table; several
 others, as in `step, step_float32 | images_per_second: images/s`, are one with a row each. Command, date, commit, device
 and versions stand below. Where a report is not there yet, what stands between the comments stays.
 """
