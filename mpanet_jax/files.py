@@ -12,7 +12,7 @@ from mpanet_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def write_whole(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+def write_whole(path: str | os.PathLike, mode: str = "w", *, sync: bool = True) -> Iterator[IO[Any]]:
     """Opens a temporary file for writing, which replaces `path` if the block ends without an error.
 
     Until then, and after an error or a kill, an earlier file at `path` stays. The folder is made if need be.
@@ -20,6 +20,7 @@ def write_whole(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     Args:
       path: of the file.
       mode: "w" (UTF-8) or "wb".
+      sync: waits until the disk has the data. Without it, a crash of the system soon after may leave an empty file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +31,8 @@ def write_whole(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
         try:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
             file.close()
             os.chmod(file.name, 0o644)  # a temporary file is private
             os.replace(file.name, path)
