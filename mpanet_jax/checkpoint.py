@@ -54,8 +54,9 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int, which: str = "last"):
         """Of the run in `workdir`; the latest `keep` stay. `which` = 'best': those that `keep_best` chooses."""
         _quiet_orbax()
-        if (workdir / FOLDERS[which]).exists() and not (workdir / FOLDERS[which]).is_dir():
-            raise UserError(f"{workdir / FOLDERS[which]}: not a folder; move it away, checkpoints go there")
+        for folder in (workdir / name for name in (*FOLDERS.values(), DAMAGED_FOLDER)):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder}: not a folder; move it away, checkpoints go there")
         self._workdir = workdir
         self._checkpointer = ocp.training.Checkpointer(
             str((workdir / FOLDERS[which]).resolve()),
@@ -119,16 +120,13 @@ class Checkpoints:
                 raise
             raise UserError(
                 f"{self._checkpointer.directory}: no room for a checkpoint; make room there, and start again with the "
-                f"same command: the run goes on from step {self._whole_step()}"
+                f"same command: the run goes on from step {latest_step(self._workdir) or 0}"
             ) from error
 
     def raise_failure(self) -> None:
         """Raises what the save under way has failed with, if it has; waits for nothing."""
         if self._saving is not None and self._saving.done():
             self.wait()
-
-    def _whole_step(self) -> int:
-        return max(_whole_steps(Path(self._checkpointer.directory)), default=0)
 
     def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """The newest sound checkpoint as a state like `state` (shapes, types, placement); moves `batches` to its place.

@@ -16,7 +16,7 @@ from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import Stopped
-from mpanet_jax.evaluation.best import keep_best
+from mpanet_jax.evaluation.best import check_best, keep_best
 from mpanet_jax.evaluation.evaluate import write_metrics
 from mpanet_jax.evaluation.extract import Embed, make_embed
 from mpanet_jax.evaluation.workdir import evaluate_set, of_checkpoint
@@ -157,15 +157,16 @@ def _train(
     method = make_method(settings)
     method.check_form()  # before anything is written
     check_init_from(settings.init_from, workdir)
+    validation = settings.dataset.validation
+    check_best(workdir, settings.eval.best, validation=validation)
     parallel = all_devices(settings.parallel)
     train_split = datasets.open_split(settings.dataset, "train")
     test_set = datasets.open_evaluation(settings.dataset)
-    validation = settings.dataset.validation
     watched = datasets.open_evaluation(settings.dataset, validation=True) if validation else test_set
     # Before the feed: weights that cannot be had should not cost the time of building a cache first.
     variables = start_of_run(method, train_split.num_ids, workdir)
     feed = feed or make_feed(method, train_split, parallel)
-    test_records = RecordCheck(test_set.split)
+    evaluated = RecordCheck(test_set.split, *([watched.split] if validation else []))
     steps_per_epoch = feed.steps_per_epoch
     state = parallel.replicate(initial_state(method, variables, steps_per_epoch))
     run_steps, make_embedder = programs.of(method, train_split.num_ids, steps_per_epoch, parallel)
@@ -216,7 +217,7 @@ def _train(
                 # that could not be evaluated should say so before it has trained for long.
                 reader.finish()
                 feed.require_sound_images()
-                test_records.require()
+                evaluated.require()
                 if not is_finite((state.params, state.batch_stats, state.opt_state)):
                     raise finite.error(step, "the weights are not finite any more", {})
                 checkpoints.save(step, state, feed.batches)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpanet_jax.checkpoint import Checkpoints, load_model
+from mpanet_jax.checkpoint import FOLDERS, Checkpoints, load_model
 from mpanet_jax.checksums import CHECKSUMS_FILE, write_checksums
 from mpanet_jax.errors import UserError
 from mpanet_jax.state import TrainState
@@ -32,7 +32,8 @@ def test_saves_leave_no_descriptors_threads_or_memory_behind(tmp_path):
     assert growth["bytes"] < 0.05 * 2**20 * saves
 
 
-# Saves step 1 as it should be and step 2 where no file may be larger than 4 KiB, as where a disk is full.
+# Saves step 1 as it should be and step 2, perhaps as the best, where no file may be larger than 4 KiB, as where a disk
+# is full.
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
@@ -45,24 +46,26 @@ def main(arguments):
         checkpoints.save(1, state_at(1), Batches(1))
         checkpoints.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        checkpoints.save(2, state_at(2, size=64), Batches(2))
-        checkpoints.wait()
+        with Checkpoints(Path(arguments[0]), keep=2, which=arguments[1]) as more:
+            more.save(2, state_at(2, size=64), Batches(2))
+            more.wait()
 
 run_script(main)
 """
 
 
-def test_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path):
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, which):
     result = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), which],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},  # its files have no room either
     )
     assert result.returncode == 2
-    line = f"error: {tmp_path}/checkpoints: no room for a checkpoint; make room there, and start again with the same "
-    assert result.stderr == line + "command: the run goes on from step 1\n"
+    line = f"error: {tmp_path}/{FOLDERS[which]}: no room for a checkpoint; make room there, and start again "
+    assert result.stderr == line + "with the same command: the run goes on from step 1\n"
     # With room it does.
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert int(checkpoints.restore(state_at(0), Batches(0)).step) == 1

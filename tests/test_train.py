@@ -20,9 +20,11 @@ from ml_collections import config_flags  # noqa: F401 - the scripts' flags come 
 from configs import regdb as regdb_config
 from configs import synthetic as synthetic_config
 from configs import sysu as sysu_config
-from mpanet_jax import checkpoint
+from mpanet_jax import checkpoint, datasets
 from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, load_model
 from mpanet_jax.checksums import CHECKSUMS_FILE
+from mpanet_jax.data.cache import open_images
+from mpanet_jax.data.decode import encoded_image
 from mpanet_jax.datasets.regdb import RegdbSettings
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import SettingsError, Stopped, UserError
@@ -30,7 +32,7 @@ from mpanet_jax.evaluation.evaluate import describe
 from mpanet_jax.evaluation.workdir import evaluate_set, evaluate_workdir
 from mpanet_jax.loop import Programs, train
 from mpanet_jax.methods import METHODS, make_method, settings_of
-from mpanet_jax.methods.mpanet import MPANet
+from mpanet_jax.methods.mpanet import TERMS, MPANet
 from mpanet_jax.metric_log import MetricReader
 from mpanet_jax.run_files import load_settings, save_settings
 from mpanet_jax.settings import replace
@@ -550,6 +552,76 @@ def test_unattended_run_goes_on_from_the_last_sound_checkpoint(settings, tmp_pat
     assert trees_equal(whole, final_state(tmp_path / "run"))
 
 
+def damage_images(settings, split, paths):
+    """Flips a bit in the records of 'train' or 'test' by which some of the images `paths`, and no others, are lost."""
+
+    def is_lost(images, row):
+        try:
+            return not encoded_image(images, row)
+        except UserError:
+            return True
+
+    (records,) = datasets.prepared_dir(settings.dataset).glob(f"*-{split}.array_record*")
+    sound = records.read_bytes()
+    for place in range(0, len(sound), 101):
+        records.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        try:
+            images = datasets.load_split(settings.dataset, split)
+        except UserError:  # so that the file cannot be opened
+            continue
+        lost = [path for row, path in enumerate(images.paths) if is_lost(images, row)]
+        if lost and set(lost) <= set(paths):
+            return lost
+    raise AssertionError("no place does it")
+
+
+@pytest.mark.parametrize("damaged", ["train", "test", "val", "image cache", "permutation file"])
+def test_damaged_data_are_found_before_anything_is_saved(raw, settings, tmp_path, damaged):
+    changes = {"dataset.data_dir": str(tmp_path / "data")}
+    if damaged == "val":
+        pids = (raw / "exp/train_id.txt").read_text().split(",")
+        changes |= {"dataset.validation": True, "data.num_ids_per_batch": len(pids)}
+    settings = replace(settings, changes)
+    folder = datasets.prepare(settings.dataset)
+    if damaged == "permutation file":
+        file = folder / "rand_perm_cam.mat"
+        os.truncate(file, file.stat().st_size // 2)
+        message = f"{file}: no readable MATLAB 5 file"
+    elif damaged == "image cache":
+        split = datasets.open_split(settings.dataset, "train")
+        _, images = open_images(split, settings.data, tmp_path / "data/cache")
+        file = Path(images.filename)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        message = f"{file}: the image cache was damaged"
+    else:
+        if damaged == "train":
+            images = datasets.open_split(settings.dataset, "train")
+        else:
+            images = datasets.open_evaluation(settings.dataset, validation=damaged == "val").split
+        lost = damage_images(settings, "test" if damaged == "test" else "train", images.paths)
+        message = f"image ({'|'.join(lost)}) can't be read, its record in the prepared data is damaged"
+    with pytest.raises(UserError, match=f"^{message}"):
+        train(settings, tmp_path / "run")
+    assert not has_checkpoint(tmp_path / "run")
+    if damaged in ("train", "permutation file"):
+        assert not (tmp_path / "run").exists()
+
+
+BAD_RECORDS = ["{", "[]", "{}\n{}", '{"sysu/all/single": {}}', '{"sysu/all/single": {"mAP": "high"}}']
+
+
+@pytest.mark.parametrize("record", BAD_RECORDS)
+def test_damaged_record_of_the_best_is_found_before_the_first_step(settings, tmp_path, record):
+    path = tmp_path / "run/metrics_best.json"
+    path.parent.mkdir()
+    path.write_text(record)
+    with pytest.raises(UserError, match=f"^{path}: not the record of a best evaluation"):
+        train(replace(settings, {"eval.best": "mAP"}), tmp_path / "run")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
 def test_official_preset_changes_what_method_lists():
     paper, official = sysu_config.get_config(), sysu_config.get_config("official")
     assert (paper.loss.modality_identity, official.loss.modality_identity) == (0.5, 1.0)
@@ -621,6 +693,13 @@ BAD_TRAINING = {
     "P does not fit": (["--config.data.num_ids_per_batch=99"], "config.data.num_ids_per_batch"),
     "K is odd": (["--config.data.images_per_id=5"], "config.data.images_per_id"),
     "value of the wrong type": (["--config.data.height=tall"], "config.data.height"),
+    "seed of 20 digits": ([f"--config.seed={10**20}"], f"--config.seed = {10**20}: expected a number from 0"),
+    "milestones of text": (["--config.optim.milestones=('a','b')"], "config.optim.milestones"),
+    "half a block": (["--config.model.stage_sizes=(1.5,1,1,1)"], "config.model.stage_sizes"),
+    "nothing to learn": (
+        [f"--config.loss.{term}=0" for term in TERMS],
+        "--config.loss.identity = 0.0: all weights are 0, so nothing is learned",
+    ),
     "no such module": (
         ["--config.model.channel_module=mamm"],
         "--config.model.channel_module = 'mamm': expected",

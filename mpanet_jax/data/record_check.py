@@ -8,16 +8,17 @@ from mpanet_jax.datasets.schema import Split
 
 
 class RecordCheck:
-    """Reads every record of a split in the background; array_record checks its blocks as it reads them."""
+    """Reads every record of some splits in the background; array_record checks its blocks as it reads them."""
 
-    def __init__(self, split: Split):
+    def __init__(self, *splits: Split):
         self._result: Future[None] = Future()
-        threading.Thread(target=self._run, args=(split,), daemon=True).start()  # the run may end before
+        threading.Thread(target=self._run, args=splits, daemon=True).start()  # the run may end before
 
-    def _run(self, split: Split) -> None:
+    def _run(self, *splits: Split) -> None:
         try:
-            for i in range(len(split)):
-                encoded_image(split, i)
+            for split in splits:
+                for i in range(len(split)):
+                    encoded_image(split, i)
             self._result.set_result(None)
         except BaseException as error:
             self._result.set_exception(error)
