@@ -87,6 +87,11 @@ def load_embeddings(path: str | os.PathLike) -> Embeddings:
                 arrays[name] = np.char.decode(array, "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}: {name} holds bytes that are not UTF-8; save it as text") from error
+        elif array.dtype.kind == "U":
+            try:
+                array.tolist()  # characters beyond Unicode would fail wherever they are shown
+            except (ValueError, SystemError) as error:
+                raise UserError(f"{path}: {name} holds characters that there are not; save it as text") from error
     embeddings = check_embeddings(Embeddings(**arrays, source=str(path)))
     _warn_of_oddities(embeddings)
     return embeddings

@@ -23,6 +23,7 @@ import safetensors.numpy
 from hypothesis import strategies as st
 
 from mpanet_jax.datasets.own import read_csv
+from mpanet_jax.datasets.prepared import read_index as read_prepared
 from mpanet_jax.datasets.raw import raise_fault, read_identities, read_index
 from mpanet_jax.datasets.sysu_mm01 import load_permutation
 from mpanet_jax.embeddings import load_embeddings
@@ -46,6 +47,12 @@ def _embeddings():
     return _npz(
         features=np.eye(3, 4), pids=numbers, camids=numbers, paths=np.array(["a", "b", "c"]), modality=numbers % 2
     )
+
+
+def _prepared():
+    numbers, names = np.arange(3, dtype=np.int32), np.array(["a", "b", "c"])
+    columns = {"pids": numbers, "camids": numbers, "modality": numbers % 2}
+    return _npz(**columns, paths=names, parts=names, pid_names=names, fingerprint=np.array("0123456789abcdef" * 2))
 
 
 def _permutation():
@@ -72,6 +79,7 @@ READERS = {
     "csv": ("images.csv", CSV, lambda path: read_csv(path.parent, raise_fault)),
     "permutation": ("rand_perm_cam.mat", _permutation(), load_permutation),
     "embeddings": ("query.npz", _embeddings(), load_embeddings),
+    "prepared": ("index_train.npz", _prepared(), read_prepared),
     "config": ("config.json", CONFIG, lambda path: load_settings(path.parent)),
     "weights": ("model.safetensors", WEIGHTS, lambda path: (read_state_dict(path), read_metadata(path))),
 }

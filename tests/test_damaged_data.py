@@ -10,16 +10,20 @@ from mpanet_jax import datasets, embeddings
 from mpanet_jax.checkpoint import Checkpoints
 from mpanet_jax.data import cache
 from mpanet_jax.data.record_check import RecordCheck
+from mpanet_jax.datasets.prepared import read_index
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.embeddings import load_embeddings
 from mpanet_jax.errors import UserError
+from mpanet_jax.evaluation.evaluate import evaluate
 from mpanet_jax.evaluation.given_images import rows_of_images
 from mpanet_jax.evaluation.images import list_images
 from mpanet_jax.evaluation.workdir import evaluate_workdir
 from mpanet_jax.methods.mpanet import MPANetSettings
+from mpanet_jax.modality import INFRARED, VISIBLE
 from mpanet_jax.run_files import save_settings
 from mpanet_jax.settings import DataSettings, replace
 from tests.datasets.by_name import prepare, prepared_dir, settings
+from tests.fuzz import READERS
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,52 @@ def test_zero_vectors_and_repeated_paths_are_warned_of(tmp_path, capsys):
     assert second.startswith(f"warning: {odd}: 1 paths come more than once, first a")
 
 
+@pytest.mark.parametrize("name", ["paths", "pid_names"])
+def test_names_that_are_no_text_are_refused(tmp_path, name):
+    path = write_npz(tmp_path / "bytes.npz", **{name: np.array([b"a", b"b\xff", b"c"])})
+    with pytest.raises(UserError, match=f"^{path}: {name} holds bytes that are not UTF-8; save it as text$"):
+        load_embeddings(path)
+    beyond = np.array([97, 0x110000, 99], np.uint32).view("<U1")  # Unicode ends before
+    path = write_npz(tmp_path / "text.npz", **{name: beyond})
+    with pytest.raises(UserError, match=f"^{path}: {name} holds characters that there are not; save it as text$"):
+        load_embeddings(path)
+
+
+ODD_FOLDERS = {
+    "digits": "9" * 5000,
+    "digits where an identity would be": "cam1/" + "9" * 5000,
+    "bytes": "é".encode(),
+    "a file name that is no UTF-8": "\udcff",
+}
+
+
+@pytest.mark.parametrize("protocol", ["sysu_mm01_random", "regdb", "llcm", "query_gallery"])
+@pytest.mark.parametrize("odd", ODD_FOLDERS.values(), ids=ODD_FOLDERS)
+def test_paths_may_be_called_anything(tmp_path, odd, protocol):
+    infrared = 2 if protocol == "regdb" else 6
+
+    def images(name, folder, camera, modality, seed):
+        end = b"/%d.jpg" if isinstance(folder, bytes) else "/%d.jpg"
+        return write_npz(
+            tmp_path / f"{name}.npz",
+            features=np.random.default_rng(seed).normal(size=(8, 4)),
+            pids=np.arange(8) % 3,
+            camids=np.full(8, camera),
+            modality=np.full(8, modality),
+            paths=np.array([folder + end % number for number in range(8)]),
+        )
+
+    of_folder = [
+        evaluate(
+            images("query", folder, infrared, INFRARED, seed=0),
+            images("gallery", folder, 1, VISIBLE, seed=1),
+            protocol=protocol,
+        )
+        for folder in ("images", odd)
+    ]
+    assert of_folder[0] == of_folder[1]
+
+
 def test_archive_that_unpacks_to_more_than_the_free_memory_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "bomb.npz"
     np.savez_compressed(path, features=np.zeros((1000, 1000)), pids=np.zeros(1), camids=np.zeros(1), paths=["a"])
@@ -127,7 +177,26 @@ def test_data_dir_that_is_only_read_needs_no_cache(tmp_path, monkeypatch):
     assert cache.choose_cache("auto", 1000, tmp_path / "cache", built=True) == "host"
 
 
-def test_file_in_the_place_of_checkpoints_is_found_at_the_start(tmp_path):
-    (Path(tmp_path) / "checkpoints").touch()
-    with pytest.raises(UserError, match=f"{tmp_path}/checkpoints: not a folder"):
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints_best", "checkpoints_damaged"])
+def test_file_in_the_place_of_checkpoints_is_found_at_the_start(tmp_path, name):
+    (Path(tmp_path) / name).touch()
+    with pytest.raises(UserError, match=f"{tmp_path}/{name}: not a folder"):
         Checkpoints(tmp_path, keep=1)
+
+
+def test_no_flipped_bit_in_an_index_gets_through(tmp_path):
+    _, sound, _ = READERS["prepared"]
+    path = tmp_path / "index_train.npz"
+    path.write_bytes(sound)
+    expected = read_index(path)
+    refused = 0
+    for place in range(len(sound)):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        try:
+            found = read_index(path)
+        except UserError as error:
+            assert str(error).startswith(f"{tmp_path}: index_train.npz is damaged (")
+            refused += 1
+        else:  # a date in it, say
+            assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert refused > len(sound) / 2

@@ -7,10 +7,10 @@ import os
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -110,7 +110,7 @@ def prepare(settings: DatasetSettings, *, verify: bool = True, track: Track = no
 def _warn_of_another_source(target: Path, source: Path, companions: tuple[str, ...]) -> None:
     record = target / SOURCE_FILE
     again = "delete the prepared folder, or name another dataset.data_dir, to prepare from there"
-    if record.is_file() and (before := record.read_text()) != str(source):
+    if record.is_file() and (before := record.read_text(errors="replace")) != str(source):
         print(
             f"data: {target} was prepared from {before}; dataset.source = {source} is not read ({again})",
             file=sys.stderr,
@@ -202,15 +202,7 @@ def load_split(settings: DatasetSettings, split: str) -> Split:
     except Exception as error:  # protobuf's and tfds's, for a dataset_info.json or features.json that is damaged
         reason = first_line(error)[:200]
         raise UserError(f"{prepared_dir(settings)}: its dataset_info.json is damaged ({reason}); {again}") from error
-    try:
-        with np.load(Path(builder.data_dir) / f"index_{split}.npz") as index:
-            metadata = {key: index[key] for key in ("pids", "camids", "modality", "paths")}
-            # Version 0.1 wrote no parts.
-            metadata["parts"] = index["parts"] if "parts" in index else np.full(len(metadata["pids"]), "")
-            metadata["pid_names"] = index.get("pid_names")
-            fingerprint = str(index["fingerprint"])
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{builder.data_dir}: index_{split}.npz is damaged ({error}); {again}") from error
+    metadata = read_index(Path(builder.data_dir) / f"index_{split}.npz")
     try:
         with quiet():
             method = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -223,8 +215,40 @@ def load_split(settings: DatasetSettings, split: str) -> Split:
     except (RuntimeError, ValueError, OSError) as error:  # what array_record and tfds raise for a file cut off or gone
         reason = first_line(error)[:200]
         raise UserError(f"{builder.data_dir}: the records of '{split}' are damaged ({reason}); {again}") from error
-    name = f"{builder.dataset.name}/{split}"
-    return Split(name=name, **metadata, encoded=EncodedImages(records), fingerprint=fingerprint)
+    return Split(name=f"{builder.dataset.name}/{split}", **metadata, encoded=EncodedImages(records))
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a prepared split: the fields of `Split`, but for its name and the images.
+
+    Raises:
+      UserError: the file is damaged; nothing of it is taken then.
+    """
+    try:
+        with np.load(path) as index:
+            # NumPy reads as much as an array's header says, and a checksum is looked at behind the last byte only.
+            if damaged := index.zip.testzip():
+                raise ValueError(f"{damaged} is not what was written")
+            found: dict[str, Any] = {key: index[key] for key in ("pids", "camids", "modality", "paths")}
+            # Version 0.1 wrote no parts.
+            found["parts"] = index["parts"] if "parts" in index else np.full(len(found["pids"]), "")
+            found["pid_names"] = index.get("pid_names")
+            found["fingerprint"] = str(index["fingerprint"])
+        if not found["fingerprint"].isalnum():
+            raise ValueError("it has no fingerprint")
+        for name, column in found.items():
+            if name == "fingerprint" or column is None:
+                continue
+            numbers = name in ("pids", "camids", "modality")
+            if column.shape != (len(found["pids"]),) or column.dtype.kind not in ("iu" if numbers else "U"):
+                raise ValueError(f"{name} is {column.dtype}{list(column.shape)}")
+            column.tolist()  # fails for what is no text
+        return found
+    except Exception as error:  # whatever numpy and zipfile say about a broken file
+        reason = first_line(error)[:200]
+        raise UserError(
+            f"{path.parent}: {path.name} is damaged ({reason}); delete the directory and prepare it again"
+        ) from error
 
 
 def _command(dataset: Dataset) -> str:
