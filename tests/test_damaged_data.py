@@ -1,5 +1,6 @@
 """What evaluation will read is looked at before training, and what other people's files hold is answered in a line."""
 
+import io
 import os
 from pathlib import Path
 
@@ -182,6 +183,28 @@ def test_file_in_the_place_of_checkpoints_is_found_at_the_start(tmp_path, name):
     (Path(tmp_path) / name).touch()
     with pytest.raises(UserError, match=f"{tmp_path}/{name}: not a folder"):
         Checkpoints(tmp_path, keep=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pids": np.ones(3)},
+        {"camids": np.arange(2)},
+        {"modality": np.zeros((3, 1), int)},
+        {"paths": np.array([b"a", b"b", b"c"])},
+        {"paths": np.array([97, 0x110000, 99], np.uint32).view("<U1")},
+        {"parts": np.array(["a", "b"])},
+        {"pid_names": np.arange(3)},
+        {"fingerprint": np.array("../../x")},
+        {"fingerprint": np.array("")},
+    ],
+)
+def test_index_of_other_arrays_is_refused(tmp_path, change):
+    _, sound, _ = READERS["prepared"]
+    with np.load(io.BytesIO(sound)) as arrays:
+        np.savez(tmp_path / "index_test.npz", **{**arrays, **change})
+    with pytest.raises(UserError, match=rf"^{tmp_path}: index_test\.npz is damaged \(.+\); delete the directory and"):
+        read_index(tmp_path / "index_test.npz")
 
 
 def test_no_flipped_bit_in_an_index_gets_through(tmp_path):
