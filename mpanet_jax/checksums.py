@@ -31,7 +31,8 @@ def write_checksums(folder: Path) -> None:
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = dict(zip(files, pool.map(checksum, files.values()), strict=True))
-    with write_whole(folder / CHECKSUMS_FILE) as file:
+    # Waiting for the disk would be waiting for the files too, which took longer than the whole save.
+    with write_whole(folder / CHECKSUMS_FILE, sync=False) as file:
         json.dump(sums, file, indent=1)
 
 

@@ -12,10 +12,11 @@ from mpanet_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def write_whole(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+def write_whole(path: str | os.PathLike, mode: str = "w", *, sync: bool = True) -> Iterator[IO[Any]]:
     """A file to write (`mode` "w", UTF-8, or "wb") that takes the place of `path` when the block ends without an error.
 
-    Until then, and after an error or a kill, whatever stood there stays. The folder is made if need be.
+    Until then, and after an error or a kill, whatever stood there stays. The folder is made if need be. Without `sync`
+    the disk is not waited for: a crash of the system, soon after, may leave an empty file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +27,8 @@ def write_whole(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
         try:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
             file.close()
             os.chmod(file.name, 0o644)  # a temporary file is private
             os.replace(file.name, path)
