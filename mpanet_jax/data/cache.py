@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import math
 import os
 import shutil
@@ -29,6 +30,7 @@ CACHE_MODES = ("device", "host", "none")
 
 # Part of the file's name: raise it when `decode.py` changes the pixels. Version 1 had OpenCV's resize.
 PIXELS_VERSION = 2
+_FILLED = 4096  # images handed to the threads at once
 
 
 def open_images(split: Split, data: DataSettings, cache_dir: str | os.PathLike | None) -> tuple[str, np.ndarray | None]:
@@ -172,7 +174,10 @@ def _fill(images: np.ndarray, split: Split, data: DataSettings) -> None:
     started = time.perf_counter()
     pool = ThreadPoolExecutor(decoding_threads())
     try:
-        for _ in track(pool.map(one, range(len(split))), f"resizing {split.name}", len(split)):
+        # A pool holds on to all that it has been given: some images at a time.
+        parts = (range(start, min(start + _FILLED, len(split))) for start in range(0, len(split), _FILLED))
+        filled = itertools.chain.from_iterable(pool.map(one, part) for part in parts)
+        for _ in track(filled, f"resizing {split.name}", len(split)):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
