@@ -12,7 +12,7 @@ from PIL import Image
 
 from mpanet_jax.datasets import DATASETS, open_evaluation, open_split
 from mpanet_jax.errors import UserError
-from mpanet_jax.evaluation.extract import embed_of
+from mpanet_jax.evaluation.extract import make_trained_embed
 from mpanet_jax.evaluation.workdir import evaluate_set
 from mpanet_jax.methods import METHODS, make_method, settings_of
 from mpanet_jax.models.resnet import BACKBONES
@@ -77,7 +77,7 @@ def test_added_method_embeds_and_starts_from_other_identities():
     method = make_method(METHODS["tiny"].settings())
     trained = start(method, 5, HEIGHT, WIDTH)
     variables = {"params": trained.params, "batch_stats": trained.batch_stats}
-    embed = embed_of(method, variables, "run")
+    embed = make_trained_embed(method, variables, "run")
     assert embed(np.zeros((2, HEIGHT, WIDTH, 3), np.uint8), np.zeros(2, np.int32)).shape == (2, 64)
     state_dict = to_state_dict(variables, method.names())
     expected = template_of(method, 7)
