@@ -87,7 +87,7 @@ def make_train_steps(
     num_ids: int,
     steps_per_epoch: int,
     parallel: Parallel,
-    compiler_options: dict[str, str] | None = None,
+    compiler_options: dict[str, str | bool] | None = None,
 ) -> Any:
     """(state, stacked batches, image_cache) → (state, stacked metrics), compiled; the state is donated."""
     axis_name = parallel.axis_name

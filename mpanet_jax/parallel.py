@@ -78,7 +78,7 @@ class Parallel:
         steps: Steps,
         *,
         on_compiled: Callable[[], None] = lambda: None,
-        compiler_options: dict[str, str] | None = None,
+        compiler_options: dict[str, str | bool] | None = None,
     ) -> Steps:
         """Compiles per-device iterations `(state, batches, images) → (state, metrics)`; the state is donated.
 
