@@ -44,6 +44,9 @@ RERANK = flags.DEFINE_bool(
 )
 OVER_WHAT = flags.DEFINE_enum("over", None, OVER, "growth: which table, by what grows")
 SIZES = flags.DEFINE_list("sizes", [], "growth: the sizes, like 1000,10000; those of benchmarks/growth.py by default")
+TRIES = flags.DEFINE_multi_string(
+    "try", [], "step: a change of benchmarks/tries.py that has not been measured; may be given several times"
+)
 COMPILER_OPTIONS = flags.DEFINE_multi_string(
     "compiler_option", [], "step: NAME=VALUE, an option of XLA for the step's program; may be given several times"
 )
@@ -68,9 +71,10 @@ def main(arguments: list[str]) -> None:
     from mpanet_jax.settings import to_dict
 
     (name,), settings = arguments, settings_of(CONFIG.value.to_dict())
-    if name == "growth" and OVER_WHAT.value is None:
+    over = OVER_WHAT.value or ""
+    if name == "growth" and not over:
         raise UserError(f"--over: expected one of {', '.join(OVER)}")
-    default_out = f"growth_{OVER_WHAT.value}" if name == "growth" else name
+    default_out = f"growth_{over}" if name == "growth" else name
     out = Path(OUT.value or f"runs/benchmark/{default_out}.json")
     default_cache = "~/.cache/mpanet_jax/xla" if name == "train" else None
     cache = default_cache if CACHE.value is None else CACHE.value
@@ -94,7 +98,7 @@ def main(arguments: list[str]) -> None:
 
     benchmarks = {
         "step": lambda: step.benchmark_step(
-            settings, **number, **images, compiler_options=options or None, profile=PROFILE.value
+            settings, **number, **images, compiler_options=options or None, tries=TRIES.value, profile=PROFILE.value
         ),
         "train": lambda: train.benchmark_train(settings, out.parent, **number),
         "extract": lambda: extract.benchmark_extract(settings, **number, **images, from_files=FILES.value),
@@ -115,7 +119,7 @@ def main(arguments: list[str]) -> None:
         "data": lambda: data.benchmark_dataset(settings, **images),
         "precision": lambda: precision.benchmark_precision(settings, **number, num_starts=STARTS.value),
         "growth": lambda: growth.benchmark_growth(
-            OVER_WHAT.value,
+            over,
             growth.Asked(settings, out.parent, STEPS.value, QUERIES.value, DIMENSION.value, RERANK.value, cache),
             whole_numbers("sizes", SIZES.value),
             on_row=write,

@@ -73,6 +73,11 @@ def stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) -> Float
     )
 
 
+def with_strided(x: Float[Array, "b h w c"], stride: int) -> tuple[Float[Array, "b h w c"], Float[Array, "b h2 w2 c"]]:
+    """x for the first convolution, and the positions of it that the shortcut's convolution reads."""
+    return x, x[:, ::stride, ::stride]
+
+
 def bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
     """The form of `Bottleneck`: behind the 1×1 convolutions that widen, batch norm follows from their input."""
     axis_name, dtype, stride = module.axis_name, module.dtype, module.stride
@@ -116,7 +121,8 @@ def bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -
 
     shortcut = x
     if stride != 1 or x.shape[-1] != out:
-        shortcut = widen(x[:, ::stride, ::stride], ("downsample_conv", "downsample_bn"), None)
+        x, strided = with_strided(x, stride)
+        shortcut = widen(strided, ("downsample_conv", "downsample_bn"), None)
     y = convolve(x, kernel(1, module.width, name="conv1")(x).astype(dtype))
     conv2 = kernel(3, module.width, name="conv2")(y).astype(dtype)
     # Not so behind bn2: there the product with the kernel's gradient comes before the sums.
