@@ -1,6 +1,7 @@
 """Measures the whole training step: augmentation, losses, backward pass, Adam, mean classifiers."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
+from benchmarks.tries import applied
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import compute_dtype
@@ -35,6 +37,7 @@ def benchmark_step(
     num_ids: int = NUM_IDS,
     num_devices: int | None = None,
     compiler_options: dict[str, str | bool] | None = None,
+    tries: Sequence[str] = (),
     profile: str | None = None,
 ) -> dict[str, Any]:
     """Measure the training step in steady state, as `train` runs it, on random images in device memory.
@@ -50,6 +53,7 @@ def benchmark_step(
       num_ids: training identities.
       num_devices: how many devices are used; None: all.
       compiler_options: of XLA, for the step's program alone.
+      tries: names of changes in `benchmarks.tries`.
       profile: a folder for a `jax.profiler` trace of three further calls; None: no trace.
 
     Returns:
@@ -76,7 +80,8 @@ def benchmark_step(
 
     images = parallel.replicate(random_images(settings, num_images).reshape(num_images, settings.data.height, -1))
     variables = initial_variables(method, num_ids)
-    state = parallel.replicate(initial_state(method, variables, STEPS_PER_EPOCH))
+    with applied(tries):
+        state = parallel.replicate(initial_state(method, variables, STEPS_PER_EPOCH))
     run_steps = make_train_steps(method, num_ids, STEPS_PER_EPOCH, parallel, compiler_options)
     batches = _random_batches(steps_per_call, num_ids, num_ids_per_batch, images_per_id, num_images)
 
@@ -86,7 +91,8 @@ def benchmark_step(
         return metrics
 
     from_cache, started = compiled.from_cache, time.perf_counter()
-    losses = jax.block_until_ready(call())["loss"]
+    with applied(tries):  # the step is traced here
+        losses = jax.block_until_ready(call())["loss"]
     first_call = time.perf_counter() - started
     from_cache = compiled.from_cache - from_cache
     num_calls = max(-(-num_steps // steps_per_call), 5)
@@ -108,6 +114,7 @@ def benchmark_step(
         "peak_gib": measure.peak_device_memory_gib(),
         "image_set_gib": images.nbytes / 2**30,
         "first_loss": float(losses[0]),
+        **({"tries": list(tries)} if tries else {}),
         **({"compiler_options": [f"{k}={v}" for k, v in compiler_options.items()]} if compiler_options else {}),
     }
     return results | _shares(settings, num_ids, batch_size, parallel.num_devices, results["median_ms"])

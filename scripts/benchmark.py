@@ -52,6 +52,9 @@ RERANK = flags.DEFINE_bool(
 )
 OVER_WHAT = flags.DEFINE_enum("over", None, OVER, "growth: what grows; one table each")
 SIZES = flags.DEFINE_list("sizes", [], "growth: the sizes, like 1000,10000; default: those of benchmarks/growth.py")
+TRIES = flags.DEFINE_multi_string(
+    "try", [], "step: a change in benchmarks/tries.py that has not been measured yet; may be given several times"
+)
 COMPILER_OPTIONS = flags.DEFINE_multi_string(
     "compiler_option", [], "step: NAME=VALUE, an option of XLA for the step's program; may be given several times"
 )
@@ -77,9 +80,10 @@ def main(arguments: list[str]) -> None:
     from mpanet_jax.settings import to_dict
 
     (name,), settings = arguments, settings_of(CONFIG.value.to_dict())
-    if name == "growth" and OVER_WHAT.value is None:
+    over = OVER_WHAT.value or ""
+    if name == "growth" and not over:
         raise UserError(f"--over: expected one of {', '.join(OVER)}")
-    default_out = f"growth_{OVER_WHAT.value}" if name == "growth" else name
+    default_out = f"growth_{over}" if name == "growth" else name
     out = Path(OUT.value or f"runs/benchmark/{default_out}.json")
     cache = CACHE.value if CACHE.value is not None else DEFAULT_CACHE if name == "train" else None
     set_compilation_cache(cache)
@@ -103,7 +107,7 @@ def main(arguments: list[str]) -> None:
 
     benchmarks = {
         "step": lambda: step.benchmark_step(
-            settings, **number, **images, compiler_options=options or None, profile=PROFILE.value
+            settings, **number, **images, compiler_options=options or None, tries=TRIES.value, profile=PROFILE.value
         ),
         "train": lambda: train.benchmark_train(settings, out.parent, **number),
         "extract": lambda: extract.benchmark_extract(settings, **number, **images, from_files=FILES.value),
@@ -125,7 +129,7 @@ def main(arguments: list[str]) -> None:
         "data": lambda: data.benchmark_dataset(settings, **images),
         "precision": lambda: precision.benchmark_precision(settings, **number, num_starts=STARTS.value),
         "growth": lambda: growth.benchmark_growth(
-            OVER_WHAT.value,
+            over,
             growth.Asked(settings, out.parent, STEPS.value, QUERIES.value, DIMENSION.value, RERANK.value, cache),
             whole_numbers("sizes", SIZES.value),
             on_row=write,

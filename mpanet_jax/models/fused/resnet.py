@@ -73,6 +73,11 @@ def fused_stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) ->
     )
 
 
+def with_strided(x: Float[Array, "b h w c"], stride: int) -> tuple[Float[Array, "b h w c"], Float[Array, "b h2 w2 c"]]:
+    """x for the first convolution, and those of its positions that the shortcut's convolution reads."""
+    return x, x[:, ::stride, ::stride]
+
+
 def fused_bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
     """The fused form of `Bottleneck`; `conv1x1_batch_norm` computes the 1×1 convolutions that widen."""
     axis_name, dtype, stride = module.axis_name, module.dtype, module.stride
@@ -116,7 +121,8 @@ def fused_bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: b
 
     shortcut = x
     if stride != 1 or x.shape[-1] != out:
-        shortcut = widen(x[:, ::stride, ::stride], ("downsample_conv", "downsample_bn"), None)
+        x, strided = with_strided(x, stride)
+        shortcut = widen(strided, ("downsample_conv", "downsample_bn"), None)
     y = convolve(x, kernel(1, module.width, name="conv1")(x).astype(dtype))
     conv2 = kernel(3, module.width, name="conv2")(y).astype(dtype)
     # conv2's gradient is computed while bn1's sums travel. bn2 has no such work: conv3's gradient is done by then.
