@@ -183,7 +183,7 @@ def main(result):
             part: deviation(expected[name][part], found[part]) for part in expected[name]
         }
     variables = on_first_device({"params": state.params, "batch_stats": state.batch_stats})
-    images = make_batches(True)[1][:16]
+    images = make_batches(True)[1][:16].reshape(-1, HEIGHT, WIDTH, 3)
     method, local = METHODS["paper"], local_devices()
     network = method.build(P + 2)
     embed = local.map_rows(lambda variables, images: method.embed(network, variables, images))

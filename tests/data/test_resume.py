@@ -163,5 +163,5 @@ def test_a_checkpoint_beyond_the_last_epoch_is_refused():
     for _ in range(20):
         next(feed.batches)
     shorter = toy_feed(toy_split(), num_epochs=2, cache="none")
-    with pytest.raises(UserError, match=r"before batch 20, this run has 14; raise train\.num_epochs"):
+    with pytest.raises(UserError, match=r"next batch is 20, but this run has 14 batches; raise train\.num_epochs"):
         shorter.batches.set_state(feed.batches.get_state())
