@@ -2,6 +2,7 @@
 
 import itertools
 import secrets
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -113,9 +114,10 @@ def raise_lost_process(error: Exception) -> None:
       AbsentProcessError: `error` means that.
     """
     if jax.process_count() > 1 and means_lost_process(error):
+        reason = textwrap.shorten(first_line(error), 100, placeholder=" …")
         raise AbsentProcessError(
-            f"process {jax.process_index()} ends because another process was lost ({first_line(error)[:100]}); see "
-            f"what that one printed, and {GO_ON}"
+            f"process {jax.process_index()} ends because another process was lost ({reason}); see what that "
+            f"one printed, and {GO_ON}"
         ) from error
 
 

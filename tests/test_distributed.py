@@ -146,7 +146,7 @@ def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
             process.kill()
             process.wait()
     # Beside gloo's lines when the processes meet, the survivor says one, as it would on a terminal.
-    text, line = log_file(folder, "two", 0).read_text(), "error: process 0 ends, for "
+    text, line = log_file(folder, "two", 0).read_text(), "error: process 0 ends because "
     said = [other for other in text.split("\n") if not GLOO.search(other) and not other.startswith(QUIET)]
     said = [other for other in said if not PROGRESS.search(other)]
     assert text.count(line) == 1 and all(line in other for other in said), said
