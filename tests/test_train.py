@@ -601,7 +601,7 @@ def test_damaged_data_are_found_before_anything_is_saved(raw, settings, tmp_path
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-        message = f"{file}: the image cache was damaged"
+        message = f"{file}: the image cache is damaged"
     else:
         if damaged == "train":
             images = datasets.open_split(settings.dataset, "train")
