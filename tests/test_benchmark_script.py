@@ -233,7 +233,8 @@ def test_reports_as_tables(tmp_path):
 
 @pytest.mark.parametrize("over", ["images", "ids", "batch", "devices"])
 def test_growth(over, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    monkeypatch.setenv("XLA_FLAGS", flags)
     sizes = {"images": [200, 400], "ids": [10, 40], "batch": [8, 16], "devices": [1, 2]}[over]
     options = [f"--over={over}", f"--sizes={sizes[0]},{sizes[1]}", "--steps=5"]
     process, report = run(tmp_path, "growth", *TINY, *options, out=f"growth_{over}")
