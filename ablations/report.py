@@ -120,7 +120,7 @@ def load_pyplot() -> Any:
         import matplotlib
     except ImportError:
         raise UserError(
-            "--png: needs matplotlib, which is not installed; pip install 'mpanet_jax[report]', or give --nopng"
+            "--png: needs matplotlib, which is not installed; pip install matplotlib, or give --nopng"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot

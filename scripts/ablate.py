@@ -35,7 +35,7 @@ WORKDIR = flags.DEFINE_string(
 )
 TIME_LIMIT = flags.DEFINE_float("time_limit", None, "seconds after which no more runs start", lower_bound=0)
 JOBS = flags.DEFINE_integer("jobs", 1, "how many rows run at a time and share the accelerator", lower_bound=1)
-PNG = flags.DEFINE_bool("png", True, "also draw the tables; needs matplotlib, from mpanet_jax[report]")
+PNG = flags.DEFINE_bool("png", True, "also draw the tables; needs matplotlib")
 CACHE = flags.DEFINE_string(
     "compilation_cache", DEFAULT_CACHE, "folder of compiled programs, for faster starts; '': none"
 )

@@ -78,7 +78,7 @@ def require_onnx() -> None:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise UserError(f"ONNX needs {error.name}: pip install 'mpanet_jax[onnx]', or write .stablehlo") from error
+        raise UserError(f"ONNX needs {error.name}: pip install onnx onnxruntime, or write .stablehlo") from error
     assert onnx and onnxruntime
 
 

@@ -18,6 +18,5 @@ def require_report(*packages: str) -> None:
     """
     missing = [name for name in packages or PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"{', '.join(missing)}: not installed, but needed for pictures; pip install 'mpanet_jax[report]'"
-        )
+        names = " ".join("scikit-learn" if name == "sklearn" else name for name in missing)
+        raise UserError(f"{', '.join(missing)}: not installed, but needed for pictures; pip install {names}")

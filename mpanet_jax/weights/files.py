@@ -82,9 +82,7 @@ def import_torch(path: Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError(
-            f"{path}: PyTorch files need torch: pip install 'mpanet_jax[torch]', or use a .safetensors file"
-        ) from error
+        raise UserError(f"{path}: PyTorch files need torch: pip install torch, or use a .safetensors file") from error
     return torch
 
 

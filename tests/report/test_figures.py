@@ -185,5 +185,5 @@ def test_missing_or_damaged_logs_are_named(tmp_path):
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"matplotlib.*pip install 'mpanet_jax\[report\]'"):
+    with pytest.raises(UserError, match=r"matplotlib.*pip install .*matplotlib"):
         draw_patterns(source(), np.array([0]), tmp_path)
