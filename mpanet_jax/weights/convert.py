@@ -229,15 +229,16 @@ def start_from(init_from: str, method: Method, variables: Mapping[str, Any]) -> 
 
 
 def _describe_start(method: Method, variables: Mapping[str, Any], is_bare: bool, left_out: list[str]) -> str:
-    names, params = method.names(), flatten_dict({"params": variables["params"]})
-    anew = ["/".join(path[1:]) for path in params if names.is_classifier(names.name(path))]
+    names = method.names()
+    params: dict[tuple[str, ...], Any] = flatten_dict({"params": variables["params"]})
+    classifiers = {"/".join(path[1:]): leaf for path, leaf in params.items() if names.is_classifier(names.name(path))}
     if is_bare:
         words = "loaded the backbone; everything else starts from scratch"
-    elif anew:
-        num_ids = number_of_ids(method, variables)
+    elif classifiers:
+        num_ids = next(iter(classifiers.values())).shape[-1]
         words = (
             f"loaded everything but the classifiers, which start from scratch for {num_ids} identities "
-            f"({comma_list(anew)})"
+            f"({comma_list(classifiers)})"
         )
     else:
         words = "loaded everything"
