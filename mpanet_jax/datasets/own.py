@@ -161,7 +161,7 @@ def read_csv(source: Path, report: Report, file: str = CSV_FILE) -> list[ImageRe
     text = read_text(
         path,
         report,
-        missing=f"name the folder that holds it as the source, or write it: {_EXPECTED} and a line for each image",
+        missing=f"name the folder that holds it as the source, or write it ({_EXPECTED}, then a line for each image)",
         no_text="save it as UTF-8",
     )
     if not text:
