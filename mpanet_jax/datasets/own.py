@@ -170,6 +170,7 @@ def read_csv(source: Path, report: Report, file: str = CSV_FILE) -> list[ImageRe
         return []
     rows = csv.reader(io.StringIO(text, newline=""))
     images: dict[str, ImageRecord] = {}
+    spelled: dict[str, ImageRecord] = {}  # by the identity's name, in Unicode's composed form
     try:
         header = [name.strip() for name in next(rows, [])]
         missing = [name for name in COLUMNS if name not in header]
@@ -192,6 +193,13 @@ def read_csv(source: Path, report: Report, file: str = CSV_FILE) -> list[ImageRe
             image, fault = _image(source, fields, line)
             if image is not None and image.path in images:
                 fault = f"path '{image.path}' is in line {images[image.path].line} too; remove one of the two"
+            elif image is not None:
+                first = spelled.setdefault(unicodedata.normalize("NFC", image.pid_name), image)
+                if first.pid_name != image.pid_name:
+                    fault = (
+                        f"pid '{image.pid_name}' looks like that of line {first.line}, but has other characters "
+                        f"({image.pid_name!a} and {first.pid_name!a}); write both alike"
+                    )
             if fault or image is None:
                 report(f"{where}: {fault}")
             else:

@@ -164,6 +164,18 @@ def test_a_faulty_line_is_named_and_nothing_is_built(tmp_path, line, row, fault)
     assert not (tmp_path / "data").exists()
 
 
+def test_one_name_in_two_spellings_of_unicode_is_named(tmp_path):
+    """An é is one character or two; as two identities, one person would be in training and in the test."""
+    composed, decomposed = "Zo\u00e9", "Zoe\u0301"
+    rows = [
+        *ROWS,
+        *[[f"z/{n}.png", composed, "1", modality, "train"] for n, modality in enumerate(("visible", "infrared"))],
+        ["z/2.png", decomposed, "2", "visible", "test"],
+    ]
+    (fault,) = faults_of(write(tmp_path / "raw", rows))
+    assert "images.csv:16: pid" in fault and "looks like that of line 14" in fault and r"'Zoe\u0301'" in fault
+
+
 def test_all_faulty_lines_are_listed_once(tmp_path):
     root = write(tmp_path / "raw", ROWS)
     (root / "a/1.png").write_bytes(b"")
