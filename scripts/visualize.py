@@ -225,7 +225,8 @@ def _retrieval(files: list[str]) -> None:
         ranking = rank_queries(query, gallery, protocol=protocol, rerank=bool(RERANK.value), **_ranking_options())
         page, photos, maps = page_of_ranking(ranking, Path(FEATURES.value).name), photos_of_folder(IMAGES.value), None
     written = write_page(out, page, photos, maps)
-    print(f"{out}: {len(page.queries):,} queries, {written.num_images:,} images")
+    queries = f"{len(page.queries):,} {'query' if len(page.queries) == 1 else 'queries'}"
+    print(f"{out}: {queries}, {written.num_images:,} images")
     if written.missing:
         print(
             f"{len(written.missing):,} of {written.num_images:,} images have a placeholder, first {written.missing[0]}",

@@ -414,6 +414,7 @@ def test_a_bare_resnet_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "--out: missing; give it"),
         (["--out", "f.npz"], "expected one of --workdir and --weights"),
         (["--out", "f.npz", "--workdir", "a", "--weights", "b"], "expected one of --workdir and --weights"),
         (["--out", "f.txt", "--weights", "b"], "ends in .npz"),
