@@ -31,7 +31,8 @@ from mpanet_jax.modality import UNKNOWN, Modality, modality_numbers
 from mpanet_jax.model_card import model_card
 from mpanet_jax.row_norms import l2_normalize
 from mpanet_jax.run_files import METRICS_FILES
-from mpanet_jax.settings import Settings, replace, to_dict
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import replace, to_dict
 from mpanet_jax.weights.convert import read_weights
 from mpanet_jax.weights.files import METRICS_KEY, read_metadata, write_state_dict
 from mpanet_jax.weights.hub import CALIBRATION_FILE, MODEL_FILE, resolve

@@ -16,7 +16,7 @@ from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.parallel import Parallel, global_num_ids
 from mpanet_jax.processes import is_first_process, wait_for_all_processes
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from mpanet_jax.state import TrainState, create_train_state, random_keys
 from mpanet_jax.step import train_steps
 from mpanet_jax.weights.convert import initial_variables

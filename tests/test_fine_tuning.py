@@ -28,7 +28,7 @@ from mpanet_jax.methods.method import Method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings  # noqa: E402
 from mpanet_jax.run_files import check_init_from, load_settings, save_settings  # noqa: E402
 from mpanet_jax.run_setup import initial_state  # noqa: E402
-from mpanet_jax.settings import replace  # noqa: E402
+from mpanet_jax.settings_base import replace  # noqa: E402
 from mpanet_jax.state import init_variables  # noqa: E402
 from mpanet_jax.weights.convert import convert, initial_variables, start_from  # noqa: E402
 from mpanet_jax.weights.files import read_state_dict  # noqa: E402

@@ -17,7 +17,7 @@ from mpanet_jax.methods import make_method  # noqa: E402
 from mpanet_jax.methods.agw import AGWSettings  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
 from mpanet_jax.model import Model, load  # noqa: E402
-from mpanet_jax.settings import replace, to_dict  # noqa: E402
+from mpanet_jax.settings_base import replace, to_dict  # noqa: E402
 from mpanet_jax.weights.convert import convert, initial_variables, template_of  # noqa: E402
 from mpanet_jax.weights.files import write_state_dict  # noqa: E402
 from tests.reference.model import MPANet, randomise  # noqa: E402

@@ -37,7 +37,8 @@ from mpanet_jax.methods.mpanet import TERMS
 from mpanet_jax.metric_log import MetricReader
 from mpanet_jax.run_files import load_settings, save_settings
 from mpanet_jax.run_setup import Programs
-from mpanet_jax.settings import Settings, replace
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import replace
 from mpanet_jax.step import train_steps
 from mpanet_jax.workdir_lock import locked_workdir
 from tests import scripts_in_process

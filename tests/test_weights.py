@@ -23,7 +23,7 @@ from mpanet_jax.methods import make_method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
 from mpanet_jax.run_files import load_settings, save_settings  # noqa: E402
 from mpanet_jax.run_setup import initial_state  # noqa: E402
-from mpanet_jax.settings import replace, to_dict  # noqa: E402
+from mpanet_jax.settings_base import replace, to_dict  # noqa: E402
 from mpanet_jax.state import init_variables  # noqa: E402
 from mpanet_jax.weights.convert import convert, read_weights, start_from, template_of  # noqa: E402
 from mpanet_jax.weights.files import read_metadata, read_state_dict, write_state_dict  # noqa: E402

@@ -34,13 +34,9 @@ from mpanet_jax.settings import (
     OptimSettings,
     Settings,
     TrainSettings,
-    at_least,
-    between,
-    group,
-    one_of,
-    setting,
     start_setting,
 )
+from mpanet_jax.settings_base import at_least, between, group, one_of, setting
 from mpanet_jax.weights.names import NameMap
 
 HEAD = ("neck", "classifier")  # the modules that learn at the full rate

@@ -11,7 +11,8 @@ from mpanet_jax.data.augment import augment_image, grey, one_channel
 from mpanet_jax.methods.agw import AGW, AGWSettings, batch_mean, weighted_distances
 from mpanet_jax.methods.method import Rows, compute_dtype
 from mpanet_jax.modality import INFRARED, VISIBLE
-from mpanet_jax.settings import AugmentSettings, EvalSettings, TrainSettings, group, one_of, setting
+from mpanet_jax.settings import AugmentSettings, EvalSettings, TrainSettings
+from mpanet_jax.settings_base import group, one_of, setting
 
 CAP = 88.0  # the largest squared difference: e^88 is still a float32
 

@@ -82,7 +82,7 @@ def draw_augmentation(
       UserError: there is no config.json or no data set, or matplotlib is not installed.
       ArgumentError: the training has no such step.
     """
-    from mpanet_jax.settings import replace
+    from mpanet_jax.settings_base import replace
 
     settings = load_settings(workdir)
     if data_dir is not None:

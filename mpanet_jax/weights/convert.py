@@ -17,7 +17,8 @@ from mpanet_jax.errors import ArgumentError, SettingsError, UserError
 from mpanet_jax.files import write_whole_folder
 from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.method import Method
-from mpanet_jax.settings import ModelSettings, Settings, differences, expected_one_of, to_dict
+from mpanet_jax.settings import ModelSettings, Settings
+from mpanet_jax.settings_base import differences, expected_one_of, to_dict
 from mpanet_jax.state import init_variables, random_keys
 from mpanet_jax.weights import files
 from mpanet_jax.weights.files import comma_list
