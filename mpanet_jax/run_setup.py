@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from mpanet_jax.checkpoint import has_checkpoint
+from mpanet_jax.checkpoint import latest_step
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.evaluation.extract import Embed, make_embed
@@ -59,7 +59,7 @@ def starting_variables(method: Method, num_ids: int, workdir: Path) -> dict[str,
 
     They are random if the workdir has a checkpoint: that will replace them, and the weights of init_from may be gone.
     """
-    if has_checkpoint(workdir):
+    if latest_step(workdir) is not None:
         method = make_method(replace(method.settings, {"init_from": ""}))
 
     def report(line: str) -> None:

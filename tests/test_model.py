@@ -331,7 +331,7 @@ def test_nothing_is_saved_over_something(model, tmp_path):
 
 
 def test_a_save_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("mpanet_jax.model.model_card", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("mpanet_jax.model_folder.model_card", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save(tmp_path / "new/folder")
     assert list((tmp_path / "new").iterdir()) == []
