@@ -110,9 +110,10 @@ def from_state_dict(
     if missing or extra or misfit:
         kinds = {"missing": missing, "not part of the model": extra, "of another shape or type": sorted(misfit)}
         reason = _reason(state_dict, expected, missing + extra + misfit, names)
+        most = 5 if reason else 20  # the cause says more than names
         raise UserError(
             f"{source}: does not fit the model{reason}; "
-            + "; ".join(f"{kind}: {comma_list(those, 5)}" for kind, those in kinds.items() if those)
+            + "; ".join(f"{kind}: {comma_list(those, most)}" for kind, those in kinds.items() if those)
             + (f"; {advice}" if advice else "")
         )
     broken = [name for name in sorted(expected) if not np.isfinite(usable[name]).all()]
