@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-VISIBLE = 0  # the value of `modality` for visible images; infrared images have 1
+from mpanet_jax.modality import VISIBLE
 
 
 def _total(values: Array, axis_name: str | None) -> Array:
