@@ -20,7 +20,8 @@ from typing import Any
 from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.files import write_whole
 from mpanet_jax.methods import settings_of
-from mpanet_jax.settings import Settings, flat, replace, to_dict
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import flat, replace, to_dict
 
 # Settings that a run's figures do not depend on, such as where its data are; and the seed.
 IGNORED_FIELDS = (

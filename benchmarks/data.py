@@ -18,7 +18,8 @@ from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.datasets.synthetic import write_dataset
-from mpanet_jax.settings import DataSettings, Settings, replace
+from mpanet_jax.settings import DataSettings, Settings
+from mpanet_jax.settings_base import replace
 
 
 def benchmark_dataset(settings: Settings, *, num_images: int = 1000, num_batches: int = 12) -> dict[str, float | str]:

@@ -30,7 +30,8 @@ from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import make_method
 from mpanet_jax.modality import MODALITY_NAMES
-from mpanet_jax.settings import Settings, replace
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import replace
 
 SIZES = {
     "batch": (32, 64, 128, 256, 512),  # a device

@@ -12,7 +12,8 @@ from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.parallel import Parallel, all_devices
 from mpanet_jax.run_setup import initial_state, make_feed, make_train_steps
-from mpanet_jax.settings import Settings, replace
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import replace
 from mpanet_jax.weights.convert import initial_variables
 
 DTYPES = ("float32", "bfloat16")

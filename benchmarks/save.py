@@ -14,7 +14,8 @@ from benchmarks.step import NUM_IDS, STEPS_PER_EPOCH
 from mpanet_jax.checkpoint import Checkpoints
 from mpanet_jax.methods import make_method
 from mpanet_jax.run_setup import initial_state
-from mpanet_jax.settings import Settings, replace
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import replace
 from mpanet_jax.state import TrainState
 from mpanet_jax.weights.convert import initial_variables
 

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.measure import format_value, rows_table
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import METHODS, settings_of
-from mpanet_jax.settings import differences
+from mpanet_jax.settings_base import differences
 
 TITLE = "# Measured\n\nWritten by `python -m benchmarks.tables` from the reports of `scripts/benchmark.py`.\n"
 # Fields that are not listed: the method is in the heading, and the others do not change what is measured.

@@ -18,7 +18,8 @@ from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import compute_dtype
 from mpanet_jax.parallel import all_devices
 from mpanet_jax.run_setup import make_feed
-from mpanet_jax.settings import Settings, replace
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import replace
 
 RECIPE_IMAGES = 140 * 183 * 128  # SYSU-MM01: epochs, steps, images a step
 

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from mpanet_jax.datasets import own_fields
 from mpanet_jax.methods.mpanet import MPANetSettings
-from mpanet_jax.settings import Settings, to_dict
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import to_dict
 
 
 def config_of(settings: Settings) -> ConfigDict:

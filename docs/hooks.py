@@ -6,7 +6,8 @@ from typing import Any
 
 from mpanet_jax import datasets
 from mpanet_jax.methods import METHODS
-from mpanet_jax.settings import DatasetSettings, Rule, Settings
+from mpanet_jax.settings import DatasetSettings, Settings
+from mpanet_jax.settings_base import Rule
 
 PLACE = "<!-- settings: docs/hooks.py puts the tables here, from the dataclasses of mpanet_jax -->"
 

@@ -224,19 +224,10 @@ def _renamed(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in fields.items()}
 
 
-def _whole_steps(directory: Path) -> list[int]:
-    """The steps of the whole checkpoints in a folder, ascending; orbax gives unfinished ones other names."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
-
-
 def latest_step(workdir: str | Path, which: str = "last") -> int | None:
     """The step of a run's newest whole checkpoint, of its 'last' or its 'best' ones; None where there is none."""
-    return max(_whole_steps(Path(workdir) / FOLDERS[which]), default=None)
-
-
-def has_checkpoint(workdir: Path) -> bool:
-    """Whether the run in `workdir` has a whole checkpoint to go on from."""
-    return bool(_whole_steps(workdir / FOLDERS["last"]))
+    names = (path.name for path in (Path(workdir) / FOLDERS[which]).glob("*"))
+    return max((int(name) for name in names if name.isdigit()), default=None)  # unfinished ones have other names
 
 
 def _alone() -> ocp.Context:
@@ -262,7 +253,7 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
       UserError: the workdir has no such checkpoint, or no whole one yet, or the newest is damaged.
     """
     directory = (Path(workdir) / FOLDERS[which]).resolve()
-    if not (steps := _whole_steps(directory)):
+    if (step := latest_step(workdir, which)) is None:
         if directory.is_dir() and any(directory.iterdir()):
             raise UserError(
                 f"{directory}: its first checkpoint is still being written, or was cut off; "
@@ -270,7 +261,7 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
             )
         option = ", with eval.best = 'rank1'" if which == "best" else ""
         raise UserError(f"{directory}: no checkpoint here; train first{option}")
-    newest = directory / str(steps[-1])
+    newest = directory / str(step)
     device = SingleDeviceSharding(jax.local_devices()[0])
     quiet_orbax()
     try:
@@ -286,4 +277,4 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
             f"{newest}: this checkpoint is damaged ({error}); move it away to use the one before it, if there is one, "
             "or start training again, which does that by itself"
         ) from error
-    return steps[-1], _renamed(model, OLD_NAMES)
+    return step, _renamed(model, OLD_NAMES)

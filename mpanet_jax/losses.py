@@ -12,14 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-VISIBLE = 0  # the value of `modality` for visible images; infrared images have 1
+from mpanet_jax.modality import VISIBLE
 
 
 def _total(values: Array, axis_name: str | None) -> Array:
     return values.sum() if axis_name is None else lax.psum(values.sum(), axis_name)
 
 
-def _batch_mean(values: Float[Array, "b"], axis_name: str | None) -> Float[Array, ""]:
+def batch_mean(values: Float[Array, "b"], axis_name: str | None) -> Float[Array, ""]:
+    """This device's share of the mean over the images of all devices."""
     return values.sum() / _total(jnp.ones_like(values), axis_name)
 
 
@@ -53,7 +54,7 @@ def identity_loss(
     Without `per_modality` it is one mean over all images.
     """
     values = _cross_entropy(logits, labels)
-    return _modality_means(values, modality, axis_name) if per_modality else _batch_mean(values, axis_name)
+    return _modality_means(values, modality, axis_name) if per_modality else batch_mean(values, axis_name)
 
 
 def modality_identity_loss(
@@ -77,7 +78,7 @@ def separation_loss(maps: Float[Array, "b positions l"], *, axis_name: str | Non
     overlaps = jnp.einsum("bni,bnj->bij", maps, maps, precision=lax.Precision.HIGHEST)
     pairs = jnp.triu(jnp.ones((num_patterns, num_patterns), maps.dtype), k=1)
     per_image = (overlaps * pairs).sum((1, 2)) * 2 / (num_patterns * (num_patterns - 1))
-    return _batch_mean(per_image, axis_name)
+    return batch_mean(per_image, axis_name)
 
 
 def _norm(x: Float[Array, "... d"]) -> Float[Array, "..."]:
@@ -98,7 +99,7 @@ def center_cluster_loss(
     """
     slots = features.reshape(-1, images_per_id, features.shape[-1])
     centers = slots.mean(1)
-    pull = _batch_mean(_norm(slots - centers[:, None]).reshape(-1), axis_name)
+    pull = batch_mean(_norm(slots - centers[:, None]).reshape(-1), axis_name)
     if axis_name is None:
         others, first = centers, 0
     else:
@@ -133,5 +134,5 @@ def mutual_mean_loss(
     other = _of_own_modality(modality, mean_infrared_logits, mean_visible_logits)
     mean = jax.nn.log_softmax(lax.stop_gradient(other))
     if student_first:
-        return _batch_mean((jnp.exp(own) * (own - mean)).sum(-1), axis_name)
+        return batch_mean((jnp.exp(own) * (own - mean)).sum(-1), axis_name)
     return _modality_means((jnp.exp(mean) * (mean - own)).sum(-1), modality, axis_name)

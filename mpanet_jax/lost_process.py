@@ -51,12 +51,6 @@ def means_lost_process(error: BaseException) -> bool:
     return re.search(signs, str(error), re.I) is not None
 
 
-def loss_message(process_id: str, lost: str) -> str:
-    """The line that process `process_id` ('': unknown) prints; `lost` names the process that was lost."""
-    this = f"process {process_id}" if process_id else "this process"
-    return f"error: {this} ends because {lost} was lost; see what it printed, and {GO_ON}"
-
-
 def _filter(lines, output, process_id: str) -> None:
     held, said = b"", False
     for text in lines:
@@ -70,7 +64,9 @@ def _filter(lines, output, process_id: str) -> None:
     if _ABORTS in held:
         lost = re.search(rb"task:(\d+)", held)
         who = f"process {lost[1].decode()}" if lost else "process 0" if b"Socket closed" in held else "another process"
-        held = b"" if said else loss_message(process_id, who).encode() + b"\n"
+        this = f"process {process_id}" if process_id else "this process"
+        line = f"error: {this} ends because {who} was lost; see what it printed, and {GO_ON}\n"
+        held = b"" if said else line.encode()
     output.write(held)
     output.flush()
 

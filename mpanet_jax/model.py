@@ -1,11 +1,8 @@
 """A trained network that turns images into vectors: what `mpanet_jax.load` returns."""
 
-import dataclasses
 import hashlib
 import json
 import os
-import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,23 +15,21 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float32
 
-from mpanet_jax.checkpoint import latest_step
-from mpanet_jax.errors import ArgumentError, UserError, first_line
+from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.calibration import Calibration
 from mpanet_jax.evaluation.extract import Embed, make_embed, whole_variables
 from mpanet_jax.evaluation.given_images import GivenImage, SkippedImage, listed_images, rows_of_images
 from mpanet_jax.evaluation.pair_score import PairScore, calibration_path, score_pair
-from mpanet_jax.files import write_whole, write_whole_folder
+from mpanet_jax.files import write_whole_folder
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method, compute_dtype
 from mpanet_jax.modality import UNKNOWN, Modality, modality_numbers
-from mpanet_jax.model_card import model_card
+from mpanet_jax.model_folder import write_model
 from mpanet_jax.row_norms import l2_normalize
-from mpanet_jax.run_files import METRICS_FILES
-from mpanet_jax.settings import Settings, replace, to_dict
-from mpanet_jax.weights.convert import read_weights
-from mpanet_jax.weights.files import METRICS_KEY, read_metadata, write_state_dict
-from mpanet_jax.weights.hub import CALIBRATION_FILE, MODEL_FILE, resolve
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import replace, to_dict
+from mpanet_jax.weights.convert import metrics_of_weights, read_weights
+from mpanet_jax.weights.hub import upload
 from mpanet_jax.weights.names import Variables, to_state_dict
 
 NUM_IDS = 1  # identities of a model's classifiers, which nothing uses
@@ -277,46 +272,22 @@ class Model:
           UserError: it cannot be reached, or the account may not write there.
         """
         repository = repository.removeprefix("hf:")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-            raise ArgumentError("repository", f"= {repository!r}: expected 'owner/name'")
-        import huggingface_hub  # slow to import, and needed here only
-
-        with tempfile.TemporaryDirectory() as folder:
-            self._write(Path(folder), repository.rpartition("/")[2], f"hf:{repository}")
-            try:
-                api = huggingface_hub.HfApi(token=token)
-                address = api.create_repo(repository, private=private, exist_ok=True)
-                api.upload_folder(
-                    repo_id=repository,
-                    folder_path=folder,
-                    commit_message="Upload model",
-                    delete_patterns=[CALIBRATION_FILE],  # an old one may be of other weights
-                )
-            except Exception as error:  # no network, no token, no permission: many types
-                raise UserError(
-                    f"{repository}: cannot be pushed to ({type(error).__name__}: {first_line(error)}); give a token "
-                    "that may write there, or log in with: hf auth login"
-                ) from error
-        return str(address)
+        write = partial(self._write, name=repository.rpartition("/")[2], source=f"hf:{repository}")
+        return upload(repository, write, private=private, token=token)
 
     def _write(self, folder: Path, name: str, source: str) -> None:
-        settings = _without_paths(self.settings)
-        write_state_dict(folder / MODEL_FILE, self.state_dict(), to_dict(settings), self.metrics)
-        card = model_card(
+        write_model(
+            folder,
             name,
-            settings,
+            settings=self.settings,
+            state_dict=self.state_dict(),
+            calibration=self._calibration_path,
+            metrics=self.metrics,
+            fingerprint=self.fingerprint,
             source=source,
             size=self.size,
             needs_modality=self.method.needs_modality,
-            fingerprint=self.fingerprint,
-            metrics=self.metrics,
         )
-        with write_whole(folder / "README.md") as file:
-            file.write(card)
-        if self._calibration_path.is_file():
-            calibration = Calibration.read(self._calibration_path)
-            if calibration.fingerprint == self.fingerprint:  # it may be of the run's weights from before
-                dataclasses.replace(calibration, model=name).write(folder / CALIBRATION_FILE)
 
     @cached_property
     def _embed(self) -> Embed:
@@ -346,27 +317,6 @@ class Model:
         return rows_of_images(function, listed, numbers, self.settings.data, batch_size=size, errors=errors)
 
 
-def _without_paths(settings: Settings) -> Settings:
-    """The settings without this machine's paths; `init_from` keeps the name of a file or folder."""
-    changes = {"dataset.source": "", "dataset.data_dir": type(settings)().dataset.data_dir}
-    if not settings.init_from.startswith("hf:"):
-        changes["init_from"] = Path(settings.init_from).name
-    return replace(settings, changes)
-
-
-def _stored_metrics(path: Path, checkpoint: str) -> dict[str, Any] | None:
-    """The figures that were stored for weights: in a file's metadata, or beside a workdir's checkpoint of this step."""
-    if path.is_file():
-        return read_metadata(path, METRICS_KEY)
-    step = 0 if checkpoint == "untrained" else latest_step(path, checkpoint)
-    try:
-        metrics = json.loads((path / METRICS_FILES[checkpoint]).read_text())
-        is_current = all(values["step"] == step for values in metrics.values())
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        return None  # there are none, or somebody wrote the file by hand
-    return metrics if is_current else None
-
-
 def load(
     source: str | Path, *, checkpoint: str = "last", dtype: str | None = None, settings: Settings | None = None
 ) -> Model:
@@ -393,4 +343,4 @@ def load(
         )
     found, variables, _ = read_weights(source, settings=settings, checkpoint=checkpoint, drop_classifiers=True)
     found = found if dtype is None else replace(found, {"dtype": dtype})
-    return Model(found, variables, source, _stored_metrics(resolve(str(source)), checkpoint))
+    return Model(found, variables, source, metrics_of_weights(source, checkpoint))

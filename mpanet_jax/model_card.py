@@ -5,7 +5,8 @@ from typing import Any
 
 from mpanet_jax.datasets import make_dataset
 from mpanet_jax.evaluation.metrics_output import describe_measurement
-from mpanet_jax.settings import Settings, differences
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import differences
 
 HEADER = """---
 library_name: mpanet_jax

@@ -7,7 +7,8 @@ from typing import Any
 from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.files import write_whole
 from mpanet_jax.methods import settings_of
-from mpanet_jax.settings import Settings, differences, to_dict
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import differences, to_dict
 
 CONFIG_FILE = "config.json"
 # Checkpoint that can be evaluated → the file of its metrics.

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from mpanet_jax.checkpoint import has_checkpoint
+from mpanet_jax.checkpoint import latest_step
 from mpanet_jax.data.pipeline import TrainFeed, train_feed
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.evaluation.extract import Embed, make_embed
@@ -16,7 +16,7 @@ from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.parallel import Parallel, global_num_ids
 from mpanet_jax.processes import is_first_process, wait_for_all_processes
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from mpanet_jax.state import TrainState, create_train_state, random_keys
 from mpanet_jax.step import train_steps
 from mpanet_jax.weights.convert import initial_variables
@@ -59,7 +59,7 @@ def starting_variables(method: Method, num_ids: int, workdir: Path) -> dict[str,
 
     They are random if the workdir has a checkpoint: that will replace them, and the weights of init_from may be gone.
     """
-    if has_checkpoint(workdir):
+    if latest_step(workdir) is not None:
         method = make_method(replace(method.settings, {"init_from": ""}))
 
     def report(line: str) -> None:

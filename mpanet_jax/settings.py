@@ -7,7 +7,7 @@ defaults are the method's recipe (`methods/mpanet.py`: the paper's, on SYSU-MM01
     settings = MPANetSettings(data=DataSettings(height=288, width=144))
     settings = settings.replace({"seed": 1, "dataset.name": "regdb", "dataset.trial": 3})
 
-`settings_base.py` has the functions that declare, check, compare and change settings; they can be imported from here.
+`settings_base.py` has the functions that declare, check, compare and change settings.
 """
 
 import dataclasses
@@ -16,52 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mpanet_jax.settings_base import (
-    Rule,
-    at_least,
-    between,
-    check,
-    differences,
-    expected_one_of,
-    flat,
-    from_dict,
-    group,
-    nested,
-    one_of,
-    replace,
-    setting,
-    to_dict,
-)
-
-__all__ = [
-    "IMAGENET",
-    "POSITIVE",
-    "POSITIVE_RANGE",
-    "RISING",
-    "SHARE_RANGE",
-    "AugmentSettings",
-    "DataSettings",
-    "DatasetSettings",
-    "EvalSettings",
-    "ModelSettings",
-    "OptimSettings",
-    "Rule",
-    "Settings",
-    "TrainSettings",
-    "at_least",
-    "between",
-    "check",
-    "differences",
-    "expected_one_of",
-    "flat",
-    "from_dict",
-    "group",
-    "one_of",
-    "replace",
-    "setting",
-    "start_setting",
-    "to_dict",
-]
+from mpanet_jax.settings_base import Rule, at_least, between, check, flat, group, nested, one_of, setting, to_dict
 
 
 def start_setting(default: str) -> Any:

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     from ablations import lab, report
     from ablations.tables import TABLES as KNOWN
     from mpanet_jax import datasets
-    from mpanet_jax.settings import expected_one_of
+    from mpanet_jax.settings_base import expected_one_of
 
     for name in TABLES.value:
         if name not in KNOWN:
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
 def settings_of_row(row: Any) -> Any:
     """The settings of a row: the config file's for the row's preset, changed by the flags, then by the row."""
     from mpanet_jax.methods import settings_of
-    from mpanet_jax.settings import replace
+    from mpanet_jax.settings_base import replace
 
     config = CONFIG.value
     if row.preset is not None:

@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
     from benchmarks import data, evaluation, extract, gallery, growth, measure, precision, save, search, step, train
     from mpanet_jax.compilation import DEFAULT_CACHE, set_compilation_cache
     from mpanet_jax.methods import settings_of
-    from mpanet_jax.settings import to_dict
+    from mpanet_jax.settings_base import to_dict
 
     (name,), settings = arguments, settings_of(CONFIG.value.to_dict())
     over = OVER_WHAT.value or ""

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     if WIDTH.value is not None:
         size["model.width"] = WIDTH.value
     from mpanet_jax.methods import settings_of  # imports JAX, which --help does not need
-    from mpanet_jax.settings import replace
+    from mpanet_jax.settings_base import replace
     from mpanet_jax.weights.convert import convert, settings_of_weights
 
     settings = settings_of(CONFIG.value.to_dict()) if CONFIG.value is not None else None

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
     from mpanet_jax.methods import settings_of
     from mpanet_jax.modality import MODALITY_NAMES
     from mpanet_jax.model import Model, load
-    from mpanet_jax.settings import replace
+    from mpanet_jax.settings_base import replace
 
     images = list_images(IMAGES.value, split=SPLIT.value)
     if MODALITY.value:

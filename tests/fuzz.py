@@ -30,7 +30,7 @@ from mpanet_jax.embeddings import load_embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.run_files import load_settings
-from mpanet_jax.settings import to_dict
+from mpanet_jax.settings_base import to_dict
 from mpanet_jax.weights.files import METADATA_KEY, read_metadata, read_state_dict
 
 FOUND = Path(__file__).parent / "fuzz_found"

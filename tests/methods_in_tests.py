@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mpanet_jax.losses import identity_loss
 from mpanet_jax.methods.method import Method, compute_dtype
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from mpanet_jax.state import TrainState, create_train_state, init_variables
 
 NO_AUGMENTATION = {"augment.flip_probability": 0.0, "augment.erase_probability": 0.0}

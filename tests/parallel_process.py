@@ -21,7 +21,8 @@ from mpanet_jax.methods.caj import CAJ, CAJSettings
 from mpanet_jax.methods.mpanet import MPANet
 from mpanet_jax.models.fused.classifier import linear
 from mpanet_jax.parallel import Parallel, local_devices, on_first_device
-from mpanet_jax.settings import Settings, replace
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import replace
 from mpanet_jax.step import train_steps
 from tests.methods_in_tests import OFFICIAL, SMALL, LinenMethod, small_mpanet, start
 

@@ -17,7 +17,7 @@ from mpanet_jax.evaluation.extract import make_trained_embed
 from mpanet_jax.evaluation.workdir import evaluate_set
 from mpanet_jax.methods import METHODS, make_method, settings_of
 from mpanet_jax.models.resnet import BACKBONES
-from mpanet_jax.settings import replace, to_dict
+from mpanet_jax.settings_base import replace, to_dict
 from mpanet_jax.step import train_step
 from mpanet_jax.weights.convert import template_of
 from mpanet_jax.weights.names import from_state_dict, to_state_dict

@@ -22,7 +22,7 @@ from configs import sysu
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import settings_of
-from mpanet_jax.settings import to_dict
+from mpanet_jax.settings_base import to_dict
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/synthetic.py", "--config.data.height=32", "--config.data.width=16"]

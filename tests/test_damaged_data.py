@@ -22,7 +22,8 @@ from mpanet_jax.evaluation.workdir import evaluate_workdir
 from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.modality import INFRARED, VISIBLE
 from mpanet_jax.run_files import save_settings
-from mpanet_jax.settings import DataSettings, replace
+from mpanet_jax.settings import DataSettings
+from mpanet_jax.settings_base import replace
 from tests.datasets.by_name import prepare, prepared_dir, settings
 from tests.fuzz import READERS
 

@@ -11,7 +11,7 @@ import pytest
 
 from mpanet_jax import datasets
 from mpanet_jax.methods import METHODS
-from mpanet_jax.settings import flat, to_dict
+from mpanet_jax.settings_base import flat, to_dict
 from tests.docs_pages import NEEDS, PROGRAMS, ROOT, Command, anchors, blocks, commands, links, pages, spans
 from tests.docs_workplace import Workplace
 from tests.scripts_in_process import Refused, flags_of, folder, run

@@ -28,7 +28,7 @@ from mpanet_jax.methods.method import Method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings  # noqa: E402
 from mpanet_jax.run_files import check_init_from, load_settings, save_settings  # noqa: E402
 from mpanet_jax.run_setup import initial_state  # noqa: E402
-from mpanet_jax.settings import replace  # noqa: E402
+from mpanet_jax.settings_base import replace  # noqa: E402
 from mpanet_jax.state import init_variables  # noqa: E402
 from mpanet_jax.weights.convert import convert, initial_variables, start_from  # noqa: E402
 from mpanet_jax.weights.files import read_state_dict  # noqa: E402
@@ -78,7 +78,7 @@ def run(tmp_path_factory):
 def test_all_but_the_classifiers_is_taken(run, suffix, num_ids):
     folder, model = run
     source, before = str(folder.with_suffix(suffix)), random_variables(num_ids=num_ids)
-    after, line = start_from(source, SMALL, before)
+    after, line = start_from(source, SMALL)(before)
     before, after, model = map(flatten_dict, (before, after, model))
     assert before.keys() == after.keys()
     anew = {path for path in after if path[-1] in CLASSIFIERS}
@@ -129,7 +129,7 @@ def test_a_backbone_is_told_from_a_whole_network_that_has_its_names(run, tmp_pat
     before = random_variables()
     for content, words in ((backbone, "loaded the backbone; everything else"), (whole, "loaded everything but")):
         save_file(content, tmp_path / "x.safetensors")
-        after, line = start_from(str(tmp_path / "x.safetensors"), method, before)
+        after, line = start_from(str(tmp_path / "x.safetensors"), method)(before)
         assert words in line
         for path, leaf in flatten_dict(after).items():
             is_taken = path[1].startswith("st") or (content is whole and path[-1] not in CLASSIFIERS)
@@ -138,7 +138,7 @@ def test_a_backbone_is_told_from_a_whole_network_that_has_its_names(run, tmp_pat
     for name in ("neck.running_mean", "layer1.0.bn1.bias"):
         save_file({n: a for n, a in whole.items() if n != name}, tmp_path / "x.safetensors")
         with pytest.raises(UserError, match=rf"missing: {name};"):
-            start_from(str(tmp_path / "x.safetensors"), method, before)
+            start_from(str(tmp_path / "x.safetensors"), method)(before)
 
 
 # What is refused
@@ -160,7 +160,7 @@ def test_another_network_is_refused_by_the_names_of_both(tmp_path, monkeypatch, 
     if suffix:
         convert(tmp_path / "run", tmp_path / "run.safetensors")
     with pytest.raises(UserError) as error:
-        start_from(str(tmp_path / f"run{suffix}"), SMALL, random_variables())
+        start_from(str(tmp_path / f"run{suffix}"), SMALL)
     assert str(error.value) == (
         f"init_from: {tmp_path}/run{suffix}: its weights are of another network: "
         f"{field} is {value!r} there and {other!r} here; set these fields to the values there, or name other weights"
@@ -177,14 +177,14 @@ def test_of_a_backbone_only_the_backbone_has_to_be_the_same(run, tmp_path):
     save_file(backbone, tmp_path / "backbone.safetensors")
     convert(tmp_path / "backbone.safetensors", tmp_path / "folder", settings=SMALL.settings)
     other = small_mpanet(model__channel_module="se")
-    after, line = start_from(str(tmp_path / "folder"), other, random_variables(other))
+    after, line = start_from(str(tmp_path / "folder"), other)(random_variables(other))
     assert line.endswith("folder: loaded the backbone; everything else starts from scratch")
     np.testing.assert_array_equal(
         after["params"]["stem"]["conv1"]["kernel"], backbone["conv1.weight"].transpose(2, 3, 1, 0)
     )
     wider = small_mpanet(model__width=16)
     with pytest.raises(UserError, match=r"^init_from: .*folder: .*: model\.width is 8 there and 16 here; set these"):
-        start_from(str(tmp_path / "folder"), wider, random_variables(wider))
+        start_from(str(tmp_path / "folder"), wider)
 
 
 @pytest.mark.parametrize(
@@ -201,23 +201,29 @@ def test_missing_and_extra_tensors_are_named(run, tmp_path, without, extra, mess
     state_dict = {name: array for name, array in state_dict.items() if not (without and name.startswith(without))}
     save_file(state_dict | ({extra: np.ones(1, np.float32)} if extra else {}), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=rf"^init_from: \S+x\.safetensors: does not fit the model; {message}"):
-        start_from(str(tmp_path / "x.safetensors"), SMALL, random_variables())
+        start_from(str(tmp_path / "x.safetensors"), SMALL)
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     save_settings(SMALL.settings, tmp_path / "run")
     with pytest.raises(UserError, match=r"^init_from: \S+/run/checkpoints: no checkpoint here; train first"):
-        start_from(str(tmp_path / "run"), SMALL, random_variables())
+        start_from(str(tmp_path / "run"), SMALL)
     # What orbax leaves until a checkpoint is whole.
     (tmp_path / "run/checkpoints/3.orbax-checkpoint-tmp").mkdir(parents=True)
     with pytest.raises(UserError) as error:
-        start_from(str(tmp_path / "run"), SMALL, random_variables())
+        start_from(str(tmp_path / "run"), SMALL)
     assert str(error.value) == (
         f"init_from: {tmp_path}/run/checkpoints: its first checkpoint is still being written, or was cut off; "
         "wait until it is there, or start that run again"
     )
     with pytest.raises(UserError, match=r"^init_from: \S+/none: no such weights file"):
-        start_from(str(tmp_path / "none"), SMALL, random_variables())
+        start_from(str(tmp_path / "none"), SMALL)
+
+
+def test_missing_weights_are_named_before_the_network_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("mpanet_jax.weights.convert.init_variables", lambda *_: pytest.fail("it was drawn"))
+    with pytest.raises(UserError, match=r"^init_from: \S+/none\.pth: no such weights file"):
+        initial_variables(small_mpanet(init_from=str(tmp_path / "none.pth")), num_ids=5)
 
 
 def test_a_run_cannot_start_from_itself(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from mpanet_jax.evaluation import workdir as workdir_evaluation
 from mpanet_jax.log_pictures import LogPictures
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.metric_log import MetricLog
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from mpanet_jax.weights.convert import initial_variables
 from tests.report.sources import FIELDS, known
 from tests.report.test_augmented import split

@@ -17,7 +17,7 @@ from mpanet_jax.methods import make_method  # noqa: E402
 from mpanet_jax.methods.agw import AGWSettings  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
 from mpanet_jax.model import Model, load  # noqa: E402
-from mpanet_jax.settings import replace, to_dict  # noqa: E402
+from mpanet_jax.settings_base import replace, to_dict  # noqa: E402
 from mpanet_jax.weights.convert import convert, initial_variables, template_of  # noqa: E402
 from mpanet_jax.weights.files import write_state_dict  # noqa: E402
 from tests.reference.model import MPANet, randomise  # noqa: E402
@@ -331,7 +331,7 @@ def test_nothing_is_saved_over_something(model, tmp_path):
 
 
 def test_a_save_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("mpanet_jax.model.model_card", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("mpanet_jax.model_folder.model_card", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save(tmp_path / "new/folder")
     assert list((tmp_path / "new").iterdir()) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpanet_jax import settings as settings_module
+from mpanet_jax import settings_base
 from mpanet_jax.datasets.regdb import RegdbSettings
 from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.methods import make_method, settings_of
@@ -18,16 +18,8 @@ from mpanet_jax.methods.agw import AGWSettings
 from mpanet_jax.methods.caj import CAJSettings
 from mpanet_jax.methods.mpanet import LossSettings, MPANet, MPANetModelSettings, MPANetSettings
 from mpanet_jax.run_files import check_same_run, load_settings, save_settings
-from mpanet_jax.settings import (
-    DatasetSettings,
-    DataSettings,
-    OptimSettings,
-    Settings,
-    flat,
-    from_dict,
-    replace,
-    to_dict,
-)
+from mpanet_jax.settings import DatasetSettings, DataSettings, OptimSettings, Settings
+from mpanet_jax.settings_base import flat, from_dict, replace, to_dict
 
 ROOT = Path(__file__).parent.parent
 
@@ -562,8 +554,8 @@ def test_every_config_and_preset_is_valid_and_survives_json(arguments, tmp_path)
 
 def test_differences_have_both_values_and_none_for_a_field_that_one_lacks():
     regdb = replace(MPANetSettings(), {"dataset": RegdbSettings(trial=3), "data.height": 288})
-    assert settings_module.differences(MPANetSettings(), MPANetSettings()) == {}
-    assert settings_module.differences(MPANetSettings(), regdb) == {
+    assert settings_base.differences(MPANetSettings(), MPANetSettings()) == {}
+    assert settings_base.differences(MPANetSettings(), regdb) == {
         "dataset.name": ("sysu_mm01", "regdb"),
         "dataset.trial": (None, 3),
         "data.height": (384, 288),

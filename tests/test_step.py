@@ -11,7 +11,8 @@ import pytest
 from mpanet_jax.methods.mpanet import MPANet as MPANetMethod
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
 from mpanet_jax.models.resnet import BACKBONES, Bottleneck, ResNet
-from mpanet_jax.settings import Settings, replace
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import replace
 from mpanet_jax.state import init_variables
 from mpanet_jax.step import total_gradients, train_step
 from tests.methods_in_tests import NO_AUGMENTATION, LinenMethod, small_mpanet, start

@@ -21,7 +21,7 @@ from configs import regdb as regdb_config
 from configs import synthetic as synthetic_config
 from configs import sysu as sysu_config
 from mpanet_jax import checkpoint, datasets
-from mpanet_jax.checkpoint import Checkpoints, has_checkpoint, load_model
+from mpanet_jax.checkpoint import Checkpoints, latest_step, load_model
 from mpanet_jax.checkpoint_check import model_shapes
 from mpanet_jax.checksums import CHECKSUMS_FILE
 from mpanet_jax.data.cache import open_images
@@ -37,7 +37,8 @@ from mpanet_jax.methods.mpanet import TERMS
 from mpanet_jax.metric_log import MetricReader
 from mpanet_jax.run_files import load_settings, save_settings
 from mpanet_jax.run_setup import Programs
-from mpanet_jax.settings import Settings, replace
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import replace
 from mpanet_jax.step import train_steps
 from mpanet_jax.workdir_lock import locked_workdir
 from tests import scripts_in_process
@@ -530,7 +531,7 @@ def test_state_that_is_not_finite_is_not_saved(linen, tmp_path, monkeypatch):
     monkeypatch.setattr(LinenMethod, "learning_rate", lambda self, steps_per_epoch: lambda step: jnp.nan)
     with pytest.raises(UserError, match=r"step 1: the weights are not finite any more; lower optim"):
         train(linen, tmp_path / "run")
-    assert not has_checkpoint(tmp_path / "run")
+    assert latest_step(tmp_path / "run") is None
 
 
 def test_weights_alone_are_no_run_to_go_on_with(linen, tmp_path):
@@ -611,7 +612,7 @@ def test_damaged_data_are_found_before_anything_is_saved(raw, settings, tmp_path
         message = f"image ({'|'.join(lost)}) can't be read, its record in the prepared data is damaged"
     with pytest.raises(UserError, match=f"^{message}"):
         train(settings, tmp_path / "run")
-    assert not has_checkpoint(tmp_path / "run")
+    assert latest_step(tmp_path / "run") is None
     if damaged in ("train", "permutation file"):
         assert not (tmp_path / "run").exists()
 

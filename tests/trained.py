@@ -10,7 +10,7 @@ import numpy as np
 from mpanet_jax.datasets.synthetic_images import draw_image
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.model import Model
-from mpanet_jax.settings import replace, to_dict
+from mpanet_jax.settings_base import replace, to_dict
 from mpanet_jax.step import train_step
 from mpanet_jax.weights.files import write_state_dict
 from tests.methods_in_tests import start

@@ -32,7 +32,8 @@ from mpanet_jax.protocol import (
     everything,
     visible_and_infrared,
 )
-from mpanet_jax.settings import DatasetSettings, one_of, setting
+from mpanet_jax.settings import DatasetSettings
+from mpanet_jax.settings_base import one_of, setting
 
 CSV_FILE = "images.csv"
 COLUMNS = ("path", "pid", "camid", "modality", "split")

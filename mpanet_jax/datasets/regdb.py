@@ -23,7 +23,8 @@ from mpanet_jax.protocol import (
     everything,
     visible_and_infrared,
 )
-from mpanet_jax.settings import DatasetSettings, between, one_of, setting
+from mpanet_jax.settings import DatasetSettings
+from mpanet_jax.settings_base import between, one_of, setting
 
 TRIALS = range(1, 11)
 CAMERAS = {1: VISIBLE, 2: INFRARED}

@@ -12,7 +12,8 @@ from mpanet_jax.datasets.schema import ImageRecord
 from mpanet_jax.datasets.sysu_mm01 import SysuMm01
 from mpanet_jax.errors import ArgumentError, SettingsError
 from mpanet_jax.protocol import Protocol
-from mpanet_jax.settings import DatasetSettings, check, expected_one_of, from_dict
+from mpanet_jax.settings import DatasetSettings
+from mpanet_jax.settings_base import check, expected_one_of, from_dict
 
 DATASETS: dict[str, type[Dataset]] = {cls.name: cls for cls in (SysuMm01, Regdb, Llcm, Own)}
 PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for dataset in DATASETS.values() for cls in dataset.protocols}

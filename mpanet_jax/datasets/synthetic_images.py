@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from mpanet_jax.datasets.schema import INFRARED, VISIBLE
-from mpanet_jax.datasets.synthetic_figures import draw_figure, draw_pose
+from mpanet_jax.datasets.synthetic_body import draw_pose
+from mpanet_jax.datasets.synthetic_figures import draw_figure
 from mpanet_jax.datasets.synthetic_people import NOTHING, SHADOW, draw_person, tint
 
 _SCENE_SIZE = (720, 360)

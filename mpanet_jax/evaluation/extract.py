@@ -15,12 +15,15 @@ from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.parallel import local_devices
 from mpanet_jax.progress import track
-from mpanet_jax.weights.convert import number_of_ids, template_of
+from mpanet_jax.weights.convert import template_of
 from mpanet_jax.weights.names import Variables
 
 # (images uint8[b, h, w, 3], modality int32[b] or None) → embeddings float[b, d] on the device
 Embed = Callable[[Any, Any], Array]
 Batch = dict[str, np.ndarray]
+
+# A number of identities that is the length of no other axis: arrays that have such an axis are classifiers.
+MARK = 1_000_003
 
 
 def make_embed(method: Method, num_ids: int, function: Callable[..., Array] | None = None) -> Callable[[Any], Embed]:
@@ -74,18 +77,22 @@ def whole_variables(method: Method, variables: Variables, source: str | Path) ->
     Raises:
       UserError: the variables are of a backbone alone, which has no embedding.
     """
-    names, num_ids = method.names(), number_of_ids(method, variables)
-    given = flatten_dict({name: variables[name] for name in ("params", "batch_stats") if name in variables})
+    names = method.names()
+    given: dict[tuple[str, ...], Any] = flatten_dict(
+        {name: variables[name] for name in ("params", "batch_stats") if name in variables}
+    )
     if all(map(names.is_backbone, given)):
         raise UserError(
             f"{source}: these weights are a bare backbone's, and an embedding needs those of a trained network; "
             "to train one from these, set init_from in its settings"
         )
-    expected: dict[tuple[str, ...], Any] = flatten_dict(template_of(method, num_ids))
+    params: dict[tuple[str, ...], Any] = flatten_dict({"params": template_of(method, MARK)["params"]})
+    grow = {path: leaf.shape.index(MARK) for path, leaf in params.items() if MARK in leaf.shape}
+    num_ids = next((given[path].shape[axis] for path, axis in grow.items() if path in given), 1)
     zeros = {
-        path: np.zeros(leaf.shape, leaf.dtype)
-        for path, leaf in expected.items()
-        if path[0] == "params" and names.is_classifier(names.name(path))
+        path: np.zeros([num_ids if length == MARK else length for length in leaf.shape], leaf.dtype)
+        for path, leaf in params.items()
+        if path not in given and (path in grow or names.is_classifier(names.name(path)))
     }
     return num_ids, unflatten_dict({**zeros, **given})
 

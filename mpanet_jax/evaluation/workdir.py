@@ -20,7 +20,8 @@ from mpanet_jax.methods import make_method
 from mpanet_jax.processes import gather_shares, is_first_process, share_of_process
 from mpanet_jax.protocol import Protocol
 from mpanet_jax.run_files import load_settings
-from mpanet_jax.settings import DatasetSettings, DataSettings, Settings, replace
+from mpanet_jax.settings import DatasetSettings, DataSettings, Settings
+from mpanet_jax.settings_base import replace
 from mpanet_jax.weights.convert import initial_variables
 from mpanet_jax.weights.names import Variables
 

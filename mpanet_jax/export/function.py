@@ -13,7 +13,7 @@ from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.methods import make_method
 from mpanet_jax.modality import MODALITY_NAMES, modality_numbers
 from mpanet_jax.model import NUM_IDS, Model
-from mpanet_jax.settings import replace, to_dict
+from mpanet_jax.settings_base import replace, to_dict
 
 CHECKED_IMAGES = 6
 LARGEST_ERROR = 1e-4  # allowed in an embedding, relative to its length

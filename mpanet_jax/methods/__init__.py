@@ -9,7 +9,8 @@ from mpanet_jax.methods.agw import AGW, AGWSettings
 from mpanet_jax.methods.caj import CAJ, CAJSettings
 from mpanet_jax.methods.method import Method
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
-from mpanet_jax.settings import Settings, expected_one_of, from_dict
+from mpanet_jax.settings import Settings
+from mpanet_jax.settings_base import expected_one_of, from_dict
 
 
 class Entry(NamedTuple):

@@ -17,11 +17,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mpanet_jax.data.sampling import BatchPlan
-from mpanet_jax.losses import identity_loss
+from mpanet_jax.losses import batch_mean, identity_loss
 from mpanet_jax.methods.method import Method, Rows, l2_normalize
 from mpanet_jax.models.agw import AGW as Network
 from mpanet_jax.models.agw import Outputs
 from mpanet_jax.models.resnet import BACKBONES, ResNet, make_backbone
+from mpanet_jax.name_map import NameMap
 from mpanet_jax.optim import sgd, step_decay
 from mpanet_jax.settings import (
     IMAGENET,
@@ -34,14 +35,9 @@ from mpanet_jax.settings import (
     OptimSettings,
     Settings,
     TrainSettings,
-    at_least,
-    between,
-    group,
-    one_of,
-    setting,
     start_setting,
 )
-from mpanet_jax.weights.names import NameMap
+from mpanet_jax.settings_base import at_least, between, group, one_of, setting
 
 HEAD = ("neck", "classifier")  # the modules that learn at the full rate
 
@@ -174,11 +170,6 @@ def _weighted_mean(
 ) -> Float[Array, "b"]:
     weights = jnp.where(counts, jnp.exp(jnp.where(counts, logits, 0)), 0)
     return (distance * weights).sum(1) / (weights.sum(1) + 1e-6)
-
-
-def batch_mean(values: Float[Array, "b"], axis_name: str | None) -> Float[Array, ""]:
-    """This device's share of the mean over the images of all devices."""
-    return values.sum() / (len(values) * (1 if axis_name is None else lax.axis_size(axis_name)))
 
 
 def weighted_triplet(

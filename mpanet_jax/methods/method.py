@@ -23,9 +23,9 @@ from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.models.fused import FASTER_ON, fuse, has_fused_blocks
 from mpanet_jax.models.resnet import BACKBONES, Bottleneck
+from mpanet_jax.name_map import NameMap
 from mpanet_jax.optim import adam, step_decay
 from mpanet_jax.settings import Settings
-from mpanet_jax.weights.names import NameMap
 
 Rows = dict[str, Array]  # of a batch's images: `labels` int32[b] and `modality` int32[b]
 

@@ -22,19 +22,9 @@ from mpanet_jax.models.layers import linear
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, MODALITY_CLASSIFIERS, PATTERN_MODULES, Outputs
 from mpanet_jax.models.mpanet import MPANet as Network
 from mpanet_jax.models.resnet import make_backbone
-from mpanet_jax.settings import (
-    IMAGENET,
-    MOST_EPOCHS,
-    ModelSettings,
-    Settings,
-    at_least,
-    between,
-    group,
-    one_of,
-    setting,
-    start_setting,
-)
-from mpanet_jax.weights.names import NameMap
+from mpanet_jax.name_map import NameMap
+from mpanet_jax.settings import IMAGENET, MOST_EPOCHS, ModelSettings, Settings, start_setting
+from mpanet_jax.settings_base import at_least, between, group, one_of, setting
 
 
 @dataclass(frozen=True)

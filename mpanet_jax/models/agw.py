@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from mpanet_jax.modality import VISIBLE
 from mpanet_jax.models.layers import BatchNorm, Classifier, statistics_dtype, torch_uniform
 from mpanet_jax.models.resnet import BACKBONES, ResNet
 
@@ -133,7 +134,7 @@ class AGW(nn.Module):
             parts = visible(images[:number], train=True), infrared(images[number:], train=True)
             x = jnp.concatenate(parts)
         else:
-            is_visible = (modality == 0)[:, None, None, None]
+            is_visible = (modality == VISIBLE)[:, None, None, None]
             x = jnp.where(is_visible, visible(images, train=False), infrared(images, train=False))
         for number in (1, 2, 3, 4):
             count = min(NON_LOCAL_BLOCKS.get(number, 0), self.backbone.stage_sizes[number - 1])

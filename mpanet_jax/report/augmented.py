@@ -19,6 +19,7 @@ from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import MODALITY_NAMES
 from mpanet_jax.report.figures import WIDTH_MM, new_figure, save_figure
 from mpanet_jax.run_files import load_settings
+from mpanet_jax.settings_base import replace
 from mpanet_jax.state import random_keys
 
 NUM_SHOWN = 8  # images of the batch
@@ -82,8 +83,6 @@ def draw_augmentation(
       UserError: there is no config.json or no data set, or matplotlib is not installed.
       ArgumentError: the training has no such step.
     """
-    from mpanet_jax.settings import replace
-
     settings = load_settings(workdir)
     if data_dir is not None:
         settings = replace(settings, {"dataset.data_dir": data_dir, "dataset.source": ""})

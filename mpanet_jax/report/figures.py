@@ -15,7 +15,6 @@ from mpanet_jax.files import write_whole
 from mpanet_jax.report.requirements import require_report
 
 WIDTH_MM = 85  # the width of a paper's column
-MIN_POINTS = 6
 DOTS_PER_INCH = 300
 
 # Paul Tol's 'muted' scheme and black: ten colours that people with any kind of colour vision can tell apart.

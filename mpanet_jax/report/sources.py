@@ -1,6 +1,7 @@
 """Collects a picture's embeddings, photos and network from a training run, from a model and images, or from files."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -149,8 +150,6 @@ def source_of_model(model: str | Path, images: str | os.PathLike, *, split: str 
     Raises:
       UserError: as for `load` and `list_images`, or no image can be read.
     """
-    import sys
-
     listed, network = list_images(images, split=split), load(model)
     modality = modality_names(np.array([image.modality for image in listed])) if network.method.needs_modality else None
     features, skipped = network.embed(

@@ -1,5 +1,6 @@
 """Reads weights from anywhere, converts them, and initialises networks with them."""
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -12,12 +13,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from mpanet_jax import run_files
-from mpanet_jax.checkpoint import load_model
+from mpanet_jax.checkpoint import latest_step, load_model
 from mpanet_jax.errors import ArgumentError, SettingsError, UserError
 from mpanet_jax.files import write_whole_folder
 from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.method import Method
-from mpanet_jax.settings import ModelSettings, Settings, differences, expected_one_of, to_dict
+from mpanet_jax.settings import ModelSettings, Settings
+from mpanet_jax.settings_base import differences, expected_one_of, to_dict
 from mpanet_jax.state import init_variables, random_keys
 from mpanet_jax.weights import files
 from mpanet_jax.weights.files import comma_list
@@ -35,25 +37,6 @@ def template_of(method: Method, num_ids: int) -> Variables:
     return {**variables, "averages": method.averaged(variables["params"])}
 
 
-def number_of_ids(method: Method, variables: Mapping[str, Any]) -> int:
-    """How many identities the classifiers of `variables` tell apart; 1 where they were left out.
-
-    The classifiers are the arrays that grow with the number of identities, whatever a method calls them.
-    """
-    given: dict[tuple[str, ...], Any] = flatten_dict(variables["params"])
-    one: dict[tuple[str, ...], Any] = flatten_dict(template_of(method, 1)["params"])
-    two: dict[tuple[str, ...], Any] = flatten_dict(template_of(method, 2)["params"])
-    return next(
-        (
-            given[path].shape[axis]
-            for path, leaf in one.items()
-            for axis, (length, other) in enumerate(zip(leaf.shape, two[path].shape, strict=True))
-            if length != other and path in given
-        ),
-        1,
-    )
-
-
 def settings_of_weights(source: str | Path) -> Settings | None:
     """The settings stored with weights, in a run's config.json or a .safetensors file's metadata; None without.
 
@@ -68,6 +51,20 @@ def settings_of_weights(source: str | Path) -> Settings | None:
         return None if tree is None else settings_of(tree)
     except (UserError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: its metadata are not a run's settings ({error})") from error
+
+
+def metrics_of_weights(source: str | Path, checkpoint: str = "last") -> dict[str, Any] | None:
+    """The figures stored with weights, in a file's metadata or beside a workdir's checkpoint of their step, or None."""
+    path = resolve(str(source))
+    if path.is_file():
+        return files.read_metadata(path, files.METRICS_KEY)
+    step = 0 if checkpoint == "untrained" else latest_step(path, checkpoint)
+    try:
+        metrics = json.loads((path / run_files.METRICS_FILES[checkpoint]).read_text())
+        is_current = all(values["step"] == step for values in metrics.values())
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return None  # there are none, or somebody wrote the file by hand
+    return metrics if is_current else None
 
 
 def read_weights(
@@ -187,8 +184,8 @@ def convert(source: str | Path, target: str | Path, **options: Any) -> list[str]
     return left_out
 
 
-def start_from(init_from: str, method: Method, variables: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Initialises a network with trained weights.
+def start_from(init_from: str, method: Method) -> Callable[[Mapping[str, Any]], tuple[dict[str, Any], str]]:
+    """Reads trained weights, with which a network is to start.
 
     A bare backbone, such as ImageNet's, replaces the network's backbone. A whole network replaces everything except the
     classifiers. They are kept even if their number of identities is the same, because nothing in the weights says that
@@ -198,17 +195,14 @@ def start_from(init_from: str, method: Method, variables: Mapping[str, Any]) -> 
       init_from: `settings.init_from`: any source that `read_weights` reads.
       method: of the network. Weights with settings must agree with it: a whole network in method, backbone and modules,
         a bare backbone in the backbone.
-      variables: the network's {"params", "batch_stats"}.
 
     Returns:
-      The variables, where loaded arrays have the types of those that they replace; and a line that says what was loaded
-      and what starts from scratch.
+      A function of the network's {"params", "batch_stats"}. It returns the variables, where loaded arrays have the
+      types of those that they replace; and a line that says what was loaded and what starts from scratch.
 
     Raises:
       SettingsError: the weights are not there, cannot be read, or are of another network.
     """
-    names = method.names()
-    before: dict[tuple[str, ...], Any] = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
     try:
         stored = settings_of_weights(init_from)
         _, loaded, left_out = read_weights(
@@ -217,15 +211,21 @@ def start_from(init_from: str, method: Method, variables: Mapping[str, Any]) -> 
             drop_classifiers=True,
             advice="the settings method and model define the expected network",
         )
-        taken = {path: array for path, array in flatten_dict(loaded).items() if path[0] in variables}
-        is_bare = all(map(names.is_backbone, taken))
+        taken = {path: array for path, array in flatten_dict(loaded).items() if path[0] != "averages"}
+        is_bare = all(map(method.names().is_backbone, taken))
         if stored:
             fix = "set these fields to the values there, or name other weights"
             _check_same_network(stored, method.settings, init_from, fix, backbone_only=is_bare)
     except UserError as error:
         raise SettingsError(f"init_from: {error}") from error
-    after = {path: jnp.asarray(taken[path], leaf.dtype) if path in taken else leaf for path, leaf in before.items()}
-    return unflatten_dict(after), f"init_from: {init_from}: " + _describe_start(method, variables, is_bare, left_out)
+
+    def put_into(variables: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        before: dict[tuple[str, ...], Any] = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
+        after = {path: jnp.asarray(taken[path], leaf.dtype) if path in taken else leaf for path, leaf in before.items()}
+        line = f"init_from: {init_from}: " + _describe_start(method, variables, is_bare, left_out)
+        return unflatten_dict(after), line
+
+    return put_into
 
 
 def _describe_start(method: Method, variables: Mapping[str, Any], is_bare: bool, left_out: list[str]) -> str:
@@ -264,9 +264,10 @@ def initial_variables(
       SettingsError: the weights of settings.init_from are not there, or do not fit the network.
     """
     settings = method.settings
+    put_into = start_from(settings.init_from, method) if settings.init_from else None  # first: they may not be there
     key, _ = random_keys(settings.seed)
     variables = init_variables(method.network(num_ids), key, settings.data.height, settings.data.width)
-    if settings.init_from:
-        variables, line = start_from(settings.init_from, method, variables)
+    if put_into:
+        variables, line = put_into(variables)
         report(line)
     return variables

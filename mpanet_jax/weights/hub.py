@@ -1,9 +1,12 @@
-"""Weights from Hugging Face: its cache first, then the network."""
+"""Weights from Hugging Face, out of its cache or else from the network, and models sent there."""
 
 import contextlib
+import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import ArgumentError, UserError, first_line
 
 MODEL_FILE = "model.safetensors"  # in a repository, and in the folder of a saved model
 CALIBRATION_FILE = "calibration.json"  # beside it, if the model was calibrated
@@ -44,3 +47,40 @@ def resolve(source: str) -> Path:
             f"{source}: cannot be downloaded ({type(error).__name__}); on a machine with a network, run: "
             f"hf download {repository} {MODEL_FILE}"
         ) from error
+
+
+def upload(
+    repository: str, write: Callable[[Path], None], *, private: bool | None = None, token: str | None = None
+) -> str:
+    """Uploads a saved model to a repository on Hugging Face, which is made if need be; returns its address.
+
+    Args:
+      repository: 'owner/name'.
+      write: writes the model's files into a folder.
+      private, token: as for `Model.push_to_hub`.
+
+    Raises:
+      ArgumentError: `repository` is not of the form 'owner/name'.
+      UserError: it cannot be reached, or the account may not write there.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ArgumentError("repository", f"= {repository!r}: expected 'owner/name'")
+    import huggingface_hub
+
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        try:
+            api = huggingface_hub.HfApi(token=token)
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message="Upload model",
+                delete_patterns=[CALIBRATION_FILE],  # an old one may be of other weights
+            )
+        except Exception as error:  # no network, no token, no permission: many types
+            raise UserError(
+                f"{repository}: cannot be pushed to ({type(error).__name__}: {first_line(error)}); give a token "
+                "that may write there, or log in with: hf auth login"
+            ) from error
+    return str(address)

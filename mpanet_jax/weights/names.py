@@ -1,13 +1,12 @@
-"""The map between the names of PyTorch's state dicts and the paths of a Flax tree, for both directions.
+"""Turns PyTorch's state dicts into the variables of a Flax network, and back.
 
-Variables are nested dicts {"params", "batch_stats", "averages"}, and an array's path is joined by "/". Rules turn the
-path into PyTorch's name, one after the other. The array's layout (HWIO or OIHW, [in, out] or [out, in]) follows from
-its number of axes. A backbone's rules are in its file, a method's in the method's.
+Variables are nested dicts {"params", "batch_stats", "averages"}. A `NameMap` has the names; an array's layout (HWIO or
+OIHW, [in, out] or [out, in]) follows from its number of axes.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,62 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpanet_jax.errors import UserError
+from mpanet_jax.name_map import NameMap
 from mpanet_jax.weights.files import StateDict, comma_list
 
 Variables = dict[str, Any]
-Rules = Sequence[tuple[str, str]]
 
-# Where Flax and PyTorch differ in every network.
-COMMON_RULES = (
-    (r"/(kernel|scale)$", "/weight"),
-    (r"/mean$", "/running_mean"),
-    (r"/var$", "/running_var"),
-)
 COUNTERS = r"(.*\.)?num_batches_tracked$"  # batch norm's, which are not used here
-
-
-@dataclass(frozen=True)
-class NameMap:
-    """The names in PyTorch of a network's arrays.
-
-    Attributes:
-      rules: pairs (pattern, replacement), applied to a path in order; the path of an average begins with `averages/`.
-      backbone_rules: the same for a bare backbone, as ImageNet's weights are. If several paths get one name, that array
-        initialises all of them.
-      backbone: pattern of the paths that belong to the backbone.
-      linear: pattern of the *names* of linear layers, which are the classifiers; in PyTorch all other matrices are 1×1
-        convolutions.
-      zeros: names that only PyTorch has, of arrays that must be 0; each is beside a `….weight`.
-      left_out: pattern of names that are not used here, such as those of ImageNet's classifier.
-      describe: describes the backbone that a state dict's names belong to; '' for none (`Backbone.describe`).
-    """
-
-    rules: Rules = ()
-    backbone_rules: Rules = ()
-    backbone: str = r"(stem|stage\d)/"
-    linear: str = r"(.*\.)?\w*classifier\w*\.(weight|bias)"
-    zeros: Sequence[str] = ()
-    left_out: str = r"(.*\.)?fc\.\w+"
-    describe: Callable[[Iterable[str]], str] = lambda names: ""
-
-    def name(self, path: Sequence[str]) -> str:
-        """PyTorch's name of the array at `path`, whose first part is the collection, such as 'params'."""
-        return _renamed(path, self.rules)
-
-    def is_backbone(self, path: Sequence[str]) -> bool:
-        """Whether the array belongs to the backbone."""
-        return path[0] != "averages" and re.match(self.backbone, "/".join(path[1:])) is not None
-
-    def is_classifier(self, name: str) -> bool:
-        """Whether `name`, in PyTorch, is a classifier's."""
-        return re.fullmatch(self.linear, name) is not None
-
-
-def _renamed(path: Sequence[str], rules: Rules) -> str:
-    name = "/".join(path if path[0] == "averages" else path[1:])
-    for pattern, replacement in (*rules, *COMMON_RULES):
-        name = re.sub(pattern, replacement, name)
-    return name.replace("/", ".")
 
 
 def _to_published(array: Any, is_linear: bool) -> Any:
@@ -141,7 +90,7 @@ def from_state_dict(
       The variables as NumPy arrays, only the backbone's for a bare backbone; and the names that were left out.
 
     Raises:
-      UserError: entries are missing, extra or misshapen, or hold NaN or infinity; the message names each.
+      UserError: entries are missing, extra or misshapen, or hold NaN or infinity; the message names the first ones.
     """
     zeros = {name for name in names.zeros if name in state_dict and not state_dict[name].any()}
     left_out = {name for name in state_dict if re.fullmatch(f"{COUNTERS}|{names.left_out}", name)}
@@ -161,9 +110,10 @@ def from_state_dict(
     if missing or extra or misfit:
         kinds = {"missing": missing, "not part of the model": extra, "of another shape or type": sorted(misfit)}
         reason = _reason(state_dict, expected, missing + extra + misfit, names)
+        most = 5 if reason else 20  # the cause says more than names
         raise UserError(
             f"{source}: does not fit the model{reason}; "
-            + "; ".join(f"{kind}: {comma_list(those)}" for kind, those in kinds.items() if those)
+            + "; ".join(f"{kind}: {comma_list(those, most)}" for kind, those in kinds.items() if those)
             + (f"; {advice}" if advice else "")
         )
     broken = [name for name in sorted(expected) if not np.isfinite(usable[name]).all()]

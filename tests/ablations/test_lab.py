@@ -20,7 +20,7 @@ from mpanet_jax.errors import UserError
 from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.agw import AGWSettings
 from mpanet_jax.methods.mpanet import MPANetSettings
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from tests.ablations.rows import outcome, row_process
 
 ROOT = Path(__file__).parents[2]

@@ -26,7 +26,8 @@ from mpanet_jax.methods import make_method, settings_of  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
 from mpanet_jax.model import Model, load  # noqa: E402
 from mpanet_jax.run_files import load_settings, save_settings  # noqa: E402
-from mpanet_jax.settings import DataSettings, replace  # noqa: E402
+from mpanet_jax.settings import DataSettings  # noqa: E402
+from mpanet_jax.settings_base import replace  # noqa: E402
 from mpanet_jax.weights.convert import convert, template_of  # noqa: E402
 from mpanet_jax.weights.files import write_state_dict  # noqa: E402
 from mpanet_jax.weights.names import to_state_dict  # noqa: E402

@@ -7,7 +7,7 @@ from mpanet_jax.evaluation.trials import average_seeds, average_trials, evaluate
 from mpanet_jax.methods import METHODS, Entry, settings_of
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.run_files import save_settings
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 
 SETTINGS = ("regdb/visible_to_infrared", "regdb/infrared_to_visible")
 

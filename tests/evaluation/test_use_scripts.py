@@ -19,7 +19,7 @@ from mpanet_jax.evaluation.calibration import Calibration
 from mpanet_jax.evaluation.pair_score import calibration_path
 from mpanet_jax.model import load
 from mpanet_jax.run_files import save_settings
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from mpanet_jax.weights.convert import convert
 from tests.pages import run_code
 from tests.scripts_in_process import Refused

@@ -19,7 +19,7 @@ from mpanet_jax.export.onnx_file import export_onnx, onnx_bytes
 from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.method import l2_normalize
 from mpanet_jax.model import Model
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from mpanet_jax.weights.convert import template_of
 from tests.pages import run_code
 from tests.trained import HEIGHT, WIDTH, person, trained_model

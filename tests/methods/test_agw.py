@@ -14,7 +14,7 @@ from mpanet_jax.errors import SettingsError, UserError  # noqa: E402
 from mpanet_jax.methods import make_method, settings_of  # noqa: E402
 from mpanet_jax.methods.agw import AGW, AGWSettings, RandomBatchPlan  # noqa: E402
 from mpanet_jax.methods.caj import CAJ, CAJSettings  # noqa: E402
-from mpanet_jax.settings import replace, to_dict  # noqa: E402
+from mpanet_jax.settings_base import replace, to_dict  # noqa: E402
 from mpanet_jax.state import create_train_state  # noqa: E402
 from mpanet_jax.step import train_step  # noqa: E402
 from mpanet_jax.weights.convert import template_of  # noqa: E402

@@ -14,7 +14,7 @@ from mpanet_jax.methods.agw import AGW, AGWSettings, RandomBatchPlan, weighted_t
 from mpanet_jax.methods.caj import CAJ, CAJSettings, enhanced_squared_difference
 from mpanet_jax.models.agw import NonLocalBlock
 from mpanet_jax.models.resnet import Bottleneck, Stem
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from mpanet_jax.state import create_train_state
 from mpanet_jax.step import train_step
 from mpanet_jax.weights.convert import template_of

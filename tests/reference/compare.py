@@ -24,7 +24,7 @@ from mpanet_jax.methods.mpanet import MPANet as Method
 from mpanet_jax.methods.mpanet import MPANetSettings, mean_rate_schedule
 from mpanet_jax.models.mpanet import Outputs
 from mpanet_jax.optim import adam
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from mpanet_jax.state import TrainState, create_train_state
 from mpanet_jax.step import train_step as flax_train_step
 from mpanet_jax.weights.convert import template_of

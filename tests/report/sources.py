@@ -10,7 +10,7 @@ from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.model import Model
 from mpanet_jax.report.sources import Source
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from mpanet_jax.weights.convert import initial_variables
 
 HEIGHT, WIDTH = 64, 32

@@ -12,7 +12,7 @@ from mpanet_jax.errors import ArgumentError
 from mpanet_jax.log_pictures import choose_people, cross_modality_distances, denormalize, overlay_maps, tile_images
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.report.augmented import augmented_batch
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 from mpanet_jax.state import random_keys
 from tests.report.sources import FIELDS, known
 

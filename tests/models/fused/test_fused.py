@@ -17,7 +17,7 @@ from mpanet_jax.models.fused import Fused, fuse, has_fused_blocks
 from mpanet_jax.models.layers import SUMMED
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
 from mpanet_jax.models.resnet import BasicBlock, Bottleneck, ResNet
-from mpanet_jax.settings import replace
+from mpanet_jax.settings_base import replace
 
 BACKBONE = ResNet(Bottleneck, (1, 2, 1, 1), 8)
 ABLATIONS = [
