@@ -103,9 +103,9 @@ def process(script: str, *arguments: object, cwd: Path | None = None) -> subproc
             mock.patch.object(compilation, "set_compilation_cache"),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
+            _script(Path(words[0])) as main,
         ):
-            with _script(Path(words[0])) as main:
-                errors.run_script(main)
+            errors.run_script(main)
     except SystemExit as end:
         return subprocess.CompletedProcess(words, end.code or 0, out.getvalue(), err.getvalue())
     finally:

@@ -773,9 +773,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, raw, tmp_path):
 
 def test_fused_form_that_a_network_lacks_is_refused_before_anything_is_written(raw, tmp_path):
     config = [f"--config={ROOT}/configs/synthetic.py", f"--config.dataset.source={raw}", "--workdir=run"]
-    result = process(
-        "train.py", *config, "--config.model.backbone=resnet18", "--config.model.fused=on", cwd=tmp_path
-    )
+    result = process("train.py", *config, "--config.model.backbone=resnet18", "--config.model.fused=on", cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: --config.model.fused = 'on': the network of method 'mpanet' with backbone")
     assert "'resnet18' has no fused form; use 'auto' or 'off'" in result.stderr
