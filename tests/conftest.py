@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 # Tracing makes objects by the million, and few of them are garbage: by Python's own thresholds, looking for it takes a
-# sixth of the suite's time.
+# tenth of the time of a test that trains.
 gc.set_threshold(100_000, 20, 100)
 
 
