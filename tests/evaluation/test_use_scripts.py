@@ -3,9 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ from mpanet_jax.run_files import save_settings
 from mpanet_jax.settings_base import replace
 from mpanet_jax.weights.convert import convert
 from tests.pages import run_code
-from tests.scripts_in_process import Refused
+from tests.scripts_in_process import Refused, process
 from tests.scripts_in_process import run as run_here
 from tests.trained import person, save_trained, trained_model
 
@@ -31,12 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / f"{script}.py", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    return process(f"{script}.py", *arguments)
 
 
 @pytest.fixture(scope="module")
