@@ -4,6 +4,7 @@ A row's seeds share a process, so that the row is compiled once; the lab's own p
 stored as soon as it is finished. The JSON file alone is enough to continue, on another machine too.
 """
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -29,6 +30,8 @@ IGNORED_FIELDS = (
     *("model.fused", "eval.batch_size", "eval.best", "train.eval_every_epochs", "train.checkpoint_every_epochs"),
     *("train.keep_checkpoints", "train.log_every_steps", "train.steps_per_call"),
 )
+
+COMPILING = "compiling.lock"  # in the workdir of the lab: held by the row that is compiled
 
 Report = Callable[[str], None]
 
@@ -170,7 +173,17 @@ class Options:
 
 
 def train_row(work: Work, options: Options) -> Iterator[dict[str, Any]]:
-    """Train the runs of a row, one after the other; yields the outcome of each (`Run.outcome`)."""
+    """Train the runs of a row, one after the other; yields the outcome of each (`Run.outcome`).
+
+    From the start of a row's process until its first steps are done no other row starts: XLA times the kernels that it
+    chooses from, and several processes that do so on one accelerator take many times as long, and choose badly.
+    """
+    with open(options.workdir / COMPILING, "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # the system releases it, however the process ends
+        yield from _train_runs(work, options, on_steps=lambda *_: fcntl.flock(turn, fcntl.LOCK_UN))
+
+
+def _train_runs(work: Work, options: Options, on_steps: Callable[[int, float], None]) -> Iterator[dict[str, Any]]:
     import jax
 
     from mpanet_jax.compilation import set_compilation_cache
@@ -183,7 +196,8 @@ def train_row(work: Work, options: Options) -> Iterator[dict[str, Any]]:
         if time.time() > options.deadline:
             return
         begin = time.perf_counter()
-        metrics = train(settings, options.workdir / f"{work.row}_{settings.seed}", programs=programs)
+        workdir = options.workdir / f"{work.row}_{settings.seed}"
+        metrics = train(settings, workdir, programs=programs, on_steps=on_steps)
         device, data = jax.devices()[0], settings.data
         steps = next(iter(metrics.values()))["step"]
         yield {

@@ -1,5 +1,6 @@
 """The lab: what is left to run, what is kept of it, and the tables; one row is trained for real, by the script."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from ablations import report
-from ablations.lab import Options, Results, Run, Work, run_work, work_left
+from ablations.lab import COMPILING, Options, Results, Run, Work, run_work, train_row, work_left
 from ablations.tables import TABLES, Row, Table
 from configs import synthetic_gpu
 from mpanet_jax.datasets.synthetic import write_dataset
@@ -59,6 +60,31 @@ def test_rows_run_fail_and_die_and_the_others_stand(results, tmp_path):
         ("bad", [1]),
         ("dead", [0, 1]),
     ]
+
+
+def test_rows_are_compiled_one_after_the_other(tmp_path, monkeypatch):
+    seen = []
+
+    def is_free():
+        with open(tmp_path / COMPILING, "w") as file:  # as another row's process opens it
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    def train(settings, workdir, *, programs, on_steps):
+        before = is_free()
+        for _ in range(2):
+            on_steps(1, 0.0)
+            seen.append((settings.seed, before, is_free()))
+        return {"sysu/all/single": {"step": 1}}
+
+    monkeypatch.setattr("mpanet_jax.loop.train", train)
+    work = Work("baseline", (seeded(PLAIN, 0), seeded(PLAIN, 1)))
+    assert len(list(train_row(work, Options(tmp_path, time.time() + 600, "")))) == 2
+    # From the first steps on another row may start; a row's later runs compile nothing.
+    assert seen == [(0, False, True), (0, False, True), (1, True, True), (1, True, True)]
 
 
 def test_after_the_deadline_no_run_starts(results, tmp_path):
