@@ -253,7 +253,9 @@ def rows_table(results: dict[str, Any], titles: dict[str, str] | None = None) ->
 
 
 def format_value(value: Any) -> str:
-    """Format a result for a table."""
+    """Format a result for a table; None is an empty cell."""
+    if value is None:
+        return ""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):

@@ -76,7 +76,7 @@ def _table(reports: list[dict[str, Any]], titles: dict[str, str]) -> str:
 
 
 def _title(report: dict[str, Any]) -> str:
-    given = [f"`{name}`" for key in ("tries", "compiler_options") for name in report["results"].get(key, ())]
+    given = [f"`{name}`" for name in report["results"].get("compiler_options", ())]
     return ", ".join([f"`{report['name']}`", *changed_fields(report), *given])
 
 

@@ -1,7 +1,8 @@
 """Measures the whole training step: augmentation, losses, backward pass, Adam, mean classifiers."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.tries import applied
-from mpanet_jax.errors import UserError
+from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import compute_dtype
 from mpanet_jax.parallel import Parallel, all_devices, global_num_ids
@@ -30,6 +31,60 @@ def random_images(settings: Settings, num_images: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
+@dataclass(frozen=True)
+class _Program:
+    """A compiled step, of which one call has been made."""
+
+    call: Callable[[], Any]
+    steps_per_call: int
+    batch_size: int
+    num_devices: int
+    first_call_seconds: float
+    from_cache: int
+    first_loss: float
+
+
+def _compile(
+    settings: Settings,
+    images: np.ndarray,
+    num_ids: int,
+    num_devices: int | None,
+    compiler_options: dict[str, str | bool] | None,
+    tries: Sequence[str] = (),
+) -> _Program:
+    method = make_method(replace(settings, {"init_from": ""}))
+    compiled = measure.CompileLog()
+    parallel = _first_devices(settings, num_devices)
+    num_ids_per_batch = global_num_ids(settings.data.num_ids_per_batch, parallel.num_devices, settings.batch_scale)
+    # On the CPU, training takes one step a call: inside a loop of steps XLA runs convolutions on one thread.
+    steps_per_call = 1 if jax.default_backend() == "cpu" else settings.train.steps_per_call
+    images_per_id = settings.data.images_per_id
+    on_device = parallel.replicate(images.reshape(len(images), settings.data.height, -1))
+    variables = initial_variables(method, num_ids)
+    with applied(tries):
+        state = parallel.replicate(initial_state(method, variables, STEPS_PER_EPOCH))
+    run_steps = make_train_steps(method, num_ids, STEPS_PER_EPOCH, parallel, compiler_options)
+    batches = _random_batches(steps_per_call, num_ids, num_ids_per_batch, images_per_id, len(images))
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = run_steps(state, batches, on_device)
+        return metrics
+
+    from_cache, started = compiled.from_cache, time.perf_counter()
+    with applied(tries):  # the step is traced here
+        losses = jax.block_until_ready(call())["loss"]
+    return _Program(
+        call=call,
+        steps_per_call=steps_per_call,
+        batch_size=num_ids_per_batch * images_per_id,
+        num_devices=parallel.num_devices,
+        first_call_seconds=time.perf_counter() - started,
+        from_cache=compiled.from_cache - from_cache,
+        first_loss=float(losses[0]),
+    )
+
+
 def benchmark_step(
     settings: Settings,
     *,
@@ -38,7 +93,6 @@ def benchmark_step(
     num_ids: int = NUM_IDS,
     num_devices: int | None = None,
     compiler_options: dict[str, str | bool] | None = None,
-    tries: Sequence[str] = (),
     profile: str | None = None,
 ) -> dict[str, Any]:
     """Measure the training step in steady state, as `train` runs it, on random images in device memory.
@@ -54,7 +108,6 @@ def benchmark_step(
       num_ids: training identities.
       num_devices: how many devices are used; None: all.
       compiler_options: of XLA, for the step's program alone.
-      tries: names of changes in `benchmarks.tries`.
       profile: a folder for a `jax.profiler` trace of three further calls; None: no trace.
 
     Returns:
@@ -70,55 +123,82 @@ def benchmark_step(
         convolution's output moved eight times, the least for separate layers.
       share_of_arithmetic, share_of_memory: floor / median.
     """
-    method = make_method(replace(settings, {"init_from": ""}))
-    compiled = measure.CompileLog()
-    parallel = _first_devices(settings, num_devices)
-    num_ids_per_batch = global_num_ids(settings.data.num_ids_per_batch, parallel.num_devices, settings.batch_scale)
-    # On the CPU, training takes one step a call: inside a loop of steps XLA runs convolutions on one thread.
-    steps_per_call = 1 if jax.default_backend() == "cpu" else settings.train.steps_per_call
-    images_per_id = settings.data.images_per_id
-    batch_size = num_ids_per_batch * images_per_id
-
-    images = parallel.replicate(random_images(settings, num_images).reshape(num_images, settings.data.height, -1))
-    variables = initial_variables(method, num_ids)
-    with applied(tries):
-        state = parallel.replicate(initial_state(method, variables, STEPS_PER_EPOCH))
-    run_steps = make_train_steps(method, num_ids, STEPS_PER_EPOCH, parallel, compiler_options)
-    batches = _random_batches(steps_per_call, num_ids, num_ids_per_batch, images_per_id, num_images)
-
-    def call() -> Any:
-        nonlocal state
-        state, metrics = run_steps(state, batches, images)
-        return metrics
-
-    from_cache, started = compiled.from_cache, time.perf_counter()
-    with applied(tries):  # the step is traced here
-        losses = jax.block_until_ready(call())["loss"]
-    first_call = time.perf_counter() - started
-    from_cache = compiled.from_cache - from_cache
+    images = random_images(settings, num_images)
+    program = _compile(settings, images, num_ids, num_devices, compiler_options)
+    steps_per_call = program.steps_per_call
     num_calls = max(-(-num_steps // steps_per_call), 5)
     cpu, warm_up = measure.cpu_seconds(), 2
-    seconds = measure.seconds_per_call(call, num_calls, warm_up=warm_up) / steps_per_call
+    seconds = measure.seconds_per_call(program.call, num_calls, warm_up=warm_up) / steps_per_call
     cpu = (measure.cpu_seconds() - cpu) / ((1 + warm_up + num_calls) * steps_per_call)
     if profile:
         with jax.profiler.trace(profile):
-            measure.seconds_per_call(call, 1, warm_up=1)
+            measure.seconds_per_call(program.call, 1, warm_up=1)
     results = {
-        **measure.rates(seconds, batch_size),
+        **measure.rates(seconds, program.batch_size),
         "host_cpu_ms": cpu * 1e3,
         "timed_steps": len(seconds) * steps_per_call,
         "steps_per_call": steps_per_call,
-        "batch_size": batch_size,
+        "batch_size": program.batch_size,
         "dtype": compute_dtype(settings.dtype).name,
-        "compile_seconds": float(first_call - np.median(seconds) * steps_per_call),
-        "programs_from_cache": from_cache,
+        "compile_seconds": float(program.first_call_seconds - np.median(seconds) * steps_per_call),
+        "programs_from_cache": program.from_cache,
         "peak_gib": measure.peak_device_memory_gib(),
         "image_set_gib": images.nbytes / 2**30,
-        "first_loss": float(losses[0]),
-        **({"tries": list(tries)} if tries else {}),
+        "first_loss": program.first_loss,
         **({"compiler_options": [f"{k}={v}" for k, v in compiler_options.items()]} if compiler_options else {}),
     }
-    return results | _shares(settings, num_ids, batch_size, parallel.num_devices, results["median_ms"])
+    return results | _shares(settings, num_ids, program.batch_size, program.num_devices, results["median_ms"])
+
+
+def benchmark_tries(
+    settings: Settings, tries: Sequence[str], *, num_steps: int = 240, num_images: int = 2048, rounds: int = 3
+) -> dict[str, Any]:
+    """Measure the step as it is and with each try, in turns, on one card.
+
+    The programs are compiled one after the other in this process, so XLA times the kernels that they share only once
+    and chooses the same for all. Then each is timed in every round.
+
+    Args:
+      settings: the run whose step is measured.
+      tries: each one or more words: names in `benchmarks.tries`, or NAME=VALUE, an option of XLA for this program.
+      num_steps: timed steps of a program in a round; rounded up to a whole number of calls, at least five.
+      num_images: images in device memory.
+      rounds: how often each program has its turn.
+
+    Returns:
+      rows: of the step as it is ('none') and of each try its `measure.rates` over all rounds, rounds_ms (the medians of
+      the rounds), compile_seconds (with its first call), first_loss, and error: '' or why it could not be run, with its
+      figures None.
+
+    Raises:
+      UserError: there is no such try.
+    """
+    images, programs = random_images(settings, num_images), {}
+    errors = dict.fromkeys(("none", *tries), "")
+    for name in errors:
+        words = [] if name == "none" else name.split()
+        options: dict[str, str | bool] = {word.split("=", 1)[0]: word.split("=", 1)[1] for word in words if "=" in word}
+        changes = [word for word in words if "=" not in word]
+        try:
+            programs[name] = _compile(settings, images, NUM_IDS, None, options or None, changes)
+        except jax.errors.JaxRuntimeError as error:
+            errors[name] = first_line(error)
+    seconds: dict[str, list[np.ndarray]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            num_calls = max(-(-num_steps // program.steps_per_call), 5)
+            seconds[name].append(measure.seconds_per_call(program.call, num_calls) / program.steps_per_call)
+    figures: dict[str, dict[str, Any]] = {
+        name: {
+            **measure.rates(np.concatenate(seconds[name]), program.batch_size),
+            "rounds_ms": [1e3 * float(np.median(times)) for times in seconds[name]],
+            "compile_seconds": program.first_call_seconds,
+            "first_loss": program.first_loss,
+        }
+        for name, program in programs.items()
+    }
+    missing = dict.fromkeys(next(iter(figures.values()), {}))
+    return {"rows": [{"try": name, **figures.get(name, missing), "error": error} for name, error in errors.items()]}
 
 
 def _first_devices(settings: Settings, number: int | None) -> Parallel:

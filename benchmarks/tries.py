@@ -1,8 +1,8 @@
 """Changes of the step that have been predicted to gain and not been measured: `scripts/benchmark.py step --try=NAME`.
 
-Each takes a function's place for as long as it is applied; nothing of it is in the package before it has gained.
-Measure base and tries on one card, one after the other, and drop from here what did not gain: docs/performance.md keeps
-the row.
+Each takes a function's place for as long as it is applied; nothing of it is in the package before it has gained. The
+command measures the step as it is and with each try in turns. Drop from here what did not gain: docs/performance.md
+keeps the row.
 """
 
 import contextlib

@@ -3,6 +3,7 @@
 Prints a table and writes runs/benchmark/NAME.json. It uses all accelerators; CUDA_VISIBLE_DEVICES=0 leaves it one.
 
 python scripts/benchmark.py step --config.dtype=float32 --profile=runs/profile
+python scripts/benchmark.py step --try=mask_again --try="mask_again xla_gpu_autotune_level=0"    (benchmarks/tries.py)
 python scripts/benchmark.py train --config=configs/sysu.py --config.dataset.data_dir=data --config.data.cache=none
 python scripts/benchmark.py extract --files
 python scripts/benchmark.py evaluate --dimensions=256,14336 --permutation=SYSU-MM01/exp/rand_perm_cam.mat
@@ -53,7 +54,10 @@ RERANK = flags.DEFINE_bool(
 OVER_WHAT = flags.DEFINE_enum("over", None, OVER, "growth: what grows; one table each")
 SIZES = flags.DEFINE_list("sizes", [], "growth: the sizes, like 1000,10000; default: those of benchmarks/growth.py")
 TRIES = flags.DEFINE_multi_string(
-    "try", [], "step: a change in benchmarks/tries.py that has not been measured yet; may be given several times"
+    "try",
+    [],
+    "step: measure it as it is and with this try, in turns; may be given several times. A try is one or more words: a "
+    "name in benchmarks/tries.py, or NAME=VALUE, an option of XLA",
 )
 COMPILER_OPTIONS = flags.DEFINE_multi_string(
     "compiler_option", [], "step: NAME=VALUE, an option of XLA for the step's program; may be given several times"
@@ -83,7 +87,7 @@ def main(arguments: list[str]) -> None:
     over = OVER_WHAT.value or ""
     if name == "growth" and not over:
         raise UserError(f"--over: expected one of {', '.join(OVER)}")
-    default_out = f"growth_{over}" if name == "growth" else name
+    default_out = f"growth_{over}" if name == "growth" else "tries" if TRIES.value else name
     out = Path(OUT.value or f"runs/benchmark/{default_out}.json")
     cache = CACHE.value if CACHE.value is not None else DEFAULT_CACHE if name == "train" else None
     set_compilation_cache(cache)
@@ -106,8 +110,12 @@ def main(arguments: list[str]) -> None:
         return report
 
     benchmarks = {
-        "step": lambda: step.benchmark_step(
-            settings, **number, **images, compiler_options=options or None, tries=TRIES.value, profile=PROFILE.value
+        "step": lambda: (
+            step.benchmark_tries(settings, TRIES.value, **number, **images)
+            if TRIES.value
+            else step.benchmark_step(
+                settings, **number, **images, compiler_options=options or None, profile=PROFILE.value
+            )
         ),
         "train": lambda: train.benchmark_train(settings, out.parent, **number),
         "extract": lambda: extract.benchmark_extract(settings, **number, **images, from_files=FILES.value),

@@ -75,6 +75,23 @@ def test_step(tmp_path):
     assert list(profile.rglob("*.xplane.pb"))
 
 
+def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
+    both = "pam_in_one_product xla_backend_optimization_level=0"
+    process, report = run(
+        tmp_path, "step", *TINY, "--steps=5", "--images=16", f"--try={both}", "--try=xla_no_such=1", out="tries"
+    )
+    assert process.returncode == 0, process.stderr
+    none, tried, failed = report["results"]["rows"]
+    assert [row["try"] for row in (none, tried, failed)] == ["none", both, "xla_no_such=1"]
+    for row in (none, tried):
+        assert row["error"] == "" and len(row["rounds_ms"]) == 3 and row["images_per_second"] > 0
+    assert abs(none["first_loss"] - tried["first_loss"]) < 1e-3 * none["first_loss"]
+    assert "xla_no_such" in failed["error"] and failed["median_ms"] is None
+    assert f"| {both} |" in process.stdout
+    refused, report = run(tmp_path, "step", *TINY, "--try=faster", out="none")
+    assert refused.returncode == 2 and "--try=faster: expected one of" in refused.stderr and report is None
+
+
 @pytest.mark.parametrize("cache", ["device", "none"])
 def test_train(cache, data, tmp_path):
     arguments = ["--steps=9", f"--config.data.cache={cache}", "--config.train.checkpoint_every_epochs=1"]
