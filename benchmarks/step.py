@@ -1,7 +1,7 @@
 """Measures the whole training step: augmentation, losses, backward pass, Adam, mean classifiers."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +150,12 @@ def benchmark_step(
     return results | _shares(settings, num_ids, program.batch_size, program.num_devices, results["median_ms"])
 
 
+def xla_options(words: Iterable[str]) -> dict[str, str | bool]:
+    """{NAME: value} of words like NAME=VALUE; true and false are truth values, which XLA does not take as text."""
+    pairs = (word.split("=", 1) for word in words)
+    return {name: {"true": True, "false": False}.get(value.lower(), value) for name, value in pairs}
+
+
 def benchmark_tries(
     settings: Settings, tries: Sequence[str], *, num_steps: int = 240, num_images: int = 2048, rounds: int = 3
 ) -> dict[str, Any]:
@@ -177,8 +183,7 @@ def benchmark_tries(
     errors = dict.fromkeys(("none", *tries), "")
     for name in errors:
         words = [] if name == "none" else name.split()
-        options: dict[str, str | bool] = {word.split("=", 1)[0]: word.split("=", 1)[1] for word in words if "=" in word}
-        changes = [word for word in words if "=" not in word]
+        options, changes = xla_options(w for w in words if "=" in w), [w for w in words if "=" not in w]
         try:
             programs[name] = _compile(settings, images, NUM_IDS, None, options or None, changes)
         except jax.errors.JaxRuntimeError as error:

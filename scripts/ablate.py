@@ -34,7 +34,12 @@ WORKDIR = flags.DEFINE_string(
     "workdir", "runs/ablations", "the folder of the runs, ROW_SEED, and of their output, ROW.log"
 )
 TIME_LIMIT = flags.DEFINE_float("time_limit", None, "seconds after which no more runs start", lower_bound=0)
-JOBS = flags.DEFINE_integer("jobs", 1, "how many rows run at a time and share the accelerator", lower_bound=1)
+JOBS = flags.DEFINE_integer(
+    "jobs",
+    1,
+    "how many rows run at a time and share the accelerator; they are compiled one after the other",
+    lower_bound=1,
+)
 PNG = flags.DEFINE_bool("png", True, "also draw the tables; needs matplotlib")
 CACHE = flags.DEFINE_string(
     "compilation_cache", DEFAULT_CACHE, "folder of compiled programs, for faster starts; '': none"

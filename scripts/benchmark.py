@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("--dimensions: expected numbers, like 256,14336")
     if not all("=" in option for option in COMPILER_OPTIONS.value):
         raise UserError("--compiler_option: expected NAME=VALUE, like xla_gpu_autotune_level=0")
-    options = dict(option.split("=", 1) for option in COMPILER_OPTIONS.value)
+    options = step.xla_options(COMPILER_OPTIONS.value)
     number = {"num_steps": STEPS.value} if STEPS.value else {}
     saves = {"num_saves": STEPS.value} if STEPS.value else {}
     images = {"num_images": IMAGES.value} if IMAGES.value else {}

@@ -76,7 +76,7 @@ def test_step(tmp_path):
 
 
 def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
-    both = "pam_in_one_product xla_backend_optimization_level=0"
+    both = "pam_in_one_product xla_llvm_disable_expensive_passes=true"
     process, report = run(
         tmp_path, "step", *TINY, "--steps=5", "--images=16", f"--try={both}", "--try=xla_no_such=1", out="tries"
     )
