@@ -187,7 +187,7 @@ class _Training:
             writes=is_first_process(),
         )
         self._reader = MetricReader(
-            log, options.log_every_steps, feed.steps_per_epoch, feed.batch_size, on_steps, self._finite
+            log, options.log_every_steps, feed.steps_per_epoch, feed.batch_size, on_steps, self._finite, run.total_steps
         )
         self._pictures = None
         if is_first_process():

@@ -138,6 +138,7 @@ class MetricReader:
       batch_size: for the images a second in the log.
       on_steps: called with the steps done, and the time by `time.perf_counter` when the device had done them.
       finite: checks the metrics of every step.
+      last_step: is logged too, so that a run of fewer than `every` steps leaves something to look at.
     """
 
     def __init__(
@@ -148,8 +149,10 @@ class MetricReader:
         batch_size: int,
         on_steps: Callable[[int, float], None] | None = None,
         finite: FiniteCheck | None = None,
+        last_step: int | None = None,
     ):
         self._log, self._every, self._on_steps, self._finite = log, every, on_steps, finite
+        self._last_step = last_step
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._unread = None
         self._timed = None  # (step, when the device had finished it) of the last reading
@@ -182,7 +185,7 @@ class MetricReader:
         self._log.advance(after)
         if self._on_steps is not None:
             self._on_steps(after, finished_at)
-        logged = [step for step in range(before + 1, after + 1) if step % self._every == 0]
+        logged = [step for step in range(before + 1, after + 1) if step % self._every == 0 or step == self._last_step]
         if logged:
             metrics, rate = jax.device_get(metrics), self._images_per_second(after, finished_at)
         for step in logged:

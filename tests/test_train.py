@@ -141,6 +141,7 @@ def test_second_run_in_a_workdir_is_refused_and_evaluation_is_not(settings, fini
     # What TensorBoard shows of the evaluation at the end.
     (log,) = (tmp_path / "run/logs").iterdir()
     values = {value.tag: value for event in read_events(log) for value in event.summary.value}
+    assert values["train/epoch"].simple_value == 1 and values["train/loss"].simple_value > 0  # fewer than 50 steps
     batch, maps = values["batch_after_augmentation"].image, values["pattern_maps"].image
     data = settings.data
     assert batch.width == data.images_per_id * (data.width + 2) - 2

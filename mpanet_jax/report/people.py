@@ -34,7 +34,7 @@ def choose_people(candidates: np.ndarray, number: int, seed: int, where: str) ->
     if len(candidates) < number:
         raise UserError(
             f"{where}: has {len(candidates)} identities with visible and infrared images, fewer than the {number} to "
-            f"show; ask for at most {len(candidates)}, or give other images"
+            f"show; ask for at most {len(candidates)} (num_identities), or give other images"
         )
     return np.sort(np.random.default_rng(seed).choice(candidates, number, replace=False))
 
