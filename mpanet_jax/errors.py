@@ -109,6 +109,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
             _fail(f"--config: {text.splitlines()[-1].partition('] ')[2]}; expected configs/NAME.py")
         if field := re.match(r"Unknown command line flag '(config\..*?)'", text):
             _fail(f"--{field[1]}: fields of a config go with --config=configs/NAME.py")
+        if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", text):
+            _fail(f"--{missing[1]}: missing; give it, --help says what it is")
         if "earlier failure to load" in text:
             _fail(
                 f"--config: cannot be read ({text.rpartition(': [')[2].rpartition('] ')[2]}); expected configs/NAME.py"

@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     for image in results.skipped:
         print(f"skipped {_printable(image.name)}: {image.reason}", file=sys.stderr)
     if not results.queries:
-        raise UserError(f"none of the {len(queries)} queries can be read")
+        raise UserError("no query can be read; expected image files")
     for ranking in results.queries:
         print(_printable(ranking.path))
         for place, match in enumerate(ranking.matches, 1):

@@ -30,11 +30,15 @@ def main(images: list[str]) -> None:
         raise UserError(
             f"--modality={','.join(modality)}: expected visible or infrared, or two of them: visible,infrared"
         )
-    from mpanet_jax.model import load  # imports JAX
+    from mpanet_jax.evaluation.given_images import UnreadableImage  # these import JAX
+    from mpanet_jax.model import load
 
     model = load(MODEL.value, dtype=DTYPE.value)
     pair = modality * 2 if modality and len(modality) == 1 else modality
-    found = model.compare(*images, modality=pair, prior=PRIOR.value, calibration=CALIBRATION.value)
+    try:
+        found = model.compare(*images, modality=pair, prior=PRIOR.value, calibration=CALIBRATION.value)
+    except UnreadableImage as error:
+        raise UserError(f"{error.image.name}: {error.image.reason}; give another image") from error
     print(f"similarity {found.similarity:.4f}")
     if found.probability is None:
         print(f"no probability: {found.note}")

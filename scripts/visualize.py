@@ -3,6 +3,7 @@
 python scripts/visualize.py patterns --workdir=runs/sysu                    (figure 3 of the paper)
 python scripts/visualize.py tsne --workdir=runs/sysu,runs/baseline,runs/sysu --checkpoint=untrained,last,last \
     --titles=untrained,baseline,MPANet                                      (figure 4)
+python scripts/visualize.py query --workdir=runs/sysu                       (a query, its first results, its patterns)
 python scripts/visualize.py distances|curves|augmentation|roc --workdir=runs/sysu
 python scripts/visualize.py patterns|tsne|distances --model=model.safetensors --images=my_cameras/images.csv
 python scripts/visualize.py retrieval --workdir=runs/sysu                   (writes runs/sysu/report.html)
@@ -13,6 +14,7 @@ python scripts/visualize.py retrieval --results=results.json --images=photos --o
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -21,7 +23,7 @@ from mpanet_jax.embeddings import load_embeddings
 from mpanet_jax.errors import UserError, run_script
 from mpanet_jax.evaluation.metrics import CMC_DEFINITIONS, METRICS
 
-PICTURES = ("patterns", "tsne", "distances", "curves", "augmentation", "roc", "retrieval")
+PICTURES = ("patterns", "query", "tsne", "distances", "curves", "augmentation", "roc", "retrieval")
 CHECKPOINTS = ("last", "best", "untrained")
 
 WORKDIR = flags.DEFINE_list("workdir", None, "A training run; for tsne one or more, which are shown side by side.")
@@ -42,7 +44,8 @@ NUM_IDENTITIES = flags.DEFINE_integer(
     "num_identities", None, "How many people are shown; default: 3, for tsne 10.", lower_bound=1
 )
 PEOPLE = flags.DEFINE_list("people", None, "patterns: these identities, instead of random ones.")
-PLAIN = flags.DEFINE_bool("plain", False, "patterns: the maps M themselves, not Grad-CAM on M ⊙ F.")
+QUERY = flags.DEFINE_string("query", None, "query: the path of its image in the data set; default: a random one.")
+PLAIN = flags.DEFINE_bool("plain", False, "patterns, query: the maps M themselves, not Grad-CAM on M ⊙ F.")
 TITLES = flags.DEFINE_list("titles", None, "tsne: what stands above each panel; default: the folders' names.")
 PERPLEXITY = flags.DEFINE_float("perplexity", 30.0, "tsne: roughly how many neighbours an image has.", lower_bound=1.0)
 STEP = flags.DEFINE_integer("step", 0, "augmentation: the step of the training, from 0.", lower_bound=0)
@@ -50,11 +53,13 @@ FEATURES = flags.DEFINE_string("features", None, "retrieval, roc: QUERY.npz, fol
 PROTOCOL = flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "How --features are compared.")
 PERMUTATION = flags.DEFINE_string("permutation", None, "SYSU-MM01's rand_perm_cam.mat, for --protocol sysu_mm01.")
 RESULTS = flags.DEFINE_string("results", None, "retrieval: the JSON file that scripts/search.py wrote.")
-SETTING = flags.DEFINE_string("setting", None, "retrieval: a line of the table of results; default: the first.")
-TRIAL = flags.DEFINE_integer("trial", 1, "retrieval: which of the setting's galleries.", lower_bound=1)
-RERANK = flags.DEFINE_bool("rerank", None, "retrieval: k-reciprocal re-ranking; default: as the run's own results.")
-METRIC = flags.DEFINE_enum("metric", None, METRICS, "retrieval: the distance; default: the protocol's.")
-CMC = flags.DEFINE_enum("cmc", None, CMC_DEFINITIONS, "retrieval: what a rank counts; default: the protocol's.")
+SETTING = flags.DEFINE_string("setting", None, "retrieval, query: a line of the table of results; default: the first.")
+TRIAL = flags.DEFINE_integer("trial", 1, "retrieval, query: which of the setting's galleries.", lower_bound=1)
+RERANK = flags.DEFINE_bool(
+    "rerank", None, "retrieval, query: k-reciprocal re-ranking; default: as the run's own results."
+)
+METRIC = flags.DEFINE_enum("metric", None, METRICS, "retrieval, query: the distance; default: the protocol's.")
+CMC = flags.DEFINE_enum("cmc", None, CMC_DEFINITIONS, "retrieval, query: what a rank counts; default: the protocol's.")
 MAPS = flags.DEFINE_bool("maps", True, "retrieval: show the pattern maps of all images, if the network makes them.")
 
 
@@ -65,7 +70,7 @@ def main(arguments: list[str]) -> None:
     what, files = arguments[0], arguments[1:]
     ways = {"workdir": WORKDIR.value, "model": MODEL.value, "features": FEATURES.value, "results": RESULTS.value}
     given = [name for name, value in ways.items() if value]
-    if what in ("curves", "augmentation"):
+    if what in ("curves", "augmentation", "query"):
         allowed = ["workdir"]
     elif what == "retrieval":
         allowed = ["workdir", "features", "results"]
@@ -134,6 +139,8 @@ def _figure(what: str, files: list[str]) -> list[Path]:
         return draw_augmentation(WORKDIR.value[0], _folder(), step=STEP.value, data_dir=DATA_DIR.value)
     if what == "patterns":
         return _patterns()
+    if what == "query":
+        return _query()
     if what == "tsne":
         from mpanet_jax.report.tsne import draw_tsne
 
@@ -171,6 +178,26 @@ def _patterns() -> list[Path]:
     return draw_patterns(source, pids, _folder(), seed=SEED.value, plain=PLAIN.value)
 
 
+def _query() -> list[Path]:
+    from mpanet_jax.report.query import SHOWN, choose_query, draw_query
+
+    source, ranking = _ranked_run(top=SHOWN)
+    return draw_query(source, ranking, choose_query(ranking, QUERY.value, SEED.value), _folder(), plain=PLAIN.value)
+
+
+def _ranked_run(**options: Any):
+    """A run's test images, and the rankings of its queries by the flags."""
+    from mpanet_jax.report.sources import rank_run
+
+    (source,) = _sources()
+    rerank = source.rerank if RERANK.value is None else RERANK.value
+    return source, rank_run(source, rerank=rerank, **_ranking_options(), **options)
+
+
+def _ranking_options() -> dict[str, Any]:
+    return {"setting": SETTING.value, "trial": TRIAL.value, "metric": METRIC.value, "cmc": CMC.value}
+
+
 def _retrieval(files: list[str]) -> None:
     from mpanet_jax.report.requirements import require_report
 
@@ -180,9 +207,8 @@ def _retrieval(files: list[str]) -> None:
     out = Path(OUT.value or Path(WORKDIR.value[0] if WORKDIR.value else ".") / "report.html")
     if out.suffix != ".html":
         raise UserError(f"--out={out}: expected the name of a file that ends in .html")
-    options = {"setting": SETTING.value, "trial": TRIAL.value, "metric": METRIC.value, "cmc": CMC.value}
     if WORKDIR.value:
-        page, photos, maps = _page_of_run(options)
+        page, photos, maps = _page_of_run()
     elif RESULTS.value:
         from mpanet_jax.report.search_page import page_of_search
 
@@ -196,10 +222,11 @@ def _retrieval(files: list[str]) -> None:
             raise UserError(f"--images={IMAGES.value or ''}: expected the folder that the paths are relative to")
         query, gallery = load_embeddings(FEATURES.value), load_embeddings(files[0])
         protocol = make_protocol(PROTOCOL.value, permutation=PERMUTATION.value)
-        ranking = rank_queries(query, gallery, protocol=protocol, rerank=bool(RERANK.value), **options)
+        ranking = rank_queries(query, gallery, protocol=protocol, rerank=bool(RERANK.value), **_ranking_options())
         page, photos, maps = page_of_ranking(ranking, Path(FEATURES.value).name), photos_of_folder(IMAGES.value), None
     written = write_page(out, page, photos, maps)
-    print(f"{out}: {len(page.queries):,} queries, {written.num_images:,} images")
+    queries = f"{len(page.queries):,} {'query' if len(page.queries) == 1 else 'queries'}"
+    print(f"{out}: {queries}, {written.num_images:,} images")
     if written.missing:
         print(
             f"{len(written.missing):,} of {written.num_images:,} images have a placeholder, first {written.missing[0]}",
@@ -207,13 +234,11 @@ def _retrieval(files: list[str]) -> None:
         )
 
 
-def _page_of_run(options: dict):
+def _page_of_run():
     from mpanet_jax.report.page_content import page_of_ranking
-    from mpanet_jax.report.sources import makes_maps, rank_run, source_of_run
+    from mpanet_jax.report.sources import makes_maps
 
-    source = source_of_run(WORKDIR.value[0], checkpoint=_checkpoints()[0], data_dir=DATA_DIR.value)
-    rerank = source.rerank if RERANK.value is None else RERANK.value
-    ranking = rank_run(source, rerank=rerank, **options)
+    source, ranking = _ranked_run()
     page = page_of_ranking(ranking, f"Retrieval of {source.title}", source.about)
     return page, source.photos, source.pattern_maps if MAPS.value and makes_maps(source) else None
 

@@ -55,6 +55,7 @@ class Workplace:
             self.copy_run(f"sysu_seed{seed}", seed=seed)
         for trial in (1, 2):
             self.copy_run(f"regdb_{trial}", dataset={"name": "regdb", "source": "RegDB", "trial": trial})
+        self.run_words(["scripts/prepare_data.py", "--dataset=regdb", "--source=RegDB"])  # another data set to test on
         # The gallery that belongs to the queries of list.txt.
         self.run_words(["scripts/extract.py", "--weights=model.pth", "--images=gallery.txt", "--out=gallery.npz"])
 

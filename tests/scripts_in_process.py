@@ -4,15 +4,16 @@ import contextlib
 import io
 import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from absl import flags
+from absl import flags, logging
 
-from mpanet_jax import errors
+from mpanet_jax import compilation, errors
 from mpanet_jax.methods import settings_of
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,7 @@ def _script(path: Path) -> Iterator[Callable[[list[str]], Any]]:
         if module.startswith("scripts."):  # other tests may have imported one
             for flag in list(defined):
                 delattr(flags.FLAGS, flag.name)
+    sys.modules.pop("config_config", None)  # a config file is loaded into it, over what the last one has left there
     mains: list[Callable[[list[str]], Any]] = []
     try:
         with mock.patch.object(errors, "run_script", mains.append):
@@ -81,6 +83,35 @@ def run(words: list[str], *, only_parse: bool = False) -> str:
     if code:
         raise Refused(f"exit code {code}: {err.getvalue().strip()[-2000:]}")
     return out.getvalue()
+
+
+def process(script: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What `python scripts/SCRIPT ARGUMENT …` ends with in a process of its own, and prints, without its start.
+
+    The script goes through `errors.run_script`, as there. An exception that would be a traceback there is raised.
+    """
+    words = [str(ROOT / "scripts" / script), *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    before, verbosity = list(sys.path), logging.get_verbosity()
+    try:
+        with (
+            folder(cwd or Path.cwd()),
+            mock.patch.object(sys, "argv", words),
+            mock.patch.object(errors.app, "run", lambda main, flags_parser: sys.exit(main(flags_parser(sys.argv)))),
+            # What holds for the rest of a process: it would hold for the other tests too.
+            mock.patch.object(errors, "_silence"),
+            mock.patch.object(compilation, "set_compilation_cache"),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            _script(Path(words[0])) as main,
+        ):
+            errors.run_script(main)
+    except SystemExit as end:
+        return subprocess.CompletedProcess(words, end.code or 0, out.getvalue(), err.getvalue())
+    finally:
+        sys.path[:] = before
+        logging.set_verbosity(verbosity)
+    raise AssertionError("run_script ends in an exit")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
+import configs.synthetic
 from mpanet_jax.datasets import DATASETS, open_evaluation, open_split
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.extract import make_trained_embed
@@ -28,14 +29,14 @@ P, K, HEIGHT, WIDTH = 4, 4, 64, 32
 
 @pytest.fixture(scope="module", autouse=True)
 def snippets_run():
-    """Runs all snippets, one after the other, and forgets afterwards what they registered."""
+    """The names that all snippets define, run one after the other; what they register is forgotten afterwards."""
     before = dict(METHODS), dict(BACKBONES), dict(DATASETS)
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     names = {"__name__": __name__}
     for snippet in snippets:
         exec(compile(snippet, str(PAGE), "exec"), names)
-    yield
+    yield names
     for registry, entries in zip((METHODS, BACKBONES, DATASETS), before, strict=True):
         registry.clear()
         registry.update(entries)
@@ -63,6 +64,16 @@ def test_added_loss_is_logged_and_weighted():
     found = train_one_step(replace(METHODS["mpanet_norm"].settings(), {**fields, "norm_weight": 0.5}))
     assert found["loss"] == pytest.approx(plain["loss"] + 0.5 * found["norm"], rel=1e-5)
     assert found["norm"] > 0
+
+
+def test_added_loss_has_a_config(snippets_run):
+    config = snippets_run["get_config"]()
+    assert settings_of(config.to_dict()).norm_weight == 0.2
+    small = configs.synthetic.get_config()
+    small.method = "mpanet_norm"
+    small.norm_weight = 0.2
+    settings = settings_of(small.to_dict())
+    assert isinstance(settings, METHODS["mpanet_norm"].settings) and settings.norm_weight == 0.2
 
 
 def test_added_method_trains():

@@ -45,10 +45,12 @@ from tests import scripts_in_process
 from tests.datasets.by_name import prepare
 from tests.limits import HANGS_AFTER
 from tests.methods_in_tests import LinenMethod
-from tests.scripts_in_process import Refused
+from tests.scripts_in_process import Refused, process
 from tests.test_metric_log import read_events
 
 ROOT = Path(__file__).parent.parent
+# All in one worker: they share a run, and the programs of the small network.
+pytestmark = pytest.mark.xdist_group("train")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def prepared(raw, tmp_path_factory):
     return tmp_path_factory.mktemp("prepared")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def settings(raw, prepared):
     changes = {
         "dataset.source": str(raw),
@@ -79,6 +81,19 @@ def settings(raw, prepared):
         "eval.batch_size": 16,
     }
     return replace(settings_of(synthetic_config.get_config().to_dict()), changes)
+
+
+@pytest.fixture(scope="module")
+def trained(settings, tmp_path_factory):
+    """(workdir of a finished run with `settings`, what `train` returned)."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    return workdir, train(settings, workdir)
+
+
+@pytest.fixture
+def finished_run(trained, tmp_path):
+    """The workdir of a finished run with `settings`, tmp_path/run."""
+    return shutil.copytree(trained[0], tmp_path / "run")
 
 
 @pytest.fixture
@@ -97,8 +112,8 @@ def trees_equal(a, b):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
-def test_train_writes_a_whole_workdir_and_evaluate_agrees(settings, tmp_path):
-    results = train(settings, tmp_path / "run")
+def test_train_writes_a_whole_workdir_and_evaluate_agrees(trained, finished_run, tmp_path):
+    results = trained[1]
     written = json.loads((tmp_path / "run/metrics.json").read_text())
     assert set(written) == {"sysu/all/single", "sysu/all/multi", "sysu/indoor/single", "sysu/indoor/multi"}
     for setting in written.values():
@@ -112,17 +127,17 @@ def test_train_writes_a_whole_workdir_and_evaluate_agrees(settings, tmp_path):
     # Figures by other options are for --out only: the run's own record stays.
     report = tmp_path / "run/metrics.json"
     report.unlink()
-    assert run_script("evaluate.py", f"--workdir={tmp_path}/run", "--rerank", cwd=tmp_path).returncode == 0
+    assert process("evaluate.py", f"--workdir={tmp_path}/run", "--rerank").returncode == 0
     assert not report.exists()
-    assert run_script("evaluate.py", f"--workdir={tmp_path}/run", cwd=tmp_path).returncode == 0
+    # In a process of its own, which knows nothing of the run but its files.
+    assert start_script("evaluate.py", f"--workdir={tmp_path}/run", cwd=tmp_path).returncode == 0
     assert set(json.loads(report.read_text())) == set(written)
-    moved = run_script("evaluate.py", f"--workdir={tmp_path}/run", f"--data_dir={tmp_path}", cwd=tmp_path)
+    moved = process("evaluate.py", f"--workdir={tmp_path}/run", f"--data_dir={tmp_path}")
     assert moved.returncode == 2 and f"not prepared in {tmp_path}; give the folder" in moved.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_second_run_in_a_workdir_is_refused_and_evaluation_is_not(settings, tmp_path):
-    train(settings, tmp_path / "run")
+def test_second_run_in_a_workdir_is_refused_and_evaluation_is_not(settings, finished_run, tmp_path):
     # What TensorBoard shows of the evaluation at the end.
     (log,) = (tmp_path / "run/logs").iterdir()
     values = {value.tag: value for event in read_events(log) for value in event.summary.value}
@@ -192,16 +207,25 @@ OLD_CONFIG = """{
 }"""
 
 
+@pytest.fixture(scope="module")
+def four_steps(settings, tmp_path_factory):
+    """(settings of four epochs of one step, what they end with in one go, their programs)."""
+    settings, programs = replace(settings, {"train.num_epochs": 4}), Programs()
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
+        train(settings, workdir, programs=programs)
+    step, whole = final_state(workdir)
+    assert step == 4
+    return settings, whole, programs
+
+
 @pytest.mark.parametrize("version", ["this", "0.1"])
-def test_resumed_training_is_bit_identical(settings, tmp_path, monkeypatch, version):
+def test_resumed_training_is_bit_identical(four_steps, tmp_path, monkeypatch, version):
     # Four steps in one go, against two, a stop, and two more from the checkpoint. A run of version 0.1 has the averages
     # as `mean_classifiers` in its checkpoint, and no method and no backbone in its config.json.
-    settings = replace(settings, {"train.num_epochs": 4})
+    settings, whole, programs = four_steps
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
-    train(settings, tmp_path / "whole")
-    step, whole = final_state(tmp_path / "whole")
-    assert step == 4
-
     save, items = Checkpoints.save, checkpoint._items
 
     def save_then_stop(self, step, state, batches):
@@ -218,7 +242,7 @@ def test_resumed_training_is_bit_identical(settings, tmp_path, monkeypatch, vers
         if version == "0.1":
             patch.setattr(checkpoint, "_items", old_items)
         with pytest.raises(KeyboardInterrupt):
-            train(settings, tmp_path / "halves")
+            train(settings, tmp_path / "halves", programs=programs)
     stored = set(model_shapes(tmp_path / "halves/checkpoints/2"))
     assert stored == {"params", "batch_stats", "mean_classifiers" if version == "0.1" else "averages"}
     if version == "0.1":
@@ -229,7 +253,7 @@ def test_resumed_training_is_bit_identical(settings, tmp_path, monkeypatch, vers
         assert 0 < evaluate_workdir(tmp_path / "halves")["sysu/all/single"]["mAP"] <= 100
     step, half = final_state(tmp_path / "halves")
     assert step == 2 and half.keys() == {"params", "batch_stats", "averages"}
-    train(settings, tmp_path / "halves")
+    train(settings, tmp_path / "halves", programs=programs)
     step, halves = final_state(tmp_path / "halves")
     assert step == 4
     assert trees_equal(whole, halves)
@@ -451,8 +475,7 @@ def test_finished_run_is_evaluated_again_without_training(linen, tmp_path):
     assert first["sysu/all/single"]["mAP"] == again["sysu/all/single"]["mAP"]
 
 
-def test_checkpoint_of_another_model_is_refused_and_config_kept(settings, tmp_path, capfd):
-    train(settings, tmp_path / "run")
+def test_checkpoint_of_another_model_is_refused_and_config_kept(settings, finished_run, tmp_path, capfd):
     before = (tmp_path / "run/config.json").read_text()
     capfd.readouterr()
     settings = replace(settings, {"model.num_patterns": 3})
@@ -466,8 +489,7 @@ def test_checkpoint_of_another_model_is_refused_and_config_kept(settings, tmp_pa
     assert not (tmp_path / "run/config.json").exists()
 
 
-def test_run_goes_on_under_its_own_recipe_only(settings, tmp_path):
-    train(settings, tmp_path / "run")
+def test_run_goes_on_under_its_own_recipe_only(settings, finished_run, tmp_path):
     may_change = {"train.num_epochs": 2, "data.cache": "none", "eval.rerank": True, "model.fused": "off"}
     settings = replace(settings, may_change)
     train(settings, tmp_path / "run")
@@ -482,9 +504,10 @@ def test_run_goes_on_under_its_own_recipe_only(settings, tmp_path):
 @pytest.mark.parametrize(
     "field, other, before", [("model.backbone", "resnet18", "resnet50"), ("method", "another", "mpanet")]
 )
-def test_run_of_another_backbone_or_method_is_refused(settings, tmp_path, monkeypatch, field, other, before):
+def test_run_of_another_backbone_or_method_is_refused(
+    settings, finished_run, tmp_path, monkeypatch, field, other, before
+):
     monkeypatch.setitem(METHODS, "another", METHODS["mpanet"])
-    train(settings, tmp_path / "run")
     config = (tmp_path / "run/config.json").read_bytes()
     model = final_state(tmp_path / "run")
     with pytest.raises(UserError, match=rf"run: .*, {field} = '{other}' \('{before}' before\); give another"):
@@ -571,7 +594,7 @@ def damage_images(settings, split, paths):
 
     (records,) = datasets.prepared_dir(settings.dataset).glob(f"*-{split}.array_record*")
     sound = records.read_bytes()
-    for place in range(0, len(sound), 101):
+    for place in range(0, len(sound), 997):
         records.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
         try:
             images = datasets.load_split(settings.dataset, split)
@@ -584,12 +607,12 @@ def damage_images(settings, split, paths):
 
 
 @pytest.mark.parametrize("damaged", ["train", "test", "val", "image cache", "permutation file"])
-def test_damaged_data_are_found_before_anything_is_saved(raw, settings, tmp_path, damaged):
+def test_damaged_data_are_found_before_anything_is_saved(raw, linen, tmp_path, damaged):
     changes = {"dataset.data_dir": str(tmp_path / "data")}
     if damaged == "val":
         pids = (raw / "exp/train_id.txt").read_text().split(",")
         changes |= {"dataset.validation": True, "data.num_ids_per_batch": len(pids)}
-    settings = replace(settings, changes)
+    settings = replace(linen, changes)
     folder = datasets.prepare(settings.dataset)
     if damaged == "permutation file":
         file = folder / "rand_perm_cam.mat"
@@ -676,7 +699,7 @@ def test_values_that_make_no_run_are_refused(section, field, value):
         settings_of(config.to_dict())
 
 
-def run_script(name, *arguments, cwd):
+def start_script(name, *arguments, cwd):
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / name), *arguments],
         capture_output=True,
@@ -721,12 +744,17 @@ BAD_TRAINING = {
 }
 
 
-@pytest.mark.parametrize("arguments, named", BAD_TRAINING.values(), ids=BAD_TRAINING.keys())
-def test_bad_input_is_one_line_and_exit_code_2(arguments, named, raw, tmp_path):
+# One of each kind in a process of its own: a flag that cannot be parsed, a field, and what the data show.
+ALONE = {"unknown field", "no such backbone", "P does not fit"}
+
+
+@pytest.mark.parametrize("case", BAD_TRAINING)
+def test_bad_input_is_one_line_and_exit_code_2(case, raw, tmp_path):
+    arguments, named = BAD_TRAINING[case]
     config_flag = f"--config={ROOT}/configs/synthetic.py"
     if arguments == ["PRESET"]:
         config_flag, arguments = config_flag + ":mistake", []
-    result = run_script(
+    result = (start_script if case in ALONE else process)(
         "train.py",
         config_flag,
         f"--config.dataset.source={raw}",
@@ -746,9 +774,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, named, raw, tmp_path):
 
 def test_fused_form_that_a_network_lacks_is_refused_before_anything_is_written(raw, tmp_path):
     config = [f"--config={ROOT}/configs/synthetic.py", f"--config.dataset.source={raw}", "--workdir=run"]
-    result = run_script(
-        "train.py", *config, "--config.model.backbone=resnet18", "--config.model.fused=on", cwd=tmp_path
-    )
+    result = process("train.py", *config, "--config.model.backbone=resnet18", "--config.model.fused=on", cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: --config.model.fused = 'on': the network of method 'mpanet' with backbone")
     assert "'resnet18' has no fused form; use 'auto' or 'off'" in result.stderr
@@ -756,7 +782,7 @@ def test_fused_form_that_a_network_lacks_is_refused_before_anything_is_written(r
 
 
 def test_config_file_that_is_not_there(tmp_path):
-    result = run_script("train.py", "--config=configs/none.py", "--workdir=run", cwd=tmp_path)
+    result = process("train.py", "--config=configs/none.py", "--workdir=run", cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: --config: No such file") and "configs/none.py" in result.stderr
     assert not list(tmp_path.iterdir())
@@ -766,7 +792,7 @@ def test_config_file_that_is_not_there(tmp_path):
 def test_config_file_that_is_none(tmp_path, content):
     path = tmp_path / "config.py"
     path.mkdir() if content is None else path.write_text(content)
-    result = run_script("train.py", f"--config={path}", "--workdir=run", cwd=tmp_path)
+    result = process("train.py", f"--config={path}", "--workdir=run", cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: --config: cannot be read"), result.stderr
     assert not (tmp_path / "run").exists()
@@ -774,7 +800,7 @@ def test_config_file_that_is_none(tmp_path, content):
 
 def test_workdir_that_cannot_be_made(settings, tmp_path):
     (tmp_path / "file").touch()
-    result = run_script(
+    result = process(
         "train.py",
         f"--config={ROOT}/configs/synthetic.py",
         f"--config.dataset.data_dir={settings.dataset.data_dir}",
@@ -793,7 +819,7 @@ def test_workdir_that_cannot_be_made(settings, tmp_path):
 def test_missing_permutation_file_is_named(raw, tmp_path):
     shutil.copytree(raw, tmp_path / "raw")
     (tmp_path / "raw/exp/rand_perm_cam.mat").unlink()
-    result = run_script(
+    result = process(
         "train.py",
         f"--config={ROOT}/configs/synthetic.py",
         f"--config.dataset.source={tmp_path}/raw",
@@ -808,7 +834,7 @@ def test_missing_permutation_file_is_named(raw, tmp_path):
 def test_evaluate_without_a_checkpoint(missing, tmp_path, settings):
     if missing == "checkpoint":
         save_settings(settings, tmp_path / "run")
-    result = run_script("evaluate.py", "--workdir=run", cwd=tmp_path)
+    result = process("evaluate.py", "--workdir=run", cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "run" in result.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "run/metrics.json").exists()

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from mpanet_jax.weights.hub import resolve  # noqa: E402
 from mpanet_jax.weights.names import from_state_dict, to_state_dict  # noqa: E402
 from tests.reference.model import MPANet, randomise  # noqa: E402
 from tests.reference.resnet import ResNet  # noqa: E402
+from tests.scripts_in_process import process  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SIZE = {"stage_sizes": (1, 1, 1, 1), "width": 8}
@@ -539,12 +539,7 @@ def test_a_training_run_becomes_a_published_checkpoint(tmp_path):
 
 
 def run_script(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts/convert_weights.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    )
+    return process("convert_weights.py", *arguments)
 
 
 def test_script(published, tmp_path):

@@ -19,6 +19,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMINANCE = (0.2989, 0.5870, 0.1140)
 RRLE_ATTEMPTS = 100
+_RRLE_AT_ONCE = 10  # the device looks whether to go on after so many: the host waits for it each time
 RRLE_DARK = 0.1  # RRLE ends once the factors of some pixel multiply to less than this
 
 
@@ -44,9 +45,23 @@ def grey(image: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
     return jnp.broadcast_to(luminance, image.shape)
 
 
+def symmetric_beta(key: PRNGKeyArray, beta: float, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """Draws from Beta(β, β) without a loop, for which an accelerator would have to wait.
+
+    The formula is Devroye's (Random variate generation in one line of code, WSC 1996): for a random sign s, and u and v
+    uniform between 0 and 1, (1 + s/√(1 + z))/2 with 1/z = (u^(−1/β) − 1) cos²(2πv).
+    """
+    sign_key, u_key, v_key = jax.random.split(key, 3)
+    u = jax.random.uniform(u_key, shape, dtype, minval=jnp.finfo(dtype).tiny)
+    v = jax.random.uniform(v_key, shape, dtype)
+    z = 1 / (jnp.expm1(-jnp.log(u) / beta) * jnp.cos(2 * jnp.pi * v) ** 2)
+    low = -jnp.expm1(-jnp.log1p(z) / 2) / 2  # (1 − 1/√(1 + z))/2, exact near 0 too
+    return jnp.where(jax.random.bernoulli(sign_key, shape=shape), low, 1 - low)
+
+
 def mrle(key: PRNGKeyArray, image: Float[Array, "h w 3"], beta: float) -> Float[Array, "h w 3"]:
     """MRLE: all channels become a random mix of the three; its weights are three draws of Beta(β, β) over their sum."""
-    draws = jax.random.beta(key, beta, beta, (3,), image.dtype)
+    draws = symmetric_beta(key, beta, (3,), image.dtype)
     total = draws.sum()
     weights = jnp.where(total > 0, draws / jnp.where(total > 0, total, 1), 1 / 3)  # all three may round to 0
     return jnp.broadcast_to((image * weights).sum(-1, keepdims=True), image.shape)
@@ -81,21 +96,29 @@ def rrle(
     )
     places = zip((top_key, left_key), (height - box_height, width - box_width), strict=True)
     top, left = (jax.random.randint(k, shape, 0, jnp.maximum(last, 0) + 1) for k, last in places)
-    brightness = jax.random.beta(beta_key, beta, beta, (RRLE_ATTEMPTS, 3), image.dtype)
+    brightness = symmetric_beta(beta_key, beta, (RRLE_ATTEMPTS, 3), image.dtype)
 
-    def goes_on(carry: tuple[Array, Array]) -> Array:
-        attempt, factors = carry
-        return (attempt < RRLE_ATTEMPTS) & (factors.min() >= RRLE_DARK)
+    def goes_on(factors: Array) -> Array:
+        return factors.min() >= RRLE_DARK
 
-    def rescale(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        attempt, factors = carry
+    def rescale(attempt: Array, factors: Array) -> Array:
         inside = _inside((height, width), top[attempt], left[attempt], box_height[attempt], box_width[attempt])
-        inside = inside & fits[attempt]
+        inside = inside & fits[attempt] & goes_on(factors)
         largest = jnp.where(inside, image * factors, 0).max((0, 1))
         factor = jnp.where(largest > 0, brightness[attempt] / jnp.where(largest > 0, largest, 1), 1)
-        return attempt + 1, jnp.where(inside, factors * factor, factors)
+        return jnp.where(inside, factors * factor, factors)
 
-    _, factors = lax.while_loop(goes_on, rescale, (jnp.zeros((), jnp.int32), jnp.ones_like(image)))
+    def rescale_some(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        first, factors = carry
+        return first + _RRLE_AT_ONCE, lax.fori_loop(
+            0, _RRLE_AT_ONCE, lambda n, factors: rescale(first + n, factors), factors
+        )
+
+    _, factors = lax.while_loop(
+        lambda carry: (carry[0] < RRLE_ATTEMPTS) & goes_on(carry[1]),
+        rescale_some,
+        rescale_some((jnp.zeros((), jnp.int32), jnp.ones_like(image))),
+    )
     return image * factors
 
 

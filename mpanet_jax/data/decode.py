@@ -13,6 +13,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from mpanet_jax.datasets.raw import eight_bits
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.settings import DataSettings
@@ -30,8 +31,7 @@ class BadImageError(UserError):
 def decode_rgb(encoded: bytes) -> Image.Image:
     """Decodes a JPEG, PNG or any other file that Pillow reads, and converts the image to RGB as Pillow does.
 
-    There is one exception: of grey pixels of 16 bits the upper 8 are taken, as Pillow does for colour of 16 bits.
-    Pillow's own conversion of such grey clips at 255, which makes the image white.
+    There is one exception: of grey pixels of 16 bits the upper 8 are taken (`eight_bits`).
 
     Raises:
       BadImageError: the bytes are no image, are cut off, or have pixels of 32 bits.
@@ -60,11 +60,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
       BadImageError: the image is cut off, or has pixels of 32 bits.
     """
     try:
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError("pixels of 32 bits have no agreed range: save it with 8 or 16")
-        return image.convert("RGB")
+        return eight_bits(image).convert("RGB")
     except Exception as error:  # as above
         raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
 

@@ -11,6 +11,7 @@ See docs/data.md.
 import csv
 import io
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ COLUMNS = ("path", "pid", "camid", "modality", "split")
 PARTS = {"train": ("train", "val"), "test": ("test", "query", "gallery")}  # split that is built → its parts in the CSV
 MODALITIES = {name: modality for modality, name in MODALITY_NAMES.items()}
 LARGEST_CAMID = 2**31 - 1
+_EXPECTED = f"expected the header {','.join(COLUMNS)}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ class Own(Dataset):
     protocols = (OwnProtocol, QueryGalleryProtocol)
     has_validation = True
 
+    @property
+    def options(self) -> str:
+        assert isinstance(self.settings, OwnSettings)
+        return " --drop_unpaired" if self.settings.drop_unpaired else ""
+
     def list_images(self, source: Path, split: str, report: Report = raise_fault) -> list[ImageRecord]:
         """The images of a split, ordered by identity, camera, modality and path; see `Dataset.list_images`.
 
@@ -103,6 +110,8 @@ class Own(Dataset):
     def check_identities(self, source: Path, images: Images, report: Report) -> None:
         """Reports identities in two parts that must not share any, unpaired identities, and parts that test nothing."""
         path, everything_listed = Path(source) / CSV_FILE, [image for split in images.values() for image in split]
+        if not everything_listed and _is_unreadable(Path(source)):
+            return  # `list_images` has said why
         for message in (
             *_shared_identities(everything_listed),
             *_unpaired_faults(images["train"]),
@@ -150,19 +159,27 @@ def read_csv(source: Path, report: Report, file: str = CSV_FILE) -> list[ImageRe
       The images in the list's order. An identity's pid is its place among the sorted names, from 0.
     """
     path = source / file
-    text = read_text(path, report)
+    text = read_text(
+        path,
+        report,
+        missing=f"name the folder that holds it as the source, or write it ({_EXPECTED}, then a line for each image)",
+        no_text="save it as UTF-8",
+    )
     if not text:
         if path.is_file() and not path.stat().st_size:  # `read_text` has reported anything else
-            report(f"{path}:1: empty; expected the header {','.join(COLUMNS)}")
+            report(f"{path}:1: empty; {_EXPECTED}")
         return []
     rows = csv.reader(io.StringIO(text, newline=""))
     images: dict[str, ImageRecord] = {}
+    spelled: dict[str, ImageRecord] = {}  # by the identity's name, in Unicode's composed form
     try:
         header = [name.strip() for name in next(rows, [])]
         missing = [name for name in COLUMNS if name not in header]
-        if missing or len(set(header)) != len(header):
-            what = f"no column {', '.join(missing)}" if missing else "a column comes twice"
-            report(f"{path}:1: {what}; expected the header {','.join(COLUMNS)}")
+        twice = [name for name in COLUMNS if header.count(name) > 1]
+        if missing or twice:
+            what = f"no column {', '.join(missing)}" if missing else f"column {', '.join(twice)} comes twice"
+            commas = ", with commas between the columns" if len(header) == 1 else ""
+            report(f"{path}:1: {what}; {_EXPECTED}{commas}")
             return []
         end = rows.line_num
         for row in rows:
@@ -177,6 +194,13 @@ def read_csv(source: Path, report: Report, file: str = CSV_FILE) -> list[ImageRe
             image, fault = _image(source, fields, line)
             if image is not None and image.path in images:
                 fault = f"path '{image.path}' is in line {images[image.path].line} too; remove one of the two"
+            elif image is not None:
+                first = spelled.setdefault(unicodedata.normalize("NFC", image.pid_name), image)
+                if first.pid_name != image.pid_name:
+                    fault = (
+                        f"pid '{image.pid_name}' looks like that of line {first.line}, but has other characters "
+                        f"({image.pid_name!a} and {first.pid_name!a}); write both alike"
+                    )
             if fault or image is None:
                 report(f"{where}: {fault}")
             else:
@@ -195,19 +219,31 @@ def _image(source: Path, fields: dict[str, str], line: int) -> tuple[ImageRecord
         return None, f"{'path' if not path else 'pid'} is empty; fill it in"
     if not path.isprintable():
         return None, f"path {path!r} is not printable; rename the file"
+    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in pid):
+        return None, f"pid {pid!r} holds a line break or another control character; leave it out"
     if relative.is_absolute() or ".." in relative.parts:
         return None, f"path '{path}' points outside {source}; paths must be relative to the folder of {CSV_FILE}"
     if camid and not (camid.isascii() and camid.isdigit() and int(camid[:20]) <= LARGEST_CAMID):
-        return None, f"camid '{camid}'; expected a number from 0 to {LARGEST_CAMID}, or nothing where it is unknown"
+        return (
+            None,
+            f"camid {camid[:99]!r}; expected a number from 0 to {LARGEST_CAMID}, or nothing where it is unknown",
+        )
     if fields["modality"] not in MODALITIES:
-        return None, f"modality '{fields['modality']}'; expected {' or '.join(MODALITIES)}"
+        return None, f"modality {fields['modality'][:99]!r}; expected {' or '.join(MODALITIES)}"
     parts = [part for parts in PARTS.values() for part in parts]
     if fields["split"] not in parts:
-        return None, f"split '{fields['split']}'; expected one of {', '.join(parts)}"
+        return None, f"split {fields['split'][:99]!r}; expected one of {', '.join(parts)}"
     if not os.path.isfile(source / path):  # Path.is_file raises for names that are too long
-        return None, f"there is no image {str(source / path)[:300]}; restore the file or remove the line"
+        slashes = ", or write '/' between the parts of its path" if "\\" in path else ""
+        return None, f"there is no image {str(source / path)[:300]}; restore the file or remove the line{slashes}"
     modality, number = MODALITIES[fields["modality"]], int(camid) if camid else UNKNOWN
     return ImageRecord(str(relative), UNKNOWN, number, modality, fields["split"], pid, line), ""
+
+
+def _is_unreadable(source: Path) -> bool:
+    """Whether faults are the reason why images.csv lists no image."""
+    faults: list[str] = []
+    return not read_csv(source, faults.append) and bool(faults)
 
 
 def _by_name(images: Iterable[ImageRecord]) -> dict[str, list[ImageRecord]]:
@@ -248,19 +284,43 @@ def _unpaired_faults(images: Iterable[ImageRecord]) -> Iterator[str]:
 
 def _untestable(images: list[ImageRecord]) -> Iterator[str]:
     """Faults: parts without images, and tests in which no query can have a match."""
-    seen: dict[str, dict[int, set[str]]] = defaultdict(lambda: {VISIBLE: set(), INFRARED: set()})
-    for image in images:
-        seen[image.part][image.modality].add(image.pid_name)
-    all_of = {part: seen[part][VISIBLE] | seen[part][INFRARED] for parts in PARTS.values() for part in parts}
-    if not all_of["train"]:
+    visible, infrared, both = (_cameras(images, modalities) for modalities in ([VISIBLE], [INFRARED], MODALITY_NAMES))
+    query, gallery = both["query"], both["gallery"]
+    if not both["train"]:
         yield ": no image of split train; training needs some"
-    if not all_of["test"] and not (all_of["query"] or all_of["gallery"]):
+    if not both["test"] and not (query or gallery):
         yield ": no image of split test, nor of query and gallery; evaluation needs some"
-    if bool(all_of["query"]) != bool(all_of["gallery"]):
-        empty, other = ("gallery", "query") if all_of["query"] else ("query", "gallery")
+    if bool(query) != bool(gallery):
+        empty, other = ("gallery", "query") if query else ("query", "gallery")
         yield f": images of split {other} but none of {empty}; the two go together"
-    elif all_of["query"] and not all_of["query"] & all_of["gallery"]:
+    elif query and not query.keys() & gallery.keys():
         yield ": no identity is in query and in gallery; no query would have a match"
+    elif query and not _can_meet(query, gallery):
+        yield f": no identity is in query and, from another camera, in gallery; {_OWN_CAMERA}"
     for part in ("test", "val"):
-        if all_of[part] and not seen[part][VISIBLE] & seen[part][INFRARED]:
+        if both[part] and not visible[part].keys() & infrared[part].keys():
             yield f": no identity of split {part} has images of both modalities; no query would have a match"
+        elif both[part] and not _can_meet(visible[part], infrared[part]):
+            yield f": no identity of split {part} has images of both modalities from two cameras; {_OWN_CAMERA}"
+
+
+_OWN_CAMERA = (
+    "no query would have a match, as it meets no image of its own identity and camera; correct camid, or leave it empty"
+)
+
+Cameras = dict[str, set[int]]  # identity's name → the cameras of its images
+
+
+def _cameras(images: Iterable[ImageRecord], modalities: Iterable[int]) -> dict[str, Cameras]:
+    """The cameras of the images of some modalities, for each part."""
+    found: dict[str, Cameras] = {part: defaultdict(set) for parts in PARTS.values() for part in parts}
+    for image in images:
+        if image.modality in modalities:
+            found[image.part][image.pid_name].add(image.camid)
+    return found
+
+
+def _can_meet(one: Cameras, other: Cameras) -> bool:
+    """Whether an identity has images in both that are not of the same known camera."""
+    cameras = [one[name] | other[name] for name in one.keys() & other.keys()]
+    return any(len(of_identity) > 1 or UNKNOWN in of_identity for of_identity in cameras)

@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mpanet_jax.errors import UserError
@@ -23,14 +24,20 @@ def raise_fault(message: str) -> None:
     raise UserError(message)
 
 
-def read_text(path: Path, report: Report) -> str:
-    """The text of a list file; '' if it is missing or no text, which is reported."""
+def read_text(
+    path: Path,
+    report: Report,
+    *,
+    missing: str = "unpack the whole data set, or name the folder that holds it as the source",
+    no_text: str = "unpack it again from the original archive",
+) -> str:
+    """The text of a list file; '' if it is missing or no text, which is reported with the fix: `missing`, `no_text`."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
-        report(f"{path}: file missing; unpack the whole data set, or name the folder that holds it as the source")
+        report(f"{path}: file missing; {missing}")
     except UnicodeDecodeError:
-        report(f"{path}: not a UTF-8 text file; unpack it again from the original archive")
+        report(f"{path}: not a UTF-8 text file; {no_text}")
     return ""
 
 
@@ -138,6 +145,7 @@ def decode_fault(path: Path) -> str | None:
             return f"{path}: empty file; restore it from the original archive"
         with Image.open(path) as image:
             image.load()
+            eight_bits(image)
     except UnidentifiedImageError:
         return f"{path}: not an image; restore it from the original archive"
     except Exception as error:
@@ -149,8 +157,24 @@ def decode_fault(path: Path) -> str | None:
     return None
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """The upper 8 bits of an image with grey pixels of 16, as infrared cameras write them; any other image as it is.
+
+    Pillow's own conversion of such grey clips at 255, which makes the image white; of colour of 16 bits it takes the
+    upper 8 too.
+
+    Raises:
+      ValueError: the pixels have 32 bits.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits have no agreed range: save it with 8 or 16")
+    return image
+
+
 def read_encoded(path: Path) -> bytes:
-    """The bytes to store for an image file: those of a JPEG or PNG file; any other (BMP) is stored as lossless PNG.
+    """The bytes to store for an image file: those of a JPEG or PNG file; others (BMP, TIFF) are stored as lossless PNG.
 
     Raises:
       UserError: the file is no image.
@@ -161,7 +185,8 @@ def read_encoded(path: Path) -> bytes:
     fault = decode_fault(path)
     if fault:
         raise UserError(fault)
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data)) as opened:
+        image = eight_bits(opened)
         image = image if image.mode in ("L", "RGB") else image.convert("RGB")
         buffer = io.BytesIO()
         image.save(buffer, format="png", compress_level=3)

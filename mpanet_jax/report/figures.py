@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
 from mpanet_jax.files import write_whole
 from mpanet_jax.report.requirements import require_report
 
@@ -22,6 +26,7 @@ COLOURS = (
 BLUE, VERMILION = "#0072B2", "#D55E00"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # so that lines differ by more than colour
 HEAT = "cividis"  # from blue to yellow, also for colour-blind eyes
+PHOTO_ASPECT = 2.2  # height over width of every photo: all are drawn in the same proportions
 
 _STYLE: dict[Any, Any] = {
     "font.size": 7.0,
@@ -61,6 +66,19 @@ def new_figure(height_mm: float, *, width_mm: float = WIDTH_MM) -> Iterator[Any]
 
     with matplotlib.rc_context(_STYLE):
         yield Figure(figsize=(width_mm / 25.4, height_mm / 25.4), layout="constrained", dpi=DOTS_PER_INCH)
+
+
+def show_photo(cell: Any, photo: Image.Image, heat: Float[np.ndarray, "h w"] | None = None) -> None:
+    """Show a photo in an Axes without ticks and frame, or its grey values under a map of heat, scaled to 0 to 1."""
+    pixels = np.asarray(photo)
+    options = {"extent": (0, 1, PHOTO_ASPECT, 0), "aspect": "equal"}
+    cell.set(xticks=[], yticks=[])
+    cell.spines[:].set_visible(False)
+    cell.imshow(pixels if heat is None else pixels.mean(-1), cmap="gray", vmin=0, vmax=255, **options)
+    if heat is not None:
+        low, high = heat.min(), heat.max()
+        heat = (heat - low) / (high - low if high > low else 1)
+        cell.imshow(heat, cmap=HEAT, alpha=0.6, interpolation="bilinear", vmin=0, vmax=1, **options)
 
 
 def plain_numbers(axis: Any) -> None:

@@ -4,14 +4,13 @@ import os
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float32
 
 from mpanet_jax.errors import UserError
 from mpanet_jax.modality import INFRARED, MODALITY_NAMES, VISIBLE
-from mpanet_jax.report.figures import HEAT, WIDTH_MM, new_figure, save_figure
+from mpanet_jax.report.figures import PHOTO_ASPECT, WIDTH_MM, new_figure, save_figure, show_photo
 from mpanet_jax.report.pattern_maps import grad_cam, targets_of
 from mpanet_jax.report.sources import Source
-
-_ASPECT = 2.2  # height over width of a cell
 
 
 def rows_of_people(source: Source, pids: np.ndarray, seed: int) -> np.ndarray:
@@ -39,6 +38,19 @@ def rows_of_people(source: Source, pids: np.ndarray, seed: int) -> np.ndarray:
     return np.array(rows)
 
 
+def maps_of_rows(source: Source, rows: np.ndarray, *, plain: bool = False) -> Float32[np.ndarray, "r l h w"]:
+    """The pattern maps of some images of `source`: Grad-CAM of M_k ⊙ F (`grad_cam`), or M_k itself with `plain`.
+
+    Raises:
+      UserError: there is no network, it makes no pattern maps, or an image is missing.
+    """
+    paths = [str(path) for path in source.images.paths[rows]]
+    if plain or source.model is None:  # without a network, `pattern_maps` raises the right error
+        return source.pattern_maps(paths)
+    targets = targets_of(source.images.pids, source.modality, source.images.features, rows)
+    return grad_cam(source.model, [source.photo(path) for path in paths], targets)
+
+
 def draw_patterns(
     source: Source, pids: np.ndarray, folder: str | os.PathLike, *, seed: int = 0, plain: bool = False
 ) -> list[Path]:
@@ -59,27 +71,16 @@ def draw_patterns(
     """
     rows = rows_of_people(source, pids, seed)
     paths = [str(path) for path in source.images.paths[rows]]
-    if plain or source.model is None:  # without a network, `pattern_maps` raises the right error
-        maps = source.pattern_maps(paths)
-    else:
-        targets = targets_of(source.images.pids, source.modality, source.images.features, rows)
-        maps = grad_cam(source.model, [source.photo(path) for path in paths], targets)
+    maps = maps_of_rows(source, rows, plain=plain)
     columns = 1 + maps.shape[1]
-    height = 7 + len(rows) * (WIDTH_MM - 6) / columns * _ASPECT
+    height = 7 + len(rows) * (WIDTH_MM - 6) / columns * PHOTO_ASPECT
     with new_figure(height) as figure:
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
         axes = figure.subplots(len(rows), columns, squeeze=False)
         for line, (row, path) in enumerate(zip(rows, paths, strict=True)):
-            photo = np.asarray(source.photo(path))
-            grey = photo.mean(-1)
+            photo = source.photo(path)
             for column, cell in enumerate(axes[line]):
-                cell.set(xticks=[], yticks=[])
-                cell.spines[:].set_visible(False)
-                extent = (0, 1, _ASPECT, 0)
-                cell.imshow(photo if not column else grey, cmap="gray", extent=extent, aspect="equal", vmin=0, vmax=255)
-                if column:
-                    heat = _to_one(maps[line, column - 1])
-                    cell.imshow(heat, cmap=HEAT, extent=extent, alpha=0.6, interpolation="bilinear", vmin=0, vmax=1)
+                show_photo(cell, photo, maps[line, column - 1] if column else None)
                 if not line:
                     cell.set_title("image" if not column else f"{column}", pad=2)
             camera = source.images.camids[row]
@@ -88,8 +89,3 @@ def draw_patterns(
         what = "Pattern maps M" if plain else "Grad-CAM of M ⊙ F"
         figure.suptitle(f"{what}: blue is least, yellow is greatest")
         return save_figure(figure, folder, "patterns_plain" if plain else "patterns")
-
-
-def _to_one(values: np.ndarray) -> np.ndarray:
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low if high > low else 1)

@@ -19,6 +19,7 @@ from mpanet_jax.data.augment import (
     normalize,
     one_channel,
     rrle,
+    symmetric_beta,
 )
 from mpanet_jax.settings import AugmentSettings
 
@@ -186,6 +187,21 @@ def test_one_channel_is_drawn_uniformly_and_copied():
 def test_grey_by_hand():
     pixel = jnp.array([[[0.5, 0.25, 1.0]]], jnp.float32)
     np.testing.assert_allclose(grey(pixel), np.full((1, 1, 3), 0.14945 + 0.14675 + 0.1140), rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.4, 2.0])
+def test_symmetric_beta_has_the_distribution(beta):
+    found = np.asarray(symmetric_beta(jax.random.key(1), beta, (20 * DRAWS,), jnp.float32), np.float64)
+    assert ((found >= 0) & (found <= 1)).all()
+    distribution = scipy.stats.beta(beta, beta)
+    assert scipy.stats.kstest(found, distribution.cdf).pvalue > 1e-3
+    # Near 0 too, where most draws of a small β are, but for those that float32 cannot tell from 0.
+    small = found[(found > 1e-30) & (found < 0.01)]
+    span = distribution.cdf(0.01) - distribution.cdf(1e-30)
+    below = lambda x: (distribution.cdf(x) - distribution.cdf(1e-30)) / span  # noqa: E731
+    assert scipy.stats.kstest(small, below).pvalue > 1e-3
+    program = jax.make_jaxpr(lambda key: symmetric_beta(key, beta, (3,), jnp.float32))(jax.random.key(0))
+    assert "while" not in str(program)
 
 
 def test_mrle_weights_are_beta_draws_over_their_sum():

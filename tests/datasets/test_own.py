@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from mpanet_jax import datasets
+from mpanet_jax.data.decode import pixels_of, read_image_file, resized_pixels
 from mpanet_jax.datasets.prepared import _warn_of_another_source
 from mpanet_jax.errors import UserError
+from mpanet_jax.settings import DataSettings
 from tests.datasets.by_name import load_split, prepare, settings, verify
 from tests.evaluation.by_name import evaluate_embeddings
 from tests.evaluation.cases import embeddings
@@ -82,7 +84,8 @@ def test_every_column_arrives(tmp_path):
 
 
 def test_byte_order_mark_other_columns_quotes_and_blank_lines_are_read(tmp_path):
-    root = write(tmp_path / "raw", [[*row, "a, note"] for row in ROWS], [*HEADER, "remark"])
+    rows = [[*row, "a, note", "", ""] for row in ROWS]
+    root = write(tmp_path / "raw", rows, [*HEADER, "remark", "", ""])  # as spreadsheets leave empty columns behind
     text = (root / "images.csv").read_text(encoding="utf-8").replace("\r\n", "\n\n")
     (root / "images.csv").write_text("\ufeff" + text, encoding="utf-8")
     assert faults_of(root) == []
@@ -122,9 +125,14 @@ def test_a_query_never_meets_its_own_known_camera(camids, num_matches):
     "line, row, fault",
     [
         (1, ["path", "pid", "modality", "split"], "no column camid"),
-        (1, [*HEADER, "pid"], "a column comes twice"),
+        (1, [*HEADER, "pid"], "column pid comes twice"),
+        (1, ["path;pid;camid;modality;split"], "with commas between the columns"),
         (3, ["a/2.png", "anna", "1", "thermal", "train"], "modality 'thermal'; expected visible or infrared"),
         (3, ["a/2.png", "anna", "1", "visible", "training"], "split 'training'; expected one of train, val, test"),
+        (3, ["a/2.png", "anna", "1", "visi\nble", "train"], r"modality 'visi\nble'"),
+        (3, ["a/2.png", "an\nna", "1", "visible", "train"], r"pid 'an\nna' holds a line break"),
+        (3, ["a/2.png", "anna\0", "1", "visible", "train"], r"pid 'anna\x00' holds"),
+        (3, ["a\\2.png", "anna", "1", "visible", "train"], "write '/' between the parts"),
         (3, ["a/2.png", "anna", "one", "visible", "train"], "camid 'one'"),
         (3, ["a/2.png", "anna", "-2", "visible", "train"], "camid '-2'"),
         (3, ["a/2.png", "anna", "9" * 5000, "visible", "train"], "camid '999"),
@@ -156,6 +164,18 @@ def test_a_faulty_line_is_named_and_nothing_is_built(tmp_path, line, row, fault)
     assert not (tmp_path / "data").exists()
 
 
+def test_one_name_in_two_spellings_of_unicode_is_named(tmp_path):
+    """An é is one character or two; as two identities, one person would be in training and in the test."""
+    composed, decomposed = "Zo\u00e9", "Zoe\u0301"
+    rows = [
+        *ROWS,
+        *[[f"z/{n}.png", composed, "1", modality, "train"] for n, modality in enumerate(("visible", "infrared"))],
+        ["z/2.png", decomposed, "2", "visible", "test"],
+    ]
+    (fault,) = faults_of(write(tmp_path / "raw", rows))
+    assert "images.csv:16: pid" in fault and "looks like that of line 14" in fault and r"'Zoe\u0301'" in fault
+
+
 def test_all_faulty_lines_are_listed_once(tmp_path):
     root = write(tmp_path / "raw", ROWS)
     (root / "a/1.png").write_bytes(b"")
@@ -183,16 +203,66 @@ def test_empty_splits_are_named(tmp_path, keep, fault):
     assert [f for f in faults_of(root) if f.startswith(f"{root}/images.csv: ") and fault in f], faults_of(root)
 
 
+def test_tests_whose_images_all_come_from_one_camera_are_named(tmp_path):
+    """A query meets no image of its own camera: training would fail at its first evaluation."""
+    one_camera = {"d/1.png": "4", "d/2.png": "4", "d/3.png": "6", "d/4.png": "6", "d/5.png": "6", "c/2.png": "1"}
+    root = write(tmp_path / "raw", [[*row[:2], one_camera.get(row[0], row[2]), *row[3:]] for row in ROWS])
+    faults = faults_of(root)
+    assert len(faults) == 3 and all("meets no image of its own identity and camera" in fault for fault in faults)
+    for what in (
+        "split test has images of both modalities from two",
+        "split val has",
+        "query and, from another camera",
+    ):
+        assert [fault for fault in faults if what in fault], faults
+    for path in ("d/2.png", "d/5.png", "c/2.png"):  # of a camera that is unknown
+        one_camera[path] = ""
+    write(root, [[*row[:2], one_camera.get(row[0], row[2]), *row[3:]] for row in ROWS])
+    assert faults_of(root) == []
+
+
+@pytest.mark.parametrize(
+    "kind, file_format",
+    [
+        (np.uint16, "PNG"),
+        (np.uint16, "TIFF"),
+        (">u2", "TIFF"),
+        (np.uint8, "TIFF"),
+        (np.uint8, "WEBP"),
+        (np.uint8, "GIF"),
+    ],
+)
+def test_prepared_pixels_are_those_of_the_file(tmp_path, kind, file_format):
+    root, data = write(tmp_path / "raw", ROWS), DataSettings(8, 4)
+    grey = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (12, 6)).astype(kind)
+    image = Image.fromarray(grey) if kind != ">u2" else Image.frombytes("I;16B", (6, 12), grey.tobytes())
+    image.save(root / "d/2.png", file_format)
+    prepare("own", root, tmp_path / "data")
+    split = load_split("own", tmp_path / "data", "test")
+    (row,) = np.flatnonzero(split.paths == "d/2.png")
+    pixels = pixels_of(split, row, data)
+    np.testing.assert_array_equal(pixels, resized_pixels(read_image_file(root / "d/2.png"), data))
+    assert len(np.unique(pixels)) > 10
+
+
+def test_images_of_32_bits_are_refused_before_anything_is_built(tmp_path):
+    root = write(tmp_path / "raw", ROWS)
+    Image.fromarray(np.ones((12, 6), np.float32)).save(root / "d/2.png", "TIFF")
+    (fault,) = faults_of(root)
+    assert "d/2.png: cannot be decoded (pixels of 32 bits" in fault and "line 9 of images.csv" in fault
+
+
 def test_files_that_are_no_csv(tmp_path):
     root = write(tmp_path / "raw", ROWS)
     for content, fault in (
         (b"", "images.csv:1: empty; expected the header path,pid,camid,modality,split"),
-        (b"\xff\xfe\x00", "not a UTF-8 text file"),
+        ("path,pid".encode("utf-16"), "not a UTF-8 text file; save it as UTF-8"),
         (b'path,pid,camid,modality,split\n"' + b"x" * 200_000 + b'"\n', "not CSV"),
     ):
         (root / "images.csv").write_bytes(content)
         assert len([f for f in faults_of(root) if ":1: empty" in f]) == (content == b"")
         assert [f for f in faults_of(root) if fault in f], faults_of(root)
+        assert not [f for f in faults_of(root) if "no image of split" in f]  # which is no fault of its own
     (root / "images.csv").unlink()
     assert faults_of(root)[0].startswith(f"{root}/images.csv: file missing")
 
@@ -204,6 +274,11 @@ def test_unpaired_training_identities_are_left_out_by_name(tmp_path, part):
     assert "images.csv:14: training identity 'fred' has infrared images only" in fault and "drop_unpaired" in fault
     found = verify("own", root, drop_unpaired=True)
     assert found.faults == [] and "'fred' has infrared images only and is left out" in found.warnings[0]
+    for path in ("a/1.png", "b/1 größe.png"):
+        (root / path).write_bytes(b"")
+    with pytest.raises(UserError, match=r"2 faults; .* --dataset own .* --drop_unpaired --check lists them all"):
+        prepare("own", root, tmp_path / "data", drop_unpaired=True)
+    write(root, [*ROWS, ["f/1.png", "fred", "3", "infrared", part]])
     prepare("own", root, tmp_path / "data", drop_unpaired=True)
     assert set(load_split("own", tmp_path / "data", "train").pid_names) == {"anna", "人 b", "carl"}
 

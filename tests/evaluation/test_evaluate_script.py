@@ -9,11 +9,12 @@ import pytest
 
 from mpanet_jax.evaluation.metrics_output import format_table, write_metrics
 from tests.evaluation import brute_force, cases
+from tests.scripts_in_process import process
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_script(*arguments):
+def start_script(*arguments):
     return subprocess.run(
         [sys.executable, ROOT / "scripts" / "evaluate.py", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -49,7 +50,7 @@ def files(tmp_path_factory):
 def test_features_of_another_framework(files):
     folder, expected = files
     out = folder / "results" / "metrics.json"
-    result = run_script(
+    result = start_script(
         *("--features", folder / "query.npz", folder / "gallery.npz", "--protocol", "sysu_mm01"),
         *("--permutation", folder / "rand_perm_cam.mat", "--out", out),
     )
@@ -82,7 +83,7 @@ def test_bad_input_ends_with_one_line_and_code_2(files, arguments, message):
     folder = files[0]
     paths = [folder / argument if argument.endswith(".npz") else argument for argument in arguments]
     out = folder / "nothing.json"
-    result = run_script(*paths, "--out", out)
+    result = process("evaluate.py", *paths, "--out", out)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

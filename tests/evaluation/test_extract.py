@@ -33,6 +33,7 @@ from mpanet_jax.weights.files import write_state_dict  # noqa: E402
 from mpanet_jax.weights.names import to_state_dict  # noqa: E402
 from tests.evaluation.by_name import evaluate_embeddings  # noqa: E402
 from tests.reference.model import MPANet, randomise  # noqa: E402
+from tests.scripts_in_process import process  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = {"stage_sizes": (1, 1, 1, 1), "width": 16}
@@ -40,13 +41,18 @@ SETTINGS = replace(MPANetSettings(), {f"model.{name}": value for name, value in 
 GENERATOR = np.random.default_rng(0)
 
 
-def run_extract(*arguments):
+def start_extract(*arguments):
+    """In a process of its own: what libraries of C print counts too."""
     return subprocess.run(
         [sys.executable, ROOT / "scripts" / "extract.py", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
+
+
+def run_extract(*arguments):
+    return process("extract.py", *arguments)
 
 
 def write_weights(path, network):
@@ -123,7 +129,7 @@ def test_a_folder_is_embedded_as_pytorch_and_pillow_do(kinds, network, tmp_path,
     out, weights = tmp_path / "new folder" / "f.npz", tmp_path / "weights"
     write_weights(tmp_path / "published.safetensors", network)
     convert(tmp_path / "published.safetensors", weights, settings=replace(SETTINGS, {"data.resize": resize}))
-    result = run_extract(
+    result = start_extract(
         *("--weights", weights, "--images", kinds, "--out", out, "--dtype", "float32"),
         # In maps of 4×2 pixels float32 alone is good for 3e-5: so far PyTorch's own is from its float64.
         *("--height", 128, "--width", 64, "--batch_size", 4),
@@ -178,7 +184,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(folder_of_weights, tm
     folder.mkdir()
     reasons = damage(folder)
     arguments = ("--weights", folder_of_weights, "--images", folder, "--out", out, "--height", 64, "--width", 32)
-    result = run_extract(*arguments, "--batch_size", 4)
+    result = start_extract(*arguments, "--batch_size", 4)
     assert result.returncode == 1
     *skipped, last = result.stderr.strip().splitlines()
     assert last == "7 of 10 images skipped"
@@ -415,6 +421,7 @@ def test_a_bare_resnet_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "--out: missing; give it"),
         (["--out", "f.npz"], "expected one of --workdir and --weights"),
         (["--out", "f.npz", "--workdir", "a", "--weights", "b"], "expected one of --workdir and --weights"),
         (["--out", "f.txt", "--weights", "b"], "ends in .npz"),

@@ -3,9 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,8 @@ from mpanet_jax.run_files import save_settings
 from mpanet_jax.settings_base import replace
 from mpanet_jax.weights.convert import convert
 from tests.pages import run_code
+from tests.scripts_in_process import Refused, process
+from tests.scripts_in_process import run as run_here
 from tests.trained import person, save_trained, trained_model
 
 pytestmark = pytest.mark.xdist_group("trained")
@@ -29,12 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / f"{script}.py", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    return process(f"{script}.py", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +112,19 @@ def test_verify_before_and_after_a_calibration(place):
     expected = calibration.logistic("cross_modality").probability(float(a @ b), 0.2)
     assert f"probability {expected:.4g}"[:16] in after.stdout and "prior 0.2" in after.stdout
     path.unlink()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["verify.py", "none.png", "query0.png"], r"^none\.png: No such file or directory; give another image$"),
+        (["search.py", "--gallery=gallery", "--query", "none.png"], "no query can be read"),
+    ],
+)
+def test_images_that_are_not_there_are_named(place, monkeypatch, words, message):
+    monkeypatch.chdir(place)
+    with pytest.raises(Refused, match=message):
+        run_here([f"scripts/{words[0]}", "--model=model.safetensors", *words[1:]])
 
 
 def test_compare_is_what_embed_says(place):

@@ -1,28 +1,18 @@
 """export.py as it is called."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import onnxruntime
 import pytest
 
 from mpanet_jax.model import load
+from tests.scripts_in_process import process
 from tests.trained import person, save_trained, trained_model
 
 pytestmark = pytest.mark.xdist_group("trained")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_export(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / "export.py", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    return process("export.py", *arguments)
 
 
 def test_writes_onnx_and_published_names(tmp_path):

@@ -9,11 +9,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from mpanet_jax.datasets import make_protocol
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.report.curves import draw_curves
 from mpanet_jax.report.distances import EDGES, KINDS, distance_distributions, draw_distances
 from mpanet_jax.report.patterns import draw_patterns
 from mpanet_jax.report.people import choose_people, named_people, people_with_both
+from mpanet_jax.report.query import SHOWN, choose_query, draw_query
+from mpanet_jax.report.retrieval import rank_queries
 from mpanet_jax.report.tsne import draw_tsne
 from tests.report.sources import known, source
 
@@ -78,6 +81,35 @@ def test_patterns_have_a_row_an_image_and_a_column_a_pattern(drawn, tmp_path):
     # The same seed, the same picture; another shows other images.
     again = draw_patterns(people, pids, tmp_path / "again", seed=3)
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
+
+
+def test_a_query_stands_beside_its_first_results_and_above_its_maps(drawn, tmp_path):
+    people = source()
+    images = people.images
+    rows = [np.flatnonzero((images.modality == modality) & (images.pids < 4)) for modality in (0, 1)]
+    query, gallery = (images.take(part) for part in rows)
+    ranking = rank_queries(query, gallery, protocol=make_protocol("own"), top=SHOWN)
+    path = str(query.paths[3])
+    paths = draw_query(people, ranking, choose_query(ranking, path, seed=0), tmp_path)
+    (figure,) = drawn
+    check_legible(figure, paths)
+    cells = np.array(figure.axes, object).reshape(2, 6)
+    assert [cell.get_title() for cell in cells[1]] == [f"pattern {n}" for n in range(1, 7)]
+    assert (cells[0, 0].get_title(), cells[0, 0].get_xlabel()) == ("query", "person 1")
+    np.testing.assert_array_equal(cells[0, 0].images[0].get_array(), np.asarray(people.photo(path)))
+    # The nearest first, by all distances computed here.
+    unit = [part.features / np.linalg.norm(part.features, axis=1, keepdims=True) for part in (query, gallery)]
+    distances = 1 - unit[0][3].astype(float) @ unit[1].astype(float).T
+    for place, row in enumerate(np.argsort(distances)[:5]):
+        cell, right = cells[0, 1 + place], gallery.pids[row] == 1
+        np.testing.assert_array_equal(cell.images[0].get_array(), np.asarray(people.photo(str(gallery.paths[row]))))
+        name, number = cell.get_xlabel().split("\n")
+        assert name == f"person {gallery.pids[row]}" and float(number) == pytest.approx(distances[row], abs=1e-3)
+        assert cell.get_title() == f"{place + 1} {'✓' if right else '✗'}"
+        assert (cell.spines["left"].get_linestyle() == "-") == right
+    with pytest.raises(ArgumentError, match=r"query = nobody\.png: no query .* has this path"):
+        choose_query(ranking, "nobody.png", seed=0)
+    assert choose_query(ranking, None, seed=1) == choose_query(ranking, None, seed=1)
 
 
 def test_tsne_has_a_panel_a_source_and_a_marker_an_image(drawn, tmp_path):

@@ -1,25 +1,14 @@
 """scripts/visualize.py: a page from two .npz files and a folder, and one line for what cannot be drawn."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from mpanet_jax.embeddings import save_embeddings
 from tests.report.page_cases import WICKED, people, photo
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts_in_process import process
 
 
 def run_script(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts/visualize.py", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    return process("visualize.py", *arguments)
 
 
 def test_a_page_of_any_framework_s_embeddings(tmp_path):

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
+from mpanet_jax.models.agw import NonLocalBlock
 from mpanet_jax.models.attention import ModalityAlleviation, PatternAlignment
 from mpanet_jax.models.fused.attention import fused_mam, fused_pam
 from mpanet_jax.models.fused.classifier import fused_classifier
+from mpanet_jax.models.fused.non_local import fused_non_local
 from mpanet_jax.models.fused.normalization import fused_batch_norm
 from mpanet_jax.models.fused.resnet import fused_bottleneck, fused_stem
 from mpanet_jax.models.layers import BatchNorm, Classifier
@@ -27,6 +29,7 @@ FUSED_FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     Bottleneck: fused_bottleneck,
     Classifier: fused_classifier,
     ModalityAlleviation: fused_mam,
+    NonLocalBlock: fused_non_local,
     PatternAlignment: fused_pam,
     Stem: fused_stem,
 }

@@ -12,6 +12,7 @@ from mpanet_jax.errors import SettingsError
 from mpanet_jax.methods import method as method_module
 from mpanet_jax.methods.mpanet import MPANet as Method
 from mpanet_jax.methods.mpanet import MPANetSettings
+from mpanet_jax.models.agw import NonLocalBlock
 from mpanet_jax.models.fused import Fused, fuse, has_fused_blocks
 from mpanet_jax.models.layers import SUMMED
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
@@ -80,6 +81,36 @@ def test_fused_equals_plain(channel_module, pattern_module):
         evaluate = [jax.jit(partial(form.apply, train=False)) for form in (fuse(network), network)]
         found, expected = (apply(variables, images, modality) for apply in evaluate)
         assert max(jax.tree.leaves(relative_errors(found, expected))) < 1e-10
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_fused_non_local_block_equals_the_plain_one(train):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        block = NonLocalBlock(param_dtype=jnp.float64)
+        x, weights = jnp.asarray(rng.normal(size=(2, 4, 5, 3, 8)))
+        shapes = jax.eval_shape(partial(block.init, train=False), jax.random.key(0), x)
+        # Every parameter and statistic away from 0 and 1, the scale of the batch norm among them.
+        variables = jax.tree.map(lambda s: rng.uniform(0.5, 1.5, s.shape) * rng.choice([-1, 1], s.shape), shapes)
+        variables["batch_stats"]["bn"]["var"] = np.abs(variables["batch_stats"]["bn"]["var"])
+        variables = jax.tree.map(jnp.asarray, variables)
+
+        def loss(params, x, network):
+            variables_ = {**variables, "params": params}
+            y, changed = network.apply(variables_, x, train=train, mutable=["batch_stats"])
+            return (y * weights).sum(), (y, changed["batch_stats"])
+
+        results = [
+            jax.jit(jax.value_and_grad(partial(loss, network=network), (0, 1), has_aux=True))(variables["params"], x)
+            for network in (fuse(block), block)
+        ]
+        ((_, found), found_gradients), ((_, expected), gradients) = results
+        assert max(jax.tree.leaves(relative_errors(found, expected))) < 1e-12
+        # The batch norm divides w's size away: what is left of its gradient is a difference of large numbers.
+        assert max(jax.tree.leaves(relative_errors(found_gradients, gradients))) < 1e-8
+        assert fuse(block).init(jax.random.key(3), x, train=False).keys() == variables.keys()
+        initial = [network.init(jax.random.key(3), x, train=False) for network in (fuse(block), block)]
+        jax.tree.map(np.testing.assert_array_equal, *initial)
 
 
 def test_both_forms_have_the_same_variables():
