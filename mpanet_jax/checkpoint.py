@@ -193,7 +193,7 @@ class Checkpoints:
 
     def _restore(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
         items, directory = _items(state), self._folder(step)
-        with readable(directory):
+        with readable():
             check_files(directory)  # first: orbax's errors, from several threads, would bury the reason
             missing = {*items, "data"} - set(ocp.checkpointables_metadata(str(directory)).metadata)
             if "model" in missing:
@@ -265,7 +265,7 @@ def load_model(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]
     device = SingleDeviceSharding(jax.local_devices()[0])
     quiet_orbax()
     try:
-        with readable(newest), _alone():
+        with readable(), _alone():
             check_files(newest)
             stored = model_shapes(newest)
             abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)

@@ -21,7 +21,7 @@ class DamagedCheckpoint(Exception):
 
 
 @contextlib.contextmanager
-def readable(directory: Path) -> Iterator[None]:
+def readable() -> Iterator[None]:
     """Turns what orbax and the libraries below it raise for broken or missing files into `DamagedCheckpoint`."""
     try:
         yield
