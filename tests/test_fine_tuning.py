@@ -1,6 +1,7 @@
 """A run that starts from trained weights: what it takes, what starts anew, what it refuses."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import socket
@@ -43,6 +44,7 @@ SMALL = small_mpanet()
 CLASSIFIERS = {"classifier", "visible_classifier", "infrared_classifier"}
 
 
+@functools.cache  # a test asks for the same ones again and again
 def random_variables(method=SMALL, num_ids=7, seed=1):
     """As before the first step, with running statistics as after some."""
     variables = init_variables(method.network(num_ids), jax.random.key(seed), 32, 32)
