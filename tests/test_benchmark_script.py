@@ -23,6 +23,7 @@ from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import UserError
 from mpanet_jax.methods import settings_of
 from mpanet_jax.settings_base import to_dict
+from tests import scripts_in_process
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/synthetic.py", "--config.data.height=32", "--config.data.width=16"]
@@ -39,16 +40,19 @@ def data(tmp_path_factory):
     return [f"--config.dataset.source={folder}/raw", f"--config.dataset.data_dir={folder}/prepared"]
 
 
-def run(folder, name, *arguments, out=None):
-    """The process, and what it wrote."""
-    cache = [f"--compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}"]
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/benchmark.py"), name, *cache, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+def run(folder, name, *arguments, out=None, alone=False):
+    """The process, and what it wrote; `alone`: one of its own, not the tests'."""
+    arguments = [name, f"--compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}", *arguments]
+    if alone:
+        process = subprocess.run(
+            [sys.executable, str(ROOT / "scripts/benchmark.py"), *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+    else:
+        process = scripts_in_process.process("benchmark.py", *arguments, cwd=folder)
     path = folder / f"runs/benchmark/{out or name}.json"
     return process, json.loads(path.read_text()) if path.exists() else None
 
@@ -65,7 +69,7 @@ def check(process, report, name, *figures):
 
 def test_step(tmp_path):
     profile = tmp_path / "profile"
-    process, report = run(tmp_path, "step", *TINY, "--steps=6", "--images=16", f"--profile={profile}")
+    process, report = run(tmp_path, "step", *TINY, "--steps=6", "--images=16", f"--profile={profile}", alone=True)
     results = check(process, report, "step", *RATES, "tflops", "copy_ceiling_gb_per_second", "matmul_ceiling_tflops")
     assert report["config"]["data"]["height"] == 32
     assert (results["timed_steps"], results["batch_size"]) == (6, 12)
@@ -96,7 +100,7 @@ def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
 def test_train(cache, data, tmp_path):
     arguments = ["--steps=9", f"--config.data.cache={cache}", "--config.train.checkpoint_every_epochs=1"]
     arguments += ["--config.train.steps_per_call=1"]  # one program less to compile
-    process, report = run(tmp_path, "train", *TINY, *data, *arguments)
+    process, report = run(tmp_path, "train", *TINY, *data, *arguments, alone=True)
     results = check(process, report, "train", *RATES, "share_of_step", "seconds_to_first_step")
     assert results["cache"] == cache
     assert results["checkpoints"] == 9 // results["steps_per_epoch"] == 1
@@ -174,7 +178,7 @@ def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(arguments, named, tmp_path):
-    process, report = run(tmp_path, *arguments)
+    process, report = run(tmp_path, *arguments, alone=arguments == ["fast"])
     assert process.returncode == 2 and report is None
     assert len(process.stderr.splitlines()) == 1 and named in process.stderr
 
@@ -254,7 +258,7 @@ def test_growth(over, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     sizes = {"images": [200, 400], "ids": [10, 40], "batch": [8, 16], "devices": [1, 2]}[over]
     options = [f"--over={over}", f"--sizes={sizes[0]},{sizes[1]}", "--steps=5"]
-    process, report = run(tmp_path, "growth", *TINY, *options, out=f"growth_{over}")
+    process, report = run(tmp_path, "growth", *TINY, *options, out=f"growth_{over}", alone=True)
     results = check(process, report, "growth")
     assert [row[over] for row in results["rows"]] == sizes and over in process.stdout
     columns = {
@@ -275,7 +279,7 @@ def test_growth(over, tmp_path, monkeypatch):
 @pytest.mark.parametrize("rerank", [False, True])
 def test_growth_with_the_gallery(rerank, tmp_path):
     options = ["--over=gallery", "--sizes=200,400", "--queries=20", "--dimension=16", *(["--rerank"] if rerank else [])]
-    process, report = run(tmp_path, "growth", *options, out="growth_gallery")
+    process, report = run(tmp_path, "growth", *options, out="growth_gallery", alone=True)
     results = check(process, report, "growth")
     names = {"rerank_cpu_seconds"} if rerank else {"evaluate_cpu_seconds", "search_cpu_seconds"}
     assert all(row[name] > 0 for name in names for row in results["rows"])

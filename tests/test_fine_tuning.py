@@ -1,6 +1,7 @@
 """A run that starts from trained weights: what it takes, what starts anew, what it refuses."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import socket
@@ -39,10 +40,13 @@ from tests.reference.model import MPANet as Reference  # noqa: E402
 from tests.reference.model import randomise  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+# All in one worker: they share a run and the variables of the small network.
+pytestmark = pytest.mark.xdist_group("fine-tuning")
 SMALL = small_mpanet()
 CLASSIFIERS = {"classifier", "visible_classifier", "infrared_classifier"}
 
 
+@functools.cache  # a test asks for the same ones again and again
 def random_variables(method=SMALL, num_ids=7, seed=1):
     """As before the first step, with running statistics as after some."""
     variables = init_variables(method.network(num_ids), jax.random.key(seed), 32, 32)
@@ -144,7 +148,6 @@ def test_a_backbone_is_told_from_a_whole_network_that_has_its_names(run, tmp_pat
 # What is refused
 
 
-@pytest.mark.parametrize("suffix", ["", ".safetensors"])
 @pytest.mark.parametrize(
     ("field", "value", "other"),
     [
@@ -154,17 +157,18 @@ def test_a_backbone_is_told_from_a_whole_network_that_has_its_names(run, tmp_pat
         ("method", "mpanet_copy", "mpanet"),
     ],
 )
-def test_another_network_is_refused_by_the_names_of_both(tmp_path, monkeypatch, field, value, other, suffix):
+def test_another_network_is_refused_by_the_names_of_both(tmp_path, monkeypatch, field, value, other):
     monkeypatch.setitem(METHODS, "mpanet_copy", Entry(MPANet, MPANetSettings))
     write_run(tmp_path / "run", MPANet(replace(SMALL.settings, {field: value})))
-    if suffix:
-        convert(tmp_path / "run", tmp_path / "run.safetensors")
-    with pytest.raises(UserError) as error:
-        start_from(str(tmp_path / f"run{suffix}"), SMALL)
-    assert str(error.value) == (
-        f"init_from: {tmp_path}/run{suffix}: its weights are of another network: "
-        f"{field} is {value!r} there and {other!r} here; set these fields to the values there, or name other weights"
-    )
+    convert(tmp_path / "run", tmp_path / "run.safetensors")
+    for suffix in ("", ".safetensors"):
+        with pytest.raises(UserError) as error:
+            start_from(str(tmp_path / f"run{suffix}"), SMALL)
+        assert str(error.value) == (
+            f"init_from: {tmp_path}/run{suffix}: its weights are of another network: "
+            f"{field} is {value!r} there and {other!r} here; set these fields to the values there, or name other "
+            "weights"
+        )
 
 
 def test_of_a_backbone_only_the_backbone_has_to_be_the_same(run, tmp_path):
