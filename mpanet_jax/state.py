@@ -1,5 +1,6 @@
 """The training state: what one step hands to the next."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -40,16 +41,22 @@ def init_variables(network: nn.Module, key: PRNGKeyArray, height: int, width: in
     """Draws a network's variables.
 
     Args:
-      network: built without a mapped axis.
+      network: built without a mapped axis; its fields can be hashed, as tuples can and lists cannot. Equal networks
+        are traced once.
       key: of the draws.
       height, width: of the images, in pixels.
 
     Returns:
       {"params", "batch_stats"}.
     """
-    images, modality = jnp.zeros((2, height, width, 3)), jnp.arange(2, dtype=jnp.int32)
-    variables = jax.jit(lambda k: network.init(k, images, modality, train=False))(key)
+    variables = _init(network, key, height, width)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+@partial(jax.jit, static_argnames=("network", "height", "width"))
+def _init(network: nn.Module, key: PRNGKeyArray, height: int, width: int) -> Any:
+    images, modality = jnp.zeros((2, height, width, 3)), jnp.arange(2, dtype=jnp.int32)
+    return network.init(key, images, modality, train=False)
 
 
 def create_train_state(
