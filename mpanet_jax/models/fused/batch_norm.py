@@ -17,12 +17,15 @@ from jaxtyping import Array, Float
 
 from mpanet_jax.models.layers import statistics_dtype
 
+PSUM_FROM = 8  # devices; a gather was measured to be faster on two and on four
+
 
 def sum_over_devices(values: tuple[Array, ...], axis_name: str | None) -> tuple[Array, ...]:
     """Sums vectors over the devices of `axis_name`, all in one message; with axis_name None, returns them as they are.
 
-    The vectors are gathered and added instead of summed by `psum`: a step makes about a hundred such sums, the latency
-    of each is all that it costs, and for vectors this short a gather has less of it (docs/performance.md).
+    On fewer than `PSUM_FROM` devices the vectors are gathered and added instead of summed by `psum`: a step makes about
+    a hundred such sums, the latency of each is all that it costs, and for vectors this short a gather has less of it
+    (docs/performance.md). But each device receives the vectors of all others, so its cost grows with their number.
     """
     return sum_overlapped(values, None, axis_name)[0]
 
@@ -43,10 +46,12 @@ def sum_overlapped(values: tuple[Array, ...], work: Any, axis_name: str | None) 
     """
     if axis_name is None:
         return values, work
-    gathered = lax.all_gather(jnp.concatenate(values), axis_name)
+    joined = jnp.concatenate(values)
+    gather = lax.axis_size(axis_name) < PSUM_FROM
+    received = lax.all_gather(joined, axis_name) if gather else lax.psum(joined, axis_name)
     if work is not None:
-        gathered, work = lax.optimization_barrier((gathered, work))
-    totals = gathered.sum(0)
+        received, work = lax.optimization_barrier((received, work))
+    totals = received.sum(0) if gather else received
     return tuple(jnp.split(totals, np.cumsum([value.size for value in values[:-1]]))), work
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpanet_jax.models.fused.batch_norm import _sums_together, batch_norm
+from mpanet_jax.models.fused.batch_norm import _sums_together, batch_norm, sum_overlapped
 from mpanet_jax.models.fused.conv1x1 import _convolution, conv1x1, conv1x1_batch_norm
 from mpanet_jax.models.layers import BatchNorm
 
@@ -27,6 +27,23 @@ def assert_same_values_and_gradients(ours, expected, arguments, seed=0):
     wanted = jax.grad(lambda *a: (expected(*a) * weights).sum(), which)(*arguments)
     for a, b in zip(actual, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("devices", "primitive"), [(2, "all_gather"), (4, "all_gather"), (8, "psum"), (16, "psum")])
+def test_sums_over_devices_are_gathered_on_few_and_reduced_on_many(devices, primitive):
+    rng = np.random.default_rng(0)
+    values = tuple(jnp.asarray(rng.normal(size=(devices, size)), jnp.float32) for size in (3, 5))
+    work = jnp.asarray(rng.normal(size=(devices, 2)), jnp.float32)
+
+    def sums(values, work):
+        return sum_overlapped(values, 2 * work, "devices")
+
+    totals, done = jax.vmap(sums, axis_name="devices")(values, work)
+    for total, value in zip(totals, values, strict=True):
+        np.testing.assert_allclose(total, np.broadcast_to(np.asarray(value).sum(0), value.shape), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(done, 2 * work)
+    program = str(jax.make_jaxpr(sums, axis_env=[("devices", devices)])(tuple(v[0] for v in values), work[0]))
+    assert [name for name in ("all_gather", "psum") if f"{name}[" in program or f"{name} " in program] == [primitive]
 
 
 @pytest.mark.parametrize("relu", [False, True])
