@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from tests.limits import HANGS_AFTER
+
 
 def works(program):
     """Whether it is a browser, and not only a word on how to install one."""
@@ -28,8 +30,10 @@ def browser_context(width, height):
     if program is None:
         pytest.skip("no Chromium: install chromium or google-chrome, or name the program in CHROMIUM")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"], timeout=1000 * HANGS_AFTER)
         try:
-            yield browser.new_context(viewport={"width": width, "height": height})
+            context = browser.new_context(viewport={"width": width, "height": height})
+            context.set_default_timeout(1000 * HANGS_AFTER)
+            yield context
         finally:
             browser.close()
