@@ -8,7 +8,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of the suite's time would go into optimising programs that run for a second: XLA takes a fifth of it so.
 # XLA_FLAGS in the environment takes precedence: XLA_FLAGS=' ' tests the programs as users run them.
-_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# One thread for a program, and so no pieces of it: the workers keep the processors busy, and cutting costs a tenth.
+_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones do not know it
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)

@@ -28,6 +28,7 @@ from tests import scripts_in_process
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/synthetic.py", "--config.data.height=32", "--config.data.width=16"]
 TINY += ["--config.data.num_ids_per_batch=3", "--config.train.steps_per_call=2", "--config.eval.batch_size=8"]
+NARROW = [*TINY, "--config.model.width=8"]
 RATES = {"images_per_second", "median_ms", "p10_ms", "p90_ms", "peak_gib"}
 
 
@@ -82,7 +83,7 @@ def test_step(tmp_path):
 def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
     both = "pam_in_one_product xla_llvm_disable_expensive_passes=true"
     process, report = run(
-        tmp_path, "step", *TINY, "--steps=5", "--images=16", f"--try={both}", "--try=xla_no_such=1", out="tries"
+        tmp_path, "step", *NARROW, "--steps=5", "--images=16", f"--try={both}", "--try=xla_no_such=1", out="tries"
     )
     assert process.returncode == 0, process.stderr
     none, tried, failed = report["results"]["rows"]
@@ -110,10 +111,10 @@ def test_train(cache, data, tmp_path):
 
 
 def test_extract(data, tmp_path):
-    process, report = run(tmp_path, "extract", *TINY, *data, "--steps=4", "--images=20", "--files")
+    process, report = run(tmp_path, "extract", *NARROW, *data, "--steps=4", "--images=20", "--files")
     figures = ("fetched_images_per_second", "files_images_per_second", "tflops")
     results = check(process, report, "extract", *RATES, *figures)
-    assert (results["timed_batches"], results["batch_size"], results["dimension"]) == (4, 8, 7 * 512)
+    assert (results["timed_batches"], results["batch_size"], results["dimension"]) == (4, 8, 7 * 256)
 
 
 def test_evaluate(tmp_path):
@@ -133,7 +134,7 @@ def test_gallery(rerank, tmp_path):
 
 
 def test_save(tmp_path):
-    process, report = run(tmp_path, "save", *TINY, "--config.model.width=8", "--steps=2")
+    process, report = run(tmp_path, "save", *NARROW, "--steps=2")
     figures = [f"{kind}_{name}" for kind in ("with", "without") for name in ("seconds", "cpu_seconds", "waits_seconds")]
     results = check(process, report, "save", *figures, "stored_mib")
     # Random numbers are hardly compressed: four bytes each, where the kind of the others is not many.
@@ -154,7 +155,7 @@ def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
     # More steps than the one epoch of the run has.
     arguments = ["--steps=50", "--config.train.num_epochs=1", f"--config.data.cache={cache}"]
     arguments += ["--config.optim.learning_rate=1e-6", "--starts=2"]
-    process, report = run(tmp_path, "precision", *TINY, *data, *arguments)
+    process, report = run(tmp_path, "precision", *NARROW, *data, *arguments)
     # Starts next to each other: their curves differ, but by little.
     results = check(process, report, "precision", "largest_difference", "spread_float32", "spread_bfloat16")
     assert results["spread_float32"] < 1e-3 and results["spread_bfloat16"] < 0.01
