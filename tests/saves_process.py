@@ -46,7 +46,7 @@ def main(folder: Path, warm_up: int, saves: int) -> None:
                 before = usage()
         checkpoints.wait()
         after = usage()
-    print(json.dumps({name: after[name] - before[name] for name in before}), flush=True)
+    print(json.dumps({name: after[name] - before[name] for name in before}))
 
 
 if __name__ == "__main__":
