@@ -179,13 +179,17 @@ def benchmark_tries(
     Raises:
       UserError: there is no such try.
     """
+    words: dict[str, list[str]] = {"none": [], **{name: name.split() for name in tries}}
+    changes = {name: [word for word in of_try if "=" not in word] for name, of_try in words.items()}
+    for of_try in changes.values():
+        with applied(of_try):  # raises for a wrong name, before minutes of compilation
+            pass
     images, programs = random_images(settings, num_images), {}
-    errors = dict.fromkeys(("none", *tries), "")
+    errors = dict.fromkeys(words, "")
     for name in errors:
-        words = [] if name == "none" else name.split()
-        options, changes = xla_options(w for w in words if "=" in w), [w for w in words if "=" not in w]
+        options = xla_options(word for word in words[name] if "=" in word)
         try:
-            programs[name] = _compile(settings, images, NUM_IDS, None, options or None, changes)
+            programs[name] = _compile(settings, images, NUM_IDS, None, options or None, changes[name])
         except jax.errors.JaxRuntimeError as error:
             errors[name] = first_line(error)
     seconds: dict[str, list[np.ndarray]] = {name: [] for name in programs}

@@ -19,7 +19,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMINANCE = (0.2989, 0.5870, 0.1140)
 RRLE_ATTEMPTS = 100
-_RRLE_AT_ONCE = 10  # the device looks whether to go on after so many: the host waits for it each time
+_RRLE_AT_ONCE = 10  # a divisor of it: the device looks whether to go on after so many, and the host waits for that
 RRLE_DARK = 0.1  # RRLE ends once the factors of some pixel multiply to less than this
 
 

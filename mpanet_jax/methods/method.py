@@ -95,7 +95,8 @@ class Method:
         """The plain network for `num_ids` identities.
 
         It is called as `network(images float[b, h, w, 3], modality int32[b], train=…)` and returns `Outputs`. With
-        `axis_name`, whatever it computes over a batch must be computed over the batch of all devices of that axis.
+        `axis_name`, whatever it computes over a batch must be computed over the batch of all devices of that axis. Its
+        fields can be hashed: tuples, not lists.
         """
         raise NotImplementedError
 
