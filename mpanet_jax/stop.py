@@ -76,7 +76,10 @@ class StopRequest:
         if jax.process_count() > 1:
             if not ask and before // AGREE_EVERY_STEPS == step // AGREE_EVERY_STEPS:
                 return False
-            self._signal = max(gather(self._signal, "the question whether to stop"))
+            told = max(gather(self._signal, "the question whether to stop"))
+            # A signal that came to this process meanwhile stays noted: it was not in the answer, and is in the next.
+            self._signal = self._signal or told
+            return bool(told)
         return bool(self._signal)
 
 

@@ -44,6 +44,33 @@ def test_signal_between_steps_is_noted(number, code):
         assert stop.stopped("said").exit_code == code and str(stop.stopped("said")) == "said"
 
 
+def test_signal_that_comes_while_processes_ask_one_another_is_in_the_next_answer(monkeypatch):
+    asked = []
+
+    def gather(value, _):
+        if not asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(value)
+        return [value, 0]
+
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("mpanet_jax.stop.gather", gather)
+    with StopRequest() as stop:
+        stop.defer()
+        assert not stop.agreed(9, 10)  # the other process has heard of no signal, and goes on
+        assert not stop.agreed(10, 11) and asked == [0]
+        assert stop.agreed(19, 20) and asked == [0, signal.SIGTERM]
+        assert stop.stopped("").exit_code == 143
+
+
+def test_signal_of_another_process_ends_this_one(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("mpanet_jax.stop.gather", lambda value, _: [value, int(signal.SIGINT)])
+    with StopRequest() as stop:
+        stop.defer()
+        assert stop.agreed(9, 10) and stop.stopped("").exit_code == 130
+
+
 def test_second_signal_ends_the_process_whatever_it_does():
     with subprocess.Popen([sys.executable, "-c", BUSY], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
