@@ -24,7 +24,7 @@ from mpanet_jax.weights.names import from_state_dict, to_state_dict
 from tests.methods_in_tests import SMALL, start
 
 PAGE = Path(__file__).parent.parent / "docs/architecture.md"
-P, K, HEIGHT, WIDTH = 4, 4, 64, 32
+P, K, HEIGHT, WIDTH = 4, 4, 32, 16
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +59,7 @@ def train_one_step(settings):
 
 
 def test_added_loss_is_logged_and_weighted():
-    fields = {**SMALL, "data.images_per_id": K}
+    fields = {**SMALL, "model.backbone": "resnet18", "data.images_per_id": K}
     plain = train_one_step(replace(METHODS["mpanet"].settings(), fields))
     found = train_one_step(replace(METHODS["mpanet_norm"].settings(), {**fields, "norm_weight": 0.5}))
     assert found["loss"] == pytest.approx(plain["loss"] + 0.5 * found["norm"], rel=1e-5)
