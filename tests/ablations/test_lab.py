@@ -22,6 +22,7 @@ from mpanet_jax.methods import make_method, settings_of
 from mpanet_jax.methods.agw import AGWSettings
 from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.settings_base import replace
+from tests import scripts_in_process
 from tests.ablations.rows import outcome, row_process
 
 ROOT = Path(__file__).parents[2]
@@ -195,11 +196,16 @@ def test_rows_of_one_seed_share_the_start_of_their_common_layers():
             np.testing.assert_array_equal(leaves[0], other)
 
 
-def ablate(tmp_path, *arguments):
-    command = [sys.executable, ROOT / "scripts/ablate.py", f"--config={ROOT}/configs/synthetic.py", "--table=3"]
-    command += [f"--out={tmp_path}/out", f"--workdir={tmp_path}/runs", "--nopng", *arguments]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    return process.returncode, process.stdout, process.stderr
+def ablate(tmp_path, *arguments, alone=False):
+    """`alone`: in a process of its own, not in the tests'."""
+    arguments = [f"--config={ROOT}/configs/synthetic.py", "--table=3", "--nopng", *arguments]
+    arguments += [f"--out={tmp_path}/out", f"--workdir={tmp_path}/runs"]
+    if alone:
+        command = [sys.executable, ROOT / "scripts/ablate.py", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    else:
+        done = scripts_in_process.process("ablate.py", *arguments, cwd=tmp_path)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_script_runs_a_row_and_goes_on_from_its_json(tmp_path):
@@ -209,7 +215,9 @@ def test_script_runs_a_row_and_goes_on_from_its_json(tmp_path):
     sizes = {"data.height": 32, "data.width": 16, "data.num_ids_per_batch": 3, "model.width": 8, "train.num_epochs": 1}
     fields = [f"--config.{name}={value}" for name, value in sizes.items()]
     fields += [f"--config.dataset.source={tmp_path}/raw", f"--config.dataset.data_dir={tmp_path}/data"]
-    code, out, _ = ablate(tmp_path, *fields, "--rows=baseline", "--seeds=2", f"--compilation_cache={tmp_path}/xla")
+    fields += ["--config.model.backbone=resnet18"]
+    cache = f"--compilation_cache={tmp_path}/xla"
+    code, out, _ = ablate(tmp_path, *fields, "--rows=baseline", "--seeds=2", cache, alone=True)
     assert code == 0
     runs = json.loads((tmp_path / "out/ablations.json").read_text())["runs"]
     assert [(run["row"], run["settings"]["seed"]) for run in runs] == [("baseline", 0), ("baseline", 1)]
