@@ -18,8 +18,8 @@ NETWORK = ("--config.model.stage_sizes=(1,1,1,1)", "--config.model.width=8")
 TRAINING = (
     "--config.model.backbone=resnet18",
     "--config.model.fused=off",
-    "--config.data.height=64",
-    "--config.data.width=32",
+    "--config.data.height=48",
+    "--config.data.width=48",
     "--config.data.num_ids_per_batch=3",
     "--config.data.images_per_id=4",
     "--config.optim.milestones=()",  # no number of steps in the program
@@ -104,7 +104,7 @@ def smaller(words: list[str]) -> list[str]:
     if script == "convert_weights.py" and ".pth" in words[1]:
         return list(NETWORK) if "--config" in text else ["--stage_sizes=1,1,1,1", "--width=8"]
     if script == "extract.py" and "--weights" in text:
-        return ["--config=configs/sysu.py", *NETWORK, "--height=64", "--width=32", "--batch_size=32"]
+        return ["--config=configs/sysu.py", *NETWORK, "--height=48", "--width=48", "--batch_size=32"]
     return []
 
 
