@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -13,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import measure, page, tables
-from benchmarks.growth import exponents
+from benchmarks import evaluation, growth, measure, page, tables
 from benchmarks.provenance import commit
 from benchmarks.step import forward_work
 from benchmarks.train import _timed_calls
@@ -28,7 +28,9 @@ from tests import scripts_in_process
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/synthetic.py", "--config.data.height=32", "--config.data.width=16"]
 TINY += ["--config.data.num_ids_per_batch=3", "--config.train.steps_per_call=2", "--config.eval.batch_size=8"]
-NARROW = [*TINY, "--config.model.width=8"]
+TINY += ["--config.model.backbone=resnet18", "--config.model.width=8", "--config.model.fused=off"]
+TINY += ["--config.model.channel_module=none", "--config.model.pattern_module=none"]
+TINY += [f"--config.loss.{term}=0" for term in ("separation", "modality_identity", "mutual_mean")]
 RATES = {"images_per_second", "median_ms", "p10_ms", "p90_ms", "peak_gib"}
 
 
@@ -83,7 +85,7 @@ def test_step(tmp_path):
 def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
     both = "pam_in_one_product xla_llvm_disable_expensive_passes=true"
     process, report = run(
-        tmp_path, "step", *NARROW, "--steps=5", "--images=16", f"--try={both}", "--try=xla_no_such=1", out="tries"
+        tmp_path, "step", *TINY, "--steps=5", "--images=16", f"--try={both}", "--try=xla_no_such=1", out="tries"
     )
     assert process.returncode == 0, process.stderr
     none, tried, failed = report["results"]["rows"]
@@ -101,7 +103,7 @@ def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
 def test_train(cache, data, tmp_path):
     arguments = ["--steps=9", f"--config.data.cache={cache}", "--config.train.checkpoint_every_epochs=1"]
     arguments += ["--config.train.steps_per_call=1"]  # one program less to compile
-    process, report = run(tmp_path, "train", *TINY, *data, *arguments, alone=True)
+    process, report = run(tmp_path, "train", *TINY, *data, *arguments, alone=cache == "device")
     results = check(process, report, "train", *RATES, "share_of_step", "seconds_to_first_step")
     assert results["cache"] == cache
     assert results["checkpoints"] == 9 // results["steps_per_epoch"] == 1
@@ -111,16 +113,19 @@ def test_train(cache, data, tmp_path):
 
 
 def test_extract(data, tmp_path):
-    process, report = run(tmp_path, "extract", *NARROW, *data, "--steps=4", "--images=20", "--files")
+    process, report = run(tmp_path, "extract", *TINY, *data, "--steps=4", "--images=20", "--files")
     figures = ("fetched_images_per_second", "files_images_per_second", "tflops")
     results = check(process, report, "extract", *RATES, *figures)
-    assert (results["timed_batches"], results["batch_size"], results["dimension"]) == (4, 8, 7 * 256)
+    assert (results["timed_batches"], results["batch_size"], results["dimension"]) == (4, 8, 64)
 
 
-def test_evaluate(tmp_path):
+def test_evaluate(tmp_path, monkeypatch):
+    # A seventh of SYSU-MM01's test images; tests/evaluation/test_benchmarks.py counts all of them.
+    fewer = {camera: (images // 7, ids) for camera, (images, ids) in evaluation.CAMERA_IMAGES.items()}
+    monkeypatch.setattr(evaluation, "CAMERA_IMAGES", fewer)
     process, report = run(tmp_path, "evaluate", "--dimensions=8")
     results = check(process, report, "evaluate", "8_seconds", "8_peak_gib")
-    assert (results["8_num_query"], results["8_num_gallery"]) == (3803, 6775)
+    assert (results["8_num_query"], results["8_num_gallery"]) == (543, 967)
 
 
 @pytest.mark.parametrize("rerank", [False, True])
@@ -134,7 +139,7 @@ def test_gallery(rerank, tmp_path):
 
 
 def test_save(tmp_path):
-    process, report = run(tmp_path, "save", *NARROW, "--steps=2")
+    process, report = run(tmp_path, "save", *TINY, "--steps=2")
     figures = [f"{kind}_{name}" for kind in ("with", "without") for name in ("seconds", "cpu_seconds", "waits_seconds")]
     results = check(process, report, "save", *figures, "stored_mib")
     # Random numbers are hardly compressed: four bytes each, where the kind of the others is not many.
@@ -155,7 +160,7 @@ def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
     # More steps than the one epoch of the run has.
     arguments = ["--steps=50", "--config.train.num_epochs=1", f"--config.data.cache={cache}"]
     arguments += ["--config.optim.learning_rate=1e-6", "--starts=2"]
-    process, report = run(tmp_path, "precision", *NARROW, *data, *arguments)
+    process, report = run(tmp_path, "precision", *TINY, *data, *arguments)
     # Starts next to each other: their curves differ, but by little.
     results = check(process, report, "precision", "largest_difference", "spread_float32", "spread_bfloat16")
     assert results["spread_float32"] < 1e-3 and results["spread_bfloat16"] < 0.01
@@ -253,44 +258,69 @@ def test_reports_as_tables(tmp_path):
         tables.page([tmp_path / "step.json", tmp_path / "other.json"])
 
 
-@pytest.mark.parametrize("over", ["images", "ids", "batch", "devices"])
-def test_growth(over, tmp_path, monkeypatch):
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    sizes = {"images": [200, 400], "ids": [10, 40], "batch": [8, 16], "devices": [1, 2]}[over]
+@pytest.fixture
+def one_process(monkeypatch):
+    """What a table measures in new processes, in this one; they cost more than it, and other tests start them."""
+
+    def call(*function_and_arguments):
+        function, *arguments = pickle.loads(pickle.dumps(function_and_arguments))  # as on its way to a process
+        return function(*arguments)
+
+    monkeypatch.setattr(growth, "in_new_process", call)
+
+
+@pytest.mark.parametrize("over", ["batch", "devices"])
+def test_growth_of_the_step(over, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2")
+    sizes = {"batch": [8, 12], "devices": [1, 2]}[over]  # the last ones are one program
     options = [f"--over={over}", f"--sizes={sizes[0]},{sizes[1]}", "--steps=5"]
-    process, report = run(tmp_path, "growth", *TINY, *options, out=f"growth_{over}", alone=True)
+    process, report = run(tmp_path, "growth", *TINY, *options, out=f"growth_{over}")
+    results = check_growth(process, report, over, sizes, {"images_per_second", "median_ms", "host_cpu_ms"})
+    # Images a step, by the rate and the time of one.
+    images = [row["images_per_second"] * row["median_ms"] / 1e3 for row in results["rows"]]
+    devices, batch = [2, 2] if over == "batch" else sizes, sizes if over == "batch" else [12, 12]
+    np.testing.assert_allclose(images, [d * b for d, b in zip(devices, batch, strict=True)])
+    assert os.listdir(tmp_path / "runs/benchmark") == [f"growth_{over}.json"]
+
+
+@pytest.mark.parametrize("over", ["images", "ids"])
+def test_growth_of_the_data(over, tmp_path, one_process):
+    sizes, columns = {
+        "images": ([200, 400], {"prepare_cpu_seconds", "cache_cpu_seconds", "host_batch_cpu_ms"}),
+        "ids": ([10, 40], {"plan_cpu_seconds", "plan_batch_ms"}),
+    }[over]
+    options = [f"--over={over}", f"--sizes={sizes[0]},{sizes[1]}"]
+    process, report = run(tmp_path, "growth", *TINY, *options, out=f"growth_{over}")
+    results = check_growth(process, report, over, sizes, columns)
+    assert over != "images" or all("device_start_gib" in row for row in results["rows"])
+    assert os.listdir(tmp_path / "runs/benchmark") == [f"growth_{over}.json"]
+
+
+GALLERY = ["--over=gallery", "--sizes=200,400", "--queries=20", "--dimension=16"]
+
+
+def test_growth_with_the_gallery(tmp_path, one_process):
+    process, report = run(tmp_path, "growth", *GALLERY, out="growth_gallery")
+    check_growth(process, report, "gallery", [200, 400], {"evaluate_cpu_seconds", "search_cpu_seconds"})
+
+
+def test_growth_with_the_gallery_re_ranked(tmp_path):
+    process, report = run(tmp_path, "growth", *GALLERY, "--rerank", out="growth_gallery", alone=True)
+    check_growth(process, report, "gallery", [200, 400], {"rerank_cpu_seconds"})
+
+
+def check_growth(process, report, over, sizes, columns):
     results = check(process, report, "growth")
     assert [row[over] for row in results["rows"]] == sizes and over in process.stdout
-    columns = {
-        "images": {"prepare_cpu_seconds", "cache_cpu_seconds", "device_start_gib", "host_batch_cpu_ms"},
-        "ids": {"plan_cpu_seconds", "plan_batch_ms"},
-    }.get(over, {"images_per_second", "median_ms", "host_cpu_ms"})
-    assert all(
-        columns <= set(row) and all(row[c] > 0 for c in columns - {"device_start_gib"}) for row in results["rows"]
-    )
-    assert columns - {"device_start_gib"} <= set(results["exponents"])
-    assert os.listdir(tmp_path / "runs/benchmark") == [f"growth_{over}.json"]
-    if over in ("batch", "devices"):  # images a step, by the rate and the time of one
-        images = [row["images_per_second"] * row["median_ms"] / 1e3 for row in results["rows"]]
-        devices, batch = [2, 2] if over == "batch" else sizes, sizes if over == "batch" else [12, 12]
-        np.testing.assert_allclose(images, [d * b for d, b in zip(devices, batch, strict=True)])
-
-
-@pytest.mark.parametrize("rerank", [False, True])
-def test_growth_with_the_gallery(rerank, tmp_path):
-    options = ["--over=gallery", "--sizes=200,400", "--queries=20", "--dimension=16", *(["--rerank"] if rerank else [])]
-    process, report = run(tmp_path, "growth", *options, out="growth_gallery", alone=True)
-    results = check(process, report, "growth")
-    names = {"rerank_cpu_seconds"} if rerank else {"evaluate_cpu_seconds", "search_cpu_seconds"}
-    assert all(row[name] > 0 for name in names for row in results["rows"])
-    assert names <= set(results["exponents"])
+    assert all(row[name] > 0 for row in results["rows"] for name in columns)
+    assert columns <= set(results["exponents"])
+    return results
 
 
 def test_exponents_of_powers():
     sizes = (10, 30, 100, 300)
     rows = [{"size": n, "square": 3 * n**2, "root": n**0.5, "constant": 7.0, "none": 0.0} for n in sizes]
-    assert exponents(rows) == pytest.approx({"square": 2, "root": 0.5, "constant": 0})
+    assert growth.exponents(rows) == pytest.approx({"square": 2, "root": 0.5, "constant": 0})
 
 
 PART = "<!-- measured: {} -->\n{}<!-- end -->\n"
