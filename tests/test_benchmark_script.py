@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 import time
@@ -24,13 +23,15 @@ from mpanet_jax.errors import UserError
 from mpanet_jax.methods import settings_of
 from mpanet_jax.settings_base import to_dict
 from tests import scripts_in_process
+from tests.growth_process import in_this_process
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/synthetic.py", "--config.data.height=32", "--config.data.width=16"]
 TINY += ["--config.data.num_ids_per_batch=3", "--config.train.steps_per_call=2", "--config.eval.batch_size=8"]
-TINY += ["--config.model.backbone=resnet18", "--config.model.width=8", "--config.model.fused=off"]
+TINY += ["--config.model.backbone=resnet18", "--config.model.width=4", "--config.model.fused=off"]
 TINY += ["--config.model.channel_module=none", "--config.model.pattern_module=none"]
-TINY += [f"--config.loss.{term}=0" for term in ("separation", "modality_identity", "mutual_mean")]
+TINY += [f"--config.loss.{term}=0" for term in ("center_cluster", "separation", "modality_identity", "mutual_mean")]
+TINY += ["--config.augment.crop_padding=0", "--config.augment.flip_probability=0"]
 RATES = {"images_per_second", "median_ms", "p10_ms", "p90_ms", "peak_gib"}
 
 
@@ -41,6 +42,12 @@ def data(tmp_path_factory):
         "sysu_mm01", folder / "raw", num_train_ids=6, num_test_ids=2, images_per_camera=(3, 5), height=(48, 56)
     )
     return [f"--config.dataset.source={folder}/raw", f"--config.dataset.data_dir={folder}/prepared"]
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """All sizes of a table in this process; test_growth_with_the_gallery_re_ranked has processes of its own."""
+    monkeypatch.setattr(growth, "in_new_process", in_this_process)
 
 
 def run(folder, name, *arguments, out=None, alone=False):
@@ -103,7 +110,7 @@ def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
 def test_train(cache, data, tmp_path):
     arguments = ["--steps=9", f"--config.data.cache={cache}", "--config.train.checkpoint_every_epochs=1"]
     arguments += ["--config.train.steps_per_call=1"]  # one program less to compile
-    process, report = run(tmp_path, "train", *TINY, *data, *arguments, alone=cache == "device")
+    process, report = run(tmp_path, "train", *TINY, *data, *arguments)
     results = check(process, report, "train", *RATES, "share_of_step", "seconds_to_first_step")
     assert results["cache"] == cache
     assert results["checkpoints"] == 9 // results["steps_per_epoch"] == 1
@@ -116,7 +123,7 @@ def test_extract(data, tmp_path):
     process, report = run(tmp_path, "extract", *TINY, *data, "--steps=4", "--images=20", "--files")
     figures = ("fetched_images_per_second", "files_images_per_second", "tflops")
     results = check(process, report, "extract", *RATES, *figures)
-    assert (results["timed_batches"], results["batch_size"], results["dimension"]) == (4, 8, 64)
+    assert (results["timed_batches"], results["batch_size"], results["dimension"]) == (4, 8, 32)
 
 
 def test_evaluate(tmp_path, monkeypatch):
@@ -159,7 +166,7 @@ def test_data(data, tmp_path):
 def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
     # More steps than the one epoch of the run has.
     arguments = ["--steps=50", "--config.train.num_epochs=1", f"--config.data.cache={cache}"]
-    arguments += ["--config.optim.learning_rate=1e-6", "--starts=2"]
+    arguments += ["--config.optim.learning_rate=1e-6", "--config.augment.flip_probability=0.5", "--starts=2"]
     process, report = run(tmp_path, "precision", *TINY, *data, *arguments)
     # Starts next to each other: their curves differ, but by little.
     results = check(process, report, "precision", "largest_difference", "spread_float32", "spread_bfloat16")
@@ -183,7 +190,7 @@ def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
         (["evaluate", "--permutation=nowhere/rand_perm_cam.mat"], "test_id.txt"),
     ],
 )
-def test_bad_input_is_one_line(arguments, named, tmp_path):
+def test_bad_input_is_one_line(arguments, named, tmp_path, one_process):
     process, report = run(tmp_path, *arguments, alone=arguments == ["fast"])
     assert process.returncode == 2 and report is None
     assert len(process.stderr.splitlines()) == 1 and named in process.stderr
@@ -258,29 +265,33 @@ def test_reports_as_tables(tmp_path):
         tables.page([tmp_path / "step.json", tmp_path / "other.json"])
 
 
-@pytest.fixture
-def one_process(monkeypatch):
-    """What a table measures in new processes, in this one; they cost more than it, and other tests start them."""
-
-    def call(*function_and_arguments):
-        function, *arguments = pickle.loads(pickle.dumps(function_and_arguments))  # as on its way to a process
-        return function(*arguments)
-
-    monkeypatch.setattr(growth, "in_new_process", call)
+@pytest.fixture(scope="module")
+def step_tables(tmp_path_factory):
+    """The process that measures how the step grows, on two devices, and its folder."""
+    folder = tmp_path_factory.mktemp("growth")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    process = subprocess.run(
+        # The last program of either table is the same.
+        [sys.executable, "-m", "tests.growth_process", "batch=8+12,devices=1+2", *TINY, "--steps=5"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert sorted(os.listdir(folder / "runs/benchmark")) == ["growth_batch.json", "growth_devices.json"], process.stderr
+    return process, folder
 
 
 @pytest.mark.parametrize("over", ["batch", "devices"])
-def test_growth_of_the_step(over, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2")
-    sizes = {"batch": [8, 12], "devices": [1, 2]}[over]  # the last ones are one program
-    options = [f"--over={over}", f"--sizes={sizes[0]},{sizes[1]}", "--steps=5"]
-    process, report = run(tmp_path, "growth", *TINY, *options, out=f"growth_{over}")
+def test_growth_of_the_step(over, step_tables):
+    process, folder = step_tables
+    report = json.loads((folder / f"runs/benchmark/growth_{over}.json").read_text())
+    sizes = {"batch": [8, 12], "devices": [1, 2]}[over]
     results = check_growth(process, report, over, sizes, {"images_per_second", "median_ms", "host_cpu_ms"})
     # Images a step, by the rate and the time of one.
     images = [row["images_per_second"] * row["median_ms"] / 1e3 for row in results["rows"]]
     devices, batch = [2, 2] if over == "batch" else sizes, sizes if over == "batch" else [12, 12]
     np.testing.assert_allclose(images, [d * b for d, b in zip(devices, batch, strict=True)])
-    assert os.listdir(tmp_path / "runs/benchmark") == [f"growth_{over}.json"]
 
 
 @pytest.mark.parametrize("over", ["images", "ids"])
