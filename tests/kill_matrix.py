@@ -39,8 +39,9 @@ def start(folder, run, kill=("never", 1, 0), num_processes=1, number=0, port=0):
     flags = [
         *(f"--config={ROOT}/configs/synthetic.py", f"--workdir={folder / run}"),
         *(f"--config.dataset.source={folder / 'raw'}", f"--config.dataset.data_dir={folder / f'{run}-data'}"),
-        *("--config.data.height=32", "--config.data.width=16", "--config.data.cache=host", "--config.model.width=8"),
+        *("--config.data.height=32", "--config.data.width=16", "--config.data.cache=host", "--config.model.width=4"),
         *("--config.model.backbone=resnet18", "--config.model.stage_sizes=(1,1,1,1)"),
+        *("--config.model.channel_module=none", "--config.model.pattern_module=none"),
         *("--config.data.num_ids_per_batch=4", "--config.data.images_per_id=4", "--config.eval.best=mAP"),
         *(f"--config.train.num_epochs={NUM_EPOCHS}", "--config.train.checkpoint_every_epochs=1"),
         *("--config.train.eval_every_epochs=2", "--config.train.log_every_steps=1", "--config.eval.batch_size=32"),

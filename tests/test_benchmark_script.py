@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import measure, page, tables
-from benchmarks.growth import exponents
+from benchmarks import evaluation, growth, measure, page, tables
 from benchmarks.provenance import commit
 from benchmarks.step import forward_work
 from benchmarks.train import _timed_calls
@@ -24,11 +23,15 @@ from mpanet_jax.errors import UserError
 from mpanet_jax.methods import settings_of
 from mpanet_jax.settings_base import to_dict
 from tests import scripts_in_process
+from tests.growth_process import in_this_process
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/synthetic.py", "--config.data.height=32", "--config.data.width=16"]
 TINY += ["--config.data.num_ids_per_batch=3", "--config.train.steps_per_call=2", "--config.eval.batch_size=8"]
-NARROW = [*TINY, "--config.model.width=8"]
+TINY += ["--config.model.backbone=resnet18", "--config.model.width=4", "--config.model.fused=off"]
+TINY += ["--config.model.channel_module=none", "--config.model.pattern_module=none"]
+TINY += [f"--config.loss.{term}=0" for term in ("center_cluster", "separation", "modality_identity", "mutual_mean")]
+TINY += ["--config.augment.crop_padding=0", "--config.augment.flip_probability=0"]
 RATES = {"images_per_second", "median_ms", "p10_ms", "p90_ms", "peak_gib"}
 
 
@@ -39,6 +42,12 @@ def data(tmp_path_factory):
         "sysu_mm01", folder / "raw", num_train_ids=6, num_test_ids=2, images_per_camera=(3, 5), height=(48, 56)
     )
     return [f"--config.dataset.source={folder}/raw", f"--config.dataset.data_dir={folder}/prepared"]
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """All sizes of a table in this process; test_growth_with_the_gallery_re_ranked has processes of its own."""
+    monkeypatch.setattr(growth, "in_new_process", in_this_process)
 
 
 def run(folder, name, *arguments, out=None, alone=False):
@@ -83,7 +92,7 @@ def test_step(tmp_path):
 def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
     both = "pam_in_one_product xla_llvm_disable_expensive_passes=true"
     process, report = run(
-        tmp_path, "step", *NARROW, "--steps=5", "--images=16", f"--try={both}", "--try=xla_no_such=1", out="tries"
+        tmp_path, "step", *TINY, "--steps=5", "--images=16", f"--try={both}", "--try=xla_no_such=1", out="tries"
     )
     assert process.returncode == 0, process.stderr
     none, tried, failed = report["results"]["rows"]
@@ -101,7 +110,7 @@ def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
 def test_train(cache, data, tmp_path):
     arguments = ["--steps=9", f"--config.data.cache={cache}", "--config.train.checkpoint_every_epochs=1"]
     arguments += ["--config.train.steps_per_call=1"]  # one program less to compile
-    process, report = run(tmp_path, "train", *TINY, *data, *arguments, alone=True)
+    process, report = run(tmp_path, "train", *TINY, *data, *arguments)
     results = check(process, report, "train", *RATES, "share_of_step", "seconds_to_first_step")
     assert results["cache"] == cache
     assert results["checkpoints"] == 9 // results["steps_per_epoch"] == 1
@@ -111,16 +120,19 @@ def test_train(cache, data, tmp_path):
 
 
 def test_extract(data, tmp_path):
-    process, report = run(tmp_path, "extract", *NARROW, *data, "--steps=4", "--images=20", "--files")
+    process, report = run(tmp_path, "extract", *TINY, *data, "--steps=4", "--images=20", "--files")
     figures = ("fetched_images_per_second", "files_images_per_second", "tflops")
     results = check(process, report, "extract", *RATES, *figures)
-    assert (results["timed_batches"], results["batch_size"], results["dimension"]) == (4, 8, 7 * 256)
+    assert (results["timed_batches"], results["batch_size"], results["dimension"]) == (4, 8, 32)
 
 
-def test_evaluate(tmp_path):
+def test_evaluate(tmp_path, monkeypatch):
+    # A seventh of SYSU-MM01's test images; tests/evaluation/test_benchmarks.py counts all of them.
+    fewer = {camera: (images // 7, ids) for camera, (images, ids) in evaluation.CAMERA_IMAGES.items()}
+    monkeypatch.setattr(evaluation, "CAMERA_IMAGES", fewer)
     process, report = run(tmp_path, "evaluate", "--dimensions=8")
     results = check(process, report, "evaluate", "8_seconds", "8_peak_gib")
-    assert (results["8_num_query"], results["8_num_gallery"]) == (3803, 6775)
+    assert (results["8_num_query"], results["8_num_gallery"]) == (543, 967)
 
 
 @pytest.mark.parametrize("rerank", [False, True])
@@ -134,7 +146,7 @@ def test_gallery(rerank, tmp_path):
 
 
 def test_save(tmp_path):
-    process, report = run(tmp_path, "save", *NARROW, "--steps=2")
+    process, report = run(tmp_path, "save", *TINY, "--steps=2")
     figures = [f"{kind}_{name}" for kind in ("with", "without") for name in ("seconds", "cpu_seconds", "waits_seconds")]
     results = check(process, report, "save", *figures, "stored_mib")
     # Random numbers are hardly compressed: four bytes each, where the kind of the others is not many.
@@ -152,16 +164,17 @@ def test_data(data, tmp_path):
 
 @pytest.mark.parametrize("cache", ["host", "device"])
 def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
-    # More steps than the one epoch of the run has.
+    # More steps than the five of the one epoch of the run; in one call, or from the host one by one.
     arguments = ["--steps=50", "--config.train.num_epochs=1", f"--config.data.cache={cache}"]
-    arguments += ["--config.optim.learning_rate=1e-6", "--starts=2"]
-    process, report = run(tmp_path, "precision", *NARROW, *data, *arguments)
+    arguments += ["--config.train.steps_per_call=5"]
+    arguments += ["--config.optim.learning_rate=1e-6", "--config.augment.flip_probability=0.5", "--starts=2"]
+    process, report = run(tmp_path, "precision", *TINY, *data, *arguments)
     # Starts next to each other: their curves differ, but by little.
     results = check(process, report, "precision", "largest_difference", "spread_float32", "spread_bfloat16")
     assert results["spread_float32"] < 1e-3 and results["spread_bfloat16"] < 0.01
     # So slow a training leaves the network as it was: the curves differ by the precision of the forward pass.
     assert results["final_difference"] <= results["largest_difference"] < 0.01
-    assert 0 < results["steps"] < 20
+    assert results["steps"] == 5
     np.testing.assert_allclose(results["loss_float32"], results["loss_bfloat16"], rtol=0.01)
 
 
@@ -178,7 +191,7 @@ def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
         (["evaluate", "--permutation=nowhere/rand_perm_cam.mat"], "test_id.txt"),
     ],
 )
-def test_bad_input_is_one_line(arguments, named, tmp_path):
+def test_bad_input_is_one_line(arguments, named, tmp_path, one_process):
     process, report = run(tmp_path, *arguments, alone=arguments == ["fast"])
     assert process.returncode == 2 and report is None
     assert len(process.stderr.splitlines()) == 1 and named in process.stderr
@@ -253,44 +266,74 @@ def test_reports_as_tables(tmp_path):
         tables.page([tmp_path / "step.json", tmp_path / "other.json"])
 
 
-@pytest.mark.parametrize("over", ["images", "ids", "batch", "devices"])
-def test_growth(over, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def step_tables(tmp_path_factory):
+    """The process that measures how the step grows, on two devices, and its folder."""
+    folder = tmp_path_factory.mktemp("growth")
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    sizes = {"images": [200, 400], "ids": [10, 40], "batch": [8, 16], "devices": [1, 2]}[over]
-    options = [f"--over={over}", f"--sizes={sizes[0]},{sizes[1]}", "--steps=5"]
-    process, report = run(tmp_path, "growth", *TINY, *options, out=f"growth_{over}", alone=True)
+    process = subprocess.run(
+        # The last program of either table is the same.
+        [sys.executable, "-m", "tests.growth_process", "batch=8+12,devices=1+2", *TINY, "--steps=5"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert sorted(os.listdir(folder / "runs/benchmark")) == ["growth_batch.json", "growth_devices.json"], process.stderr
+    return process, folder
+
+
+@pytest.mark.xdist_group("growth of the step")
+@pytest.mark.parametrize("over", ["batch", "devices"])
+def test_growth_of_the_step(over, step_tables):
+    process, folder = step_tables
+    report = json.loads((folder / f"runs/benchmark/growth_{over}.json").read_text())
+    sizes = {"batch": [8, 12], "devices": [1, 2]}[over]
+    results = check_growth(process, report, over, sizes, {"images_per_second", "median_ms", "host_cpu_ms"})
+    # Images a step, by the rate and the time of one.
+    images = [row["images_per_second"] * row["median_ms"] / 1e3 for row in results["rows"]]
+    devices, batch = [2, 2] if over == "batch" else sizes, sizes if over == "batch" else [12, 12]
+    np.testing.assert_allclose(images, [d * b for d, b in zip(devices, batch, strict=True)])
+
+
+@pytest.mark.parametrize("over", ["images", "ids"])
+def test_growth_of_the_data(over, tmp_path, one_process):
+    sizes, columns = {
+        "images": ([200, 400], {"prepare_cpu_seconds", "cache_cpu_seconds", "host_batch_cpu_ms"}),
+        "ids": ([10, 40], {"plan_cpu_seconds", "plan_batch_ms"}),
+    }[over]
+    options = [f"--over={over}", f"--sizes={sizes[0]},{sizes[1]}"]
+    process, report = run(tmp_path, "growth", *TINY, *options, out=f"growth_{over}")
+    results = check_growth(process, report, over, sizes, columns)
+    assert over != "images" or all("device_start_gib" in row for row in results["rows"])
+    assert os.listdir(tmp_path / "runs/benchmark") == [f"growth_{over}.json"]
+
+
+GALLERY = ["--over=gallery", "--sizes=200,400", "--queries=20", "--dimension=16"]
+
+
+def test_growth_with_the_gallery(tmp_path, one_process):
+    process, report = run(tmp_path, "growth", *GALLERY, out="growth_gallery")
+    check_growth(process, report, "gallery", [200, 400], {"evaluate_cpu_seconds", "search_cpu_seconds"})
+
+
+def test_growth_with_the_gallery_re_ranked(tmp_path):
+    process, report = run(tmp_path, "growth", *GALLERY, "--rerank", out="growth_gallery", alone=True)
+    check_growth(process, report, "gallery", [200, 400], {"rerank_cpu_seconds"})
+
+
+def check_growth(process, report, over, sizes, columns):
     results = check(process, report, "growth")
     assert [row[over] for row in results["rows"]] == sizes and over in process.stdout
-    columns = {
-        "images": {"prepare_cpu_seconds", "cache_cpu_seconds", "device_start_gib", "host_batch_cpu_ms"},
-        "ids": {"plan_cpu_seconds", "plan_batch_ms"},
-    }.get(over, {"images_per_second", "median_ms", "host_cpu_ms"})
-    assert all(
-        columns <= set(row) and all(row[c] > 0 for c in columns - {"device_start_gib"}) for row in results["rows"]
-    )
-    assert columns - {"device_start_gib"} <= set(results["exponents"])
-    assert os.listdir(tmp_path / "runs/benchmark") == [f"growth_{over}.json"]
-    if over in ("batch", "devices"):  # images a step, by the rate and the time of one
-        images = [row["images_per_second"] * row["median_ms"] / 1e3 for row in results["rows"]]
-        devices, batch = [2, 2] if over == "batch" else sizes, sizes if over == "batch" else [12, 12]
-        np.testing.assert_allclose(images, [d * b for d, b in zip(devices, batch, strict=True)])
-
-
-@pytest.mark.parametrize("rerank", [False, True])
-def test_growth_with_the_gallery(rerank, tmp_path):
-    options = ["--over=gallery", "--sizes=200,400", "--queries=20", "--dimension=16", *(["--rerank"] if rerank else [])]
-    process, report = run(tmp_path, "growth", *options, out="growth_gallery", alone=True)
-    results = check(process, report, "growth")
-    names = {"rerank_cpu_seconds"} if rerank else {"evaluate_cpu_seconds", "search_cpu_seconds"}
-    assert all(row[name] > 0 for name in names for row in results["rows"])
-    assert names <= set(results["exponents"])
+    assert all(row[name] > 0 for row in results["rows"] for name in columns)
+    assert columns <= set(results["exponents"])
+    return results
 
 
 def test_exponents_of_powers():
     sizes = (10, 30, 100, 300)
     rows = [{"size": n, "square": 3 * n**2, "root": n**0.5, "constant": 7.0, "none": 0.0} for n in sizes]
-    assert exponents(rows) == pytest.approx({"square": 2, "root": 0.5, "constant": 0})
+    assert growth.exponents(rows) == pytest.approx({"square": 2, "root": 0.5, "constant": 0})
 
 
 PART = "<!-- measured: {} -->\n{}<!-- end -->\n"

@@ -1,5 +1,6 @@
 """scripts/train.py as two processes with two devices each: the result of one, and what happens when one is killed."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,15 +18,24 @@ import pytest
 
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.datasets.synthetic import write_dataset
+from tests import scripts_in_process
 from tests.limits import HANGS_AFTER
 
+# All in one worker: the processes of the last test sleep while the other tests run.
+pytestmark = pytest.mark.xdist_group("distributed")
 ROOT = Path(__file__).parent.parent
 STEPS_PER_EPOCH = 3
 QUIET = ("step ", "images: ", "checking images", "writing ", "batches: ")
 PROGRESS = re.compile(r"^[\w /.-]+: [\d,]+( of [\d,]+)? \w+")
 # "[Gloo] Rank 0 is connected to 3 peer ranks. …: 3", of which several threads write pieces into each other's lines.
 GLOO = re.compile(r"Gloo|peer ranks|^[\d\s]*$")
-ALONE = ("--config.data.cache=device", "--config.train.steps_per_call=2")
+ALONE = ("--config.data.cache=device", f"--config.train.steps_per_call={STEPS_PER_EPOCH}")
+# tests/test_parallel.py has the other networks and losses, on devices of one process.
+NETWORK = (
+    *("--config.model.backbone=resnet18", "--config.model.width=4", "--config.model.fused=off"),
+    *("--config.model.channel_module=none", "--config.model.pattern_module=none", "--config.augment.crop_padding=0"),
+    *(f"--config.loss.{term}=0" for term in ("separation", "modality_identity", "mutual_mean")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +72,7 @@ def start(folder, workdir, num_epochs, *more, num_processes=1, of_each=((), ()),
         f"--config={ROOT}/configs/synthetic.py",
         *(f"--workdir={folder / workdir}", f"--compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}"),
         *(f"--config.dataset.source={folder / 'raw'}", f"--config.dataset.data_dir={folder / 'prepared'}"),
-        *("--config.data.height=48", "--config.data.width=24", "--config.model.width=4", "--config.dtype=float64"),
+        *("--config.data.height=32", "--config.data.width=16", "--config.dtype=float64", *NETWORK),
         *("--config.data.num_ids_per_batch=4", "--config.data.images_per_id=4", "--config.optim.learning_rate=1e-4"),
         *(f"--config.train.num_epochs={num_epochs}", "--config.train.checkpoint_every_epochs=1"),
         *("--config.train.eval_every_epochs=0", "--config.train.keep_checkpoints=1000"),
@@ -92,14 +102,20 @@ def checkpoints(folder, workdir):
     return sorted(int(name) for name in names if name.isdigit())
 
 
+@contextlib.contextmanager
+def float64():
+    jax.config.update("jax_enable_x64", True)  # not JAX's context manager: orbax reads in threads of its own
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
 def model_at(folder, workdir, step):
     alone = folder / f"{workdir}-{step}"
     shutil.copytree(folder / workdir / "checkpoints" / str(step), alone / "checkpoints" / str(step))
-    jax.config.update("jax_enable_x64", True)  # not the context manager: orbax reads in threads of its own
-    try:
+    with float64():
         found, model = load_model(alone)
-    finally:
-        jax.config.update("jax_enable_x64", False)
     assert found == step
     return jax.tree.map(np.asarray, model)
 
@@ -107,12 +123,8 @@ def model_at(folder, workdir, step):
 def evaluated_alone(folder, workdir):
     """What one process with one device says about the last checkpoint."""
     out = folder / f"{workdir}-alone.json"
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/evaluate.py"), f"--workdir={folder / workdir}", f"--out={out}"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_X64": "1"},
-        capture_output=True,
-        text=True,
-    )
+    with float64():
+        process = scripts_in_process.process("evaluate.py", f"--workdir={folder / workdir}", f"--out={out}")
     assert process.returncode == 0, process.stderr
     return json.loads(out.read_text())
 
@@ -126,6 +138,21 @@ def losses(log):
     return list(dict.fromkeys(re.findall(r"epoch (\S+) loss (\S+)", log)))
 
 
+@pytest.fixture(scope="module")
+def late_run(folder):
+    """The processes of the last test: one that is late, the one that waits for it, and one alone."""
+    # A collective that is the first of its devices waits 30 s.
+    late = (("prompt", "0"), ("joined,compiling", "40"))
+    alone = ("--config.data.cache=device", "--config.train.steps_per_call=2")
+    processes = start(folder, "late", 1, "--config.parallel=shard_map", *alone, num_processes=2, late=late)
+    processes += start(folder, "prompt", 1, *alone, late=late)
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.usefixtures("late_run")
 def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
     processes = start(folder, "two", 10_000, num_processes=2)
     try:
@@ -136,7 +163,7 @@ def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
             time.sleep(0.1)
         processes[1].kill()
         assert processes[1].wait(timeout=HANGS_AFTER) == -signal.SIGKILL
-        # Meanwhile one device does the same another way: two steps in one call and one in the next.
+        # Meanwhile one device does the same another way: all steps in one call.
         (alone,) = start(folder, "one", 1, *ALONE)
         processes.append(alone)
         assert processes[0].wait(timeout=HANGS_AFTER) != 0
@@ -180,25 +207,6 @@ def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
     assert "sysu/all/single" in log_file(folder, "two", 0).read_text()
     assert "sysu/all/single" not in log_file(folder, "two", 1).read_text()
     assert len(list((folder / "two/logs").iterdir())) == 3  # one for each start
-
-
-def test_processes_wait_for_one_that_reads_or_compiles_for_longer(folder):
-    # A collective that is the first of its devices waits 30 s.
-    late = (("prompt", "0"), ("joined,compiling", "40"))
-    processes = start(folder, "late", 1, "--config.parallel=shard_map", *ALONE, num_processes=2, late=late)
-    processes += start(folder, "prompt", 1, *ALONE, late=late)
-    try:
-        codes = [process.wait(timeout=HANGS_AFTER) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = [log_file(folder, *which).read_text() for which in (("late", 0), ("late", 1), ("prompt", 0))]
-    assert codes == [0, 0, 0], logs
-    # A call of two steps, and one of one: what was compiled before the processes met is what ran.
-    for log in logs:
-        assert json.loads(log.splitlines()[-1]) == {"traced": {"2": 1, "1": 1}, "compiled": 2}
-    late, prompt = losses(logs[0]), losses(logs[2])
-    assert len(late) == STEPS_PER_EPOCH and late == prompt
 
 
 def test_processes_stop_together_when_one_is_told_to(folder):
@@ -275,3 +283,14 @@ def test_a_distributed_start_without_a_cluster_says_what_is_missing(tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "coordinator_address" in result.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_wait_for_one_that_reads_or_compiles_for_longer(folder, late_run):
+    codes = [process.wait(timeout=HANGS_AFTER) for process in late_run]
+    logs = [log_file(folder, *which).read_text() for which in (("late", 0), ("late", 1), ("prompt", 0))]
+    assert codes == [0, 0, 0], logs
+    # A call of two steps, and one of one: what was compiled before the processes met is what ran.
+    for log in logs:
+        assert json.loads(log.splitlines()[-1]) == {"traced": {"2": 1, "1": 1}, "compiled": 2}
+    late, prompt = losses(logs[0]), losses(logs[2])
+    assert len(late) == STEPS_PER_EPOCH and late == prompt

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import pytest
 from mpanet_jax.checkpoint import load_model
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.embeddings import load_embeddings
+from tests import scripts_in_process
 from tests.datasets.by_name import list_images
 from tests.limits import HANGS_AFTER
 
@@ -24,7 +26,14 @@ ROOT = Path(__file__).parent.parent
 SMALL = (
     "--config.init_from=",
     "--config.model.stage_sizes=(1,1,1,1)",
-    "--config.model.width=8",
+    "--config.model.backbone=resnet18",
+    "--config.model.width=4",
+    "--config.model.channel_module=none",
+    "--config.model.pattern_module=none",
+    "--config.loss.separation=0",
+    "--config.loss.modality_identity=0",
+    "--config.loss.mutual_mean=0",
+    "--config.augment.erase_probability=0",
     "--config.data.height=32",
     "--config.data.width=16",
     "--config.data.num_ids_per_batch=3",
@@ -58,37 +67,41 @@ def own(tmp_path_factory):
 
 
 def script(name, *arguments, cwd):
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu")
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    """What it prints to stdout and stderr, run in this process."""
+    done = scripts_in_process.process(name, *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
-def finished(process):
-    out, err = process.communicate(timeout=HANGS_AFTER)
-    assert process.returncode == 0, err
-    return out, err
-
-
-def train(own, workdir):
+def train_flags(own, workdir):
     places = (f"--config.dataset.source={own}/raw", f"--config.dataset.data_dir={own}/data", f"--workdir={workdir}")
-    return script("train.py", f"--config={ROOT}/configs/own.py", *SMALL, *places, cwd=own)
+    return f"--config={ROOT}/configs/own.py", *SMALL, *places
+
+
+def train_until_the_first_checkpoint(own, workdir):
+    """A process of its own, which is killed then."""
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *train_flags(own, workdir)]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu")
+    process = subprocess.Popen(
+        command, cwd=own, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + HANGS_AFTER
+    while not [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def test_train_kill_resume_evaluate_extract(own):
-    out, _ = finished(script("prepare_data.py", "--dataset=own", f"--source={own}/raw", "--check", cwd=own))
+    out, _ = script("prepare_data.py", "--dataset=own", f"--source={own}/raw", "--check", cwd=own)
     assert "no faults" in out and not (own / "data").exists()
 
     # Killed when the checkpoint of the first epoch is there; the second run comes to the end of an undisturbed one.
-    killed = train(own, own / "run")
-    while not [p for p in (own / "run/checkpoints").glob("*") if p.name.isdigit()]:
-        assert killed.poll() is None, killed.communicate()
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    out, err = finished(train(own, own / "run"))
+    train_until_the_first_checkpoint(own, own / "run")
+    out, err = script("train.py", *train_flags(own, own / "run"), cwd=own)
     assert "own/visible_to_infrared" in out and "own/infrared_to_visible" in out
-    finished(train(own, own / "whole"))
+    script("train.py", *train_flags(own, own / "whole"), cwd=own)
     (step, resumed), (_, whole) = load_model(own / "run"), load_model(own / "whole")
     for name in ("params", "batch_stats", "averages"):
         for (path, one), (_, other) in zip(_leaves(resumed[name]), _leaves(whole[name]), strict=True):
@@ -97,18 +110,18 @@ def test_train_kill_resume_evaluate_extract(own):
 
     written = json.loads((own / "run/metrics.json").read_text())
     (own / "run/metrics.json").unlink()
-    finished(script("evaluate.py", f"--workdir={own}/run", cwd=own))
+    script("evaluate.py", f"--workdir={own}/run", cwd=own)
     assert json.loads((own / "run/metrics.json").read_text()) == written
     assert {values["step"] for values in written.values()} == {step}
 
     # From the CSV, one modality a file, whichever comes first: the same figures, and the names of the pids.
     for modality in ("visible", "infrared"):
         source = (f"--images={own}/raw/images.csv", "--split=test", f"--modality={modality}")
-        finished(script("extract.py", f"--workdir={own}/run", *source, f"--out={own}/{modality}.npz", cwd=own))
+        script("extract.py", f"--workdir={own}/run", *source, f"--out={own}/{modality}.npz", cwd=own)
     for order in (("visible", "infrared"), ("infrared", "visible")):
         first, second = (own / f"{modality}.npz" for modality in order)
         files = ("--features", first, second, "--protocol=own", f"--out={own}/m.json")
-        finished(script("evaluate.py", *files, cwd=own))
+        script("evaluate.py", *files, cwd=own)
         for name, values in json.loads((own / "m.json").read_text()).items():
             assert values["mAP"] == pytest.approx(written[name]["mAP"], abs=1e-4)
     embeddings = load_embeddings(own / "infrared.npz")
@@ -120,5 +133,4 @@ def test_train_kill_resume_evaluate_extract(own):
 
 
 def _leaves(tree):
-
     return jax.tree_util.tree_leaves_with_path(tree)

@@ -9,12 +9,17 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
 NOTEBOOK = Path(__file__).parent.parent / "docs/quickstart.ipynb"
+# All that is changed: nothing below depends on how well the network learns.
+EPOCHS = '"train.num_epochs": 30,'
+SHORTER = '"train.num_epochs": 2, "loss.separation": 0.0, "loss.modality_identity": 0.0, "loss.mutual_mean": 0.0,'
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (cell,) = (cell for cell in notebook.cells if cell.cell_type == "code" and EPOCHS in cell.source)
+    cell.source = cell.source.replace(EPOCHS, SHORTER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
         patch.setenv("HF_HUB_OFFLINE", "1")
