@@ -74,6 +74,7 @@ def settings(raw, prepared):
         "data.width": 16,
         "data.num_ids_per_batch": 3,
         "data.images_per_id": 4,
+        "model.backbone": "resnet18",
         "model.width": 8,
         "train.num_epochs": 1,
         "train.checkpoint_every_epochs": 1,
@@ -211,7 +212,8 @@ OLD_CONFIG = """{
 @pytest.fixture(scope="module")
 def four_steps(settings, tmp_path_factory):
     """(settings of four epochs of one step, what they end with in one go, their programs)."""
-    settings, programs = replace(settings, {"train.num_epochs": 4}), Programs()
+    # Version 0.1 had one backbone.
+    settings, programs = replace(settings, {"train.num_epochs": 4, "model.backbone": "resnet50"}), Programs()
     workdir = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 1)
@@ -503,7 +505,7 @@ def test_run_goes_on_under_its_own_recipe_only(settings, finished_run, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "field, other, before", [("model.backbone", "resnet18", "resnet50"), ("method", "another", "mpanet")]
+    "field, other, before", [("model.backbone", "resnet34", "resnet18"), ("method", "another", "mpanet")]
 )
 def test_run_of_another_backbone_or_method_is_refused(
     settings, finished_run, tmp_path, monkeypatch, field, other, before
