@@ -44,8 +44,7 @@ def steps_of(dtype):
 
 
 def trained(*names):
-    # These random numbers compile in a fraction of the default ones' time.
-    with jax.enable_x64(True), jax.default_prng_impl("unsafe_rbg"), applied(names):
+    with jax.enable_x64(True), applied(names):
         steps, make_state = steps_of("float64")
         state, metrics = steps(make_state(), batches())
         return jax.device_get((state.params, state.batch_stats, metrics))
