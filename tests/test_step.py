@@ -1,6 +1,7 @@
 """The whole iteration: it learns, it is deterministic, and each piece of the state moves as docs/method.md says."""
 
 import re
+from dataclasses import replace as replace_fields
 from functools import cache, partial
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from mpanet_jax.methods.mpanet import MPANet as MPANetMethod
+from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.models.mpanet import CHANNEL_MODULES, PATTERN_MODULES, MPANet
-from mpanet_jax.models.resnet import BACKBONES, Bottleneck, ResNet
+from mpanet_jax.models.resnet import Bottleneck, ResNet
 from mpanet_jax.settings import Settings
 from mpanet_jax.settings_base import replace
 from mpanet_jax.state import init_variables
@@ -21,7 +23,7 @@ P, K, HEIGHT, WIDTH = 4, 4, 64, 32
 
 
 def make_model(**options):
-    return MPANet(P, ResNet(Bottleneck, (1, 1, 1, 1), 16), **options)
+    return MPANet(P, ResNet(Bottleneck, (0, 1, 1, 1), 16), **options)
 
 
 def make_batch(seed=0):
@@ -56,8 +58,22 @@ def equal(a, b):
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(numbers(x), numbers(y)), a, b)))
 
 
+# What is left compiles in half the time.
+CROSS_ENTROPY = {
+    **{"model__channel_module": "none", "model__pattern_module": "none"},
+    **{f"loss__{name}": 0.0 for name in ("center_cluster", "separation", "modality_identity", "mutual_mean")},
+}
+
+
 class Poisoned(MPANetMethod):
-    """Its loss is NaN for batches that begin with the last identity."""
+    """Its loss is NaN for batches that begin with the last identity.
+
+    The network is short: a step that may be skipped compiles for longer the more arrays the state has.
+    """
+
+    def network(self, num_ids, axis_name=None):
+        network = super().network(num_ids, axis_name)
+        return network.clone(backbone=replace_fields(network.backbone, stage_sizes=(0, 0, 1, 1)))
 
     def loss_terms(self, outputs, rows, averages, axis_name=None):
         terms = super().loss_terms(outputs, rows, averages, axis_name)
@@ -65,7 +81,7 @@ class Poisoned(MPANetMethod):
 
 
 def test_step_without_a_finite_loss_is_skipped():
-    step, state = make_step(method_class=Poisoned, train__on_nonfinite="skip")
+    step, state = make_step(method_class=Poisoned, train__on_nonfinite="skip", **CROSS_ENTROPY)
     good, bad = make_batch(), {name: rows[::-1].copy() for name, rows in make_batch().items()}
     bad["modality"] = bad["modality"][::-1].copy()
     one, metrics = step(state, good)
@@ -80,7 +96,7 @@ def test_step_without_a_finite_loss_is_skipped():
 
 
 def test_steps_are_skipped_only_where_that_was_asked_for():
-    step, state = make_step(method_class=Poisoned)
+    step, state = make_step(method_class=Poisoned, **CROSS_ENTROPY)
     bad = {name: rows[::-1].copy() for name, rows in make_batch().items()}
     after, metrics = step(state, bad)
     finite = [np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params)]
@@ -107,7 +123,8 @@ def test_four_steps_train():
 
 
 def test_mean_classifiers_follow_equation_11():
-    step, state = make_step(mean__rate=0.2)
+    step, state = make_step(augment=True)
+    assert MPANetSettings().mean.rate == 0.2
     start = state
     state, _ = step(state, make_batch())
     after_one = state
@@ -160,16 +177,15 @@ def test_every_ablation_builds_and_has_its_feature_size(channel_module, pattern_
 
 
 def test_losses_that_are_off_are_not_computed():
-    off = {f"loss__{name}": 0.0 for name in ("center_cluster", "separation", "modality_identity", "mutual_mean")}
-    step, state = make_step(model__channel_module="none", model__pattern_module="none", **off)
-    _, metrics = step(state, make_batch())
+    step, state = make_step(method_class=Poisoned, **CROSS_ENTROPY)  # a program that is there already
+    _, metrics = jax.eval_shape(step, state, make_batch())
     assert set(metrics) == {"identity", "loss", "accuracy", "learning_rate"}
 
 
 def test_embedding_does_not_depend_on_the_rest_of_the_batch():
     method = small_mpanet()
     network = method.build(P)
-    variables = init_variables(network, jax.random.key(0), HEIGHT, WIDTH)
+    variables = init_variables(method.network(P), jax.random.key(0), HEIGHT, WIDTH)
     images = jnp.asarray(make_batch()["images"])
     embed = jax.jit(partial(method.embed, network))
     together, alone = embed(variables, images), embed(variables, images[3:4])
@@ -179,13 +195,12 @@ def test_embedding_does_not_depend_on_the_rest_of_the_batch():
 
 def test_full_size_shapes():
     model = MPANet(num_ids=395)
-    variables = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 384, 128, 3)), train=False), jax.random.key(0))
-    outputs = jax.eval_shape(
-        lambda v, x: model.apply(v, x, train=False), variables, jnp.zeros((1, 384, 128, 3), jnp.float32)
-    )
+    images = jnp.zeros((1, 384, 128, 3), jnp.float32)
+    outputs, variables = jax.eval_shape(partial(model.init_with_output, train=False), jax.random.key(0), images)
     assert outputs.embedding.shape == (1, 14336)
     assert outputs.maps.shape == (1, 24 * 8, 6)
     backbone = {name: variables["params"][name] for name in ("stem", "stage1", "stage2", "stage3", "stage4")}
+    assert variables["params"]["mam3"]["mask"]["w1"].shape == (1024, 64)
     # torchvision's ResNet-50 has 25,557,032 parameters, of which 2048·1000 + 1000 are the classifier's.
     assert sum(leaf.size for leaf in jax.tree.leaves(backbone)) == 25_557_032 - 2_049_000
 
@@ -223,13 +238,11 @@ def test_gradients_are_summed_over_devices_in_the_networks_type_and_global_ones_
 
 def test_modality_alleviation_starts_like_the_convolutions_of_the_backbone():
     # Kaiming normal, fan-out: √(2/64), √(2/1024) after stage 3 and √(2/128), √(2/2048) after stage 4.
-    variables = jax.eval_shape(lambda k: init_variables(MPANet(395), k, 32, 32), jax.random.key(0))
-    assert variables["params"]["mam3"]["mask"]["w1"].shape == (1024, 64)
-    network = MPANet(2, BACKBONES["resnet50"])
+    network = MPANet(2, ResNet(Bottleneck, (0, 0, 1, 1)))  # of the width of ResNet-50
     params = init_variables(network, jax.random.key(3), 32, 32)["params"]
     for name, deviations in (("mam3", (0.1768, 0.0442)), ("mam4", (0.125, 0.03125))):
         for kernel, deviation in zip(("w1", "w2"), deviations, strict=True):
-            found = params[name]["mask"][kernel]
+            found = np.asarray(params[name]["mask"][kernel])
             np.testing.assert_allclose(found.std(), deviation, rtol=0.02)
             assert abs(found.mean()) < deviation / 50
             assert abs(found).max() > 3.5 * deviation  # normal, not uniform

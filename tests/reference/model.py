@@ -28,6 +28,9 @@ from tests.reference.resnet import BasicBlock, Bottleneck, ResNet, initialise
 
 REDUCTION = 16
 
+# The networks here are small: several threads would wait for one another for most of the time, busily.
+torch.set_num_threads(1)
+
 
 class Outputs(NamedTuple):
     """What the losses need. B images, C channels of stage 4, l patterns, D = (l + 1)·C."""
