@@ -16,6 +16,9 @@ _FLAGS = (
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones do not know it
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
+# Threads of PyTorch and of BLAS wait for each other busily, on processors that the other workers need.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Many tests compile the same small programs; compile each of them once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

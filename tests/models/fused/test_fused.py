@@ -1,6 +1,5 @@
 """The fused network is the plain one: values, gradients, running statistics, in training and in evaluation."""
 
-from dataclasses import replace as replace_fields
 from functools import partial
 
 import flax.linen as nn
@@ -61,10 +60,18 @@ def with_inputs(network):
     return jax.tree.map(jnp.asarray, variables), images, modality
 
 
-# The other modules are trained in both forms in tests/test_parity.py.
-def test_fused_equals_plain_in_training():
+def make_network(channel_module, pattern_module):
+    """The paper's with every kind of block, the others with those that differ by the module."""
+    is_whole = (channel_module, pattern_module) == ("mam", "pam")
+    backbone = BACKBONE if is_whole else ResNet(Bottleneck, (0, 0, 1, 1), 4)
+    modules = {"channel_module": channel_module, "pattern_module": pattern_module}
+    return MPANet(5, backbone, **modules, dtype=jnp.float64, param_dtype=jnp.float64)
+
+
+@pytest.mark.parametrize(("channel_module", "pattern_module"), ABLATIONS)
+def test_fused_equals_plain_in_training(channel_module, pattern_module):
     with jax.enable_x64(True):
-        network = MPANet(5, BACKBONE, dtype=jnp.float64, param_dtype=jnp.float64)
+        network = make_network(channel_module, pattern_module)
         variables, images, modality = with_inputs(network)
         shapes = jax.eval_shape(partial(network.apply, train=False), variables, images, modality)
         rng = np.random.default_rng(1)
@@ -90,10 +97,7 @@ def test_fused_equals_plain_in_training():
 def test_fused_equals_plain_in_evaluation(channel_module, pattern_module):
     """The fused max-pool of the evaluation has no gradient of its own: it is for evaluation only."""
     with jax.enable_x64(True):
-        is_whole = (channel_module, pattern_module) == ("mam", "pam")
-        backbone = BACKBONE if is_whole else replace_fields(BACKBONE, stage_sizes=(0, 0, 1, 1))
-        options = {"channel_module": channel_module, "pattern_module": pattern_module}
-        network = MPANet(5, backbone, **options, dtype=jnp.float64, param_dtype=jnp.float64)
+        network = make_network(channel_module, pattern_module)
         arguments = with_inputs(network)
         found, expected = (jax.jit(partial(form.apply, train=False))(*arguments) for form in (fuse(network), network))
         assert max(jax.tree.leaves(relative_errors(found, expected))) < 1e-10
