@@ -41,8 +41,12 @@ def checkpoints(folder: Path) -> list[str]:
 
 def children(pid: int) -> list[int]:
     """Those started by any of a process's threads."""
-    lists = [thread / "children" for thread in Path(f"/proc/{pid}/task").iterdir()]
-    return [int(child) for list_of_one in lists for child in list_of_one.read_text().split()]
+    while True:
+        lists = [thread / "children" for thread in Path(f"/proc/{pid}/task").iterdir()]
+        try:
+            return [int(child) for list_of_one in lists for child in list_of_one.read_text().split()]
+        except FileNotFoundError:  # a thread has ended meanwhile, and another one has its children now
+            continue
 
 
 def running(pid: int) -> bool:
