@@ -562,9 +562,9 @@ If a gradient is 0 up to rounding (the bias of a layer before a batch norm), its
 gradients. The nine ablation variants are {variants}.
 
 `make test` checks these bounds for both forms (`tests/test_parity.py`): 1e-5 in float32; 1e-10 for values and 1e-8 for
-gradients and five training steps in float64 (plain with the paper's losses, fused with the official ones, both at half the
-width); in bfloat16 a cosine of at least 0.999, and 1 − cosine at most 1.5 times that of PyTorch. `tests/methods/` checks AGW
-and CAJ in the same way ([methods](methods.md)).
+gradients and five training steps in float64 (plain with the paper's losses, fused with the official ones, both at half
+the width); in bfloat16 a cosine of at least 0.999, and 1 − cosine at most 1.5 times that of PyTorch. `tests/methods/`
+checks AGW and CAJ in the same way ([methods](methods.md)).
 
 ## How this page is made
 
