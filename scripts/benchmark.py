@@ -15,7 +15,6 @@ python scripts/benchmark.py growth --over=gallery --rerank --sizes=1000,3000,100
 python scripts/benchmark.py data                       (draws a small data set where config.dataset names none)
 """
 
-import functools
 import shlex
 import sys
 from pathlib import Path
@@ -101,15 +100,12 @@ def main(arguments: list[str]) -> None:
     saves = {"num_saves": STEPS.value} if STEPS.value else {}
     images = {"num_images": IMAGES.value} if IMAGES.value else {}
 
-    @functools.cache
-    def environment() -> dict:
-        # How cost grows is measured in processes of their own, for which the accelerator is left.
-        return growth.in_new_process(measure.environment) if name == "growth" else measure.environment()
-
+    # How cost grows is measured in processes of their own, for which the accelerator is left.
+    environment = growth.in_new_process(measure.environment) if name == "growth" else measure.environment()
     command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
 
     def write(results: dict) -> dict:
-        report = {"name": name, "command": command, **environment(), "config": to_dict(settings), "results": results}
+        report = {"name": name, "command": command, **environment, "config": to_dict(settings), "results": results}
         measure.write_report(out, report)
         return report
 
