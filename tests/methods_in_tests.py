@@ -1,5 +1,6 @@
 """Small methods for tests: MPANet at toy size, and one of plain flax.linen layers that the package knows nothing of."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,6 +21,21 @@ OFFICIAL = {
     "loss.student_first": True,
     "mean.epochs_at_full": 100,
 }
+
+
+class TwoBlocks:
+    """Mixed into a method: its network with blocks in stages 3 and 4 alone, which the settings do not allow.
+
+    Their shortcuts are projected, at stride 2 and at stride 1.
+    """
+
+    def network(self, num_ids, axis_name=None):
+        network = super().network(num_ids, axis_name)
+        return network.clone(backbone=dataclasses.replace(network.backbone, stage_sizes=(0, 0, 1, 1)))
+
+
+class MPANetOfTwoBlocks(TwoBlocks, MPANet):
+    """MPANet's."""
 
 
 def small_mpanet(**fields: Any) -> MPANet:

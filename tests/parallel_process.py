@@ -19,14 +19,13 @@ import numpy as np
 
 from mpanet_jax.methods.agw import AGW, AGWSettings
 from mpanet_jax.methods.caj import CAJ, CAJSettings
-from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
+from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.models.fused.classifier import linear
-from mpanet_jax.models.resnet import Bottleneck, ResNet
 from mpanet_jax.parallel import Parallel, local_devices, on_first_device
 from mpanet_jax.settings import Settings
 from mpanet_jax.settings_base import replace
 from mpanet_jax.step import train_steps
-from tests.methods_in_tests import OFFICIAL, LinenMethod, start
+from tests.methods_in_tests import OFFICIAL, LinenMethod, MPANetOfTwoBlocks, TwoBlocks, start
 
 P, K, HEIGHT, WIDTH, STEPS, NUM_IMAGES = 8, 4, 48, 24, 3, 60
 COMMON = {
@@ -34,35 +33,23 @@ COMMON = {
     "data.images_per_id": K,
     "optim.milestones": (2,),
 }
-# The narrowest at which the masks of the channels, a sixteenth of them wide, still have several; and one block with a
-# stride and one without are all that the devices have to agree on.
-BACKBONE = ResNet(Bottleneck, (0, 0, 1, 1), 4)
+# The narrowest at which the masks of the channels, a sixteenth of them wide, still have several.
+NARROW = {**COMMON, "model.width": 4}
 # The non-local block has a batch norm of its own, whose scale starts at 0.
 ABLATION = {"loss.separation": 0.0, "model.channel_module": "cbam", "model.pattern_module": "non_local"}
 BASELINE = {"loss.separation": 0.0, "model.channel_module": "none", "model.pattern_module": "none"}
 
 
-class Shallow:
-    """With a backbone of two blocks, which the settings do not have."""
-
-    def network(self, num_ids, axis_name=None):
-        return super().network(num_ids, axis_name).clone(backbone=BACKBONE)
-
-
-class ShallowMPANet(Shallow, MPANet):
-    """MPANet's."""
-
-
-class ShallowAGW(Shallow, AGW):
+class AGWOfTwoBlocks(TwoBlocks, AGW):
     """AGW's."""
 
 
-class ShallowCAJ(Shallow, CAJ):
+class CAJOfTwoBlocks(TwoBlocks, CAJ):
     """CAJ's."""
 
 
 def _mpanet(form, **fields):
-    return ShallowMPANet(replace(MPANetSettings(), {**COMMON, "model.fused": form, **fields}))
+    return MPANetOfTwoBlocks(replace(MPANetSettings(), {**NARROW, "model.fused": form, **fields}))
 
 
 METHODS = {
@@ -74,9 +61,9 @@ METHODS = {
     "SE": _mpanet("on", **{"model.channel_module": "se"}),
     "IN": _mpanet("on", **{"model.channel_module": "in"}),
     "official": _mpanet("on", **OFFICIAL, **{"augment.crop_padding": 3}),
-    "AGW": ShallowAGW(replace(AGWSettings(), {**COMMON, "model.fused": "on"})),
+    "AGW": AGWOfTwoBlocks(replace(AGWSettings(), {**NARROW, "model.fused": "on"})),
     # Its squared differences are large, and so are their gradients and what rounding leaves of them.
-    "CAJ, plain": ShallowCAJ(replace(CAJSettings(), {**COMMON, "model.fused": "off", "loss.triplet": 0.1})),
+    "CAJ, plain": CAJOfTwoBlocks(replace(CAJSettings(), {**NARROW, "model.fused": "off", "loss.triplet": 0.1})),
     # Layers that know nothing of this package.
     "flax.linen": LinenMethod(replace(Settings(), COMMON)),
 }

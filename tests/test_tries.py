@@ -1,6 +1,5 @@
 """What `scripts/benchmark.py step --try=NAME` measures computes the same step as the package does."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,9 +8,8 @@ import pytest
 
 from benchmarks.tries import TRIES, applied
 from mpanet_jax.errors import UserError
-from mpanet_jax.methods.mpanet import MPANet
 from mpanet_jax.step import train_steps
-from tests.methods_in_tests import small_mpanet, start
+from tests.methods_in_tests import MPANetOfTwoBlocks, small_mpanet, start
 
 P, K, HEIGHT, WIDTH, STEPS = 3, 4, 32, 16, 2
 OF_A_GPU = "exact_by_bfloat16"
@@ -26,19 +24,11 @@ def batches():
     }
 
 
-class Short(MPANet):
-    """With blocks in two stages alone, which the settings do not allow: shortcuts of strides 2 and 1."""
-
-    def network(self, num_ids, axis_name=None):
-        network = super().network(num_ids, axis_name)
-        return network.clone(backbone=replace(network.backbone, stage_sizes=(0, 0, 1, 1)))
-
-
 def steps_of(dtype):
     """Two steps, which have not been traced, and the state before them."""
     # The losses that no try is about are left out, and compiled in no time.
     off = {f"loss__{name}": 0.0 for name in ("center_cluster", "modality_identity", "mutual_mean")}
-    method = Short(small_mpanet(data__images_per_id=K, dtype=dtype, model__fused="on", **off).settings)
+    method = MPANetOfTwoBlocks(small_mpanet(data__images_per_id=K, dtype=dtype, model__fused="on", **off).settings)
     options = {"method": method, "network": method.build(P), "steps_per_epoch": 10}
     return jax.jit(partial(train_steps, **options)), partial(start, method, P, HEIGHT, WIDTH)
 
