@@ -89,7 +89,7 @@ class DataSettings:
     )
     num_workers: int = setting(
         -1,
-        "processes that decode if there is no cache; 0: threads of this process; -1: chosen for the machine",
+        "processes that decode if there is no cache, or for a long evaluation; 0: threads; -1: chosen for the machine",
         Rule("a number of processes up to 1024, 0 for threads, or -1 to choose", lambda value: -1 <= value <= 1024),
     )
 

@@ -2,23 +2,21 @@
 
 import contextlib
 import fcntl
-import itertools
 import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
 
-from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.cache_check import write_sums
-from mpanet_jax.data.decode import MAX_THREADS, pixels_of
+from mpanet_jax.data.decode import SplitPixels
+from mpanet_jax.data.reading import read_parts
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import SettingsError
 from mpanet_jax.memory import free_ram
@@ -30,7 +28,7 @@ CACHE_MODES = ("device", "host", "none")
 
 # Part of the file's name: raise it when `decode.py` changes the pixels. Version 1 had OpenCV's resize.
 PIXELS_VERSION = 2
-_FILLED = 4096  # images handed to the threads at once
+_READ_AT_ONCE = 128
 
 
 def open_images(split: Split, data: DataSettings, cache_dir: str | os.PathLike | None) -> tuple[str, np.ndarray | None]:
@@ -166,29 +164,16 @@ def _has_room(cache_dir: Path, num_bytes: int) -> bool:
 
 
 def _fill(images: np.ndarray, split: Split, data: DataSettings) -> None:
-    """Decodes and resizes every image into its place, in threads: decoder and resize both release Python's lock."""
-
-    def one(i: int) -> None:
-        images[i] = pixels_of(split, i, data)
-
+    """Decodes and resizes every image into its place."""
     started = time.perf_counter()
-    pool = ThreadPoolExecutor(decoding_threads())
-    try:
-        # A pool holds on to all that it has been given: some images at a time.
-        parts = (range(start, min(start + _FILLED, len(split))) for start in range(0, len(split), _FILLED))
-        filled = itertools.chain.from_iterable(pool.map(one, part) for part in parts)
-        for _ in track(filled, f"resizing {split.name}", len(split)):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
+    read = read_parts(SplitPixels(split, np.arange(len(split)), data), len(split), data, size=_READ_AT_ONCE)
+    with contextlib.closing(read) as parts:
+        for part in track(parts, f"resizing {split.name}", len(split), size=lambda part: len(part.rows)):
+            part.require_sound()
+            images[part.rows.start : part.rows.stop] = part.images[: len(part.rows)]
     rate = len(split) / (time.perf_counter() - started)
     size = f"{data.height}x{data.width}"
     logging.info("images: %d of %s resized to %s, %.0f a second", len(split), split.name, size, rate)
-
-
-def decoding_threads() -> int:
-    """How many threads decode in this process: one for each CPU, at most `MAX_THREADS`."""
-    return min(available_cpus(), MAX_THREADS)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ not applied. simplejpeg decodes JPEG files to Pillow's pixels (both use libjpeg-
 import io
 import os
 import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +126,35 @@ def pixels_of(split: Split, i: int, data: DataSettings) -> np.ndarray:
             f"image {split.paths[i]} can't be decoded ({error}); replace the file, "
             "check the rest with scripts/prepare_data.py --check, and prepare the data again"
         ) from error
+
+
+@dataclass(frozen=True)
+class SplitPixels:
+    """Reads images of a prepared split: row → `pixels_of` image indices[row]."""
+
+    split: Split
+    indices: np.ndarray
+    data: DataSettings
+
+    def __call__(self, row: int) -> np.ndarray:
+        return pixels_of(self.split, int(self.indices[row]), self.data)
+
+
+def pixels_of_file(path: str | os.PathLike, data: DataSettings) -> np.ndarray:
+    """An image file, decoded and resized: uint8[data.height, data.width, 3].
+
+    Raises:
+      BadImageError: it cannot be read or decoded.
+    """
+    return resized_pixels(read_image_file(path), data)
+
+
+@dataclass(frozen=True)
+class FilePixels:
+    """Reads image files: row → `pixels_of_file` files[row]."""
+
+    files: Sequence[str | os.PathLike]
+    data: DataSettings
+
+    def __call__(self, row: int) -> np.ndarray:
+        return pixels_of_file(self.files[row], self.data)

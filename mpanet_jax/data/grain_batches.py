@@ -34,8 +34,8 @@ def choose_num_workers(num_workers: int, batch_bytes: int) -> int:
     """How many processes decode images; 0: threads of this process do.
 
     For `num_workers` = -1 this depends on the machine. Below 8 CPUs threads are as fast as processes and start at once.
-    With more CPUs threads wait for each other; half of the CPUs then get a process each, at most MAX_WORKERS, and the
-    others are left to the feeding process and the system.
+    With more CPUs threads wait for each other; three quarters of the CPUs then get a process each, at most MAX_WORKERS,
+    and the others are left to the feeding process and the system.
 
     Workers hand over their batches in shared memory, and containers often have only 64 MiB of it. If it is short, -1
     chooses threads and says so on stderr.
@@ -49,7 +49,7 @@ def choose_num_workers(num_workers: int, batch_bytes: int) -> int:
     """
     chosen = num_workers
     if num_workers < 0:
-        chosen = min(available_cpus() // 2, MAX_WORKERS) if available_cpus() >= 8 else 0
+        chosen = min(available_cpus() * 3 // 4, MAX_WORKERS) if available_cpus() >= 8 else 0
     # A worker has at most four batches in shared memory: two in its hand and its queue, two where grain receives them.
     needed, free = chosen * 4 * batch_bytes, _free_shared_memory()
     if needed <= free:
@@ -97,7 +97,7 @@ class ResumableBatches(grain.DatasetIterator):
         self._next_index += 1
         # A worker's arrays lie in shared memory. The caller gets copies: shared memory that is still in use when the
         # program ends (by a batch in a traceback, say) would be reported as leaked.
-        return {name: np.array(a) for name, a in batch.items()} if self._num_workers else batch
+        return {name: _own(value) for name, value in batch.items()} if self._num_workers else batch
 
     def start_prefetch(self) -> None:
         """Starts to read the first batches before they are asked for."""
@@ -149,6 +149,10 @@ class ResumableBatches(grain.DatasetIterator):
 
     def __str__(self) -> str:
         return f"ResumableBatches(next_index={self._next_index} of {len(self._dataset)})"
+
+
+def _own(value: Any) -> Any:
+    return np.array(value) if isinstance(value, np.ndarray) else value
 
 
 def _read_options(num_threads: int) -> grain.ReadOptions:

@@ -5,28 +5,25 @@ pipeline that starts at batch i yields the same bits as one that has come that f
 differ only in where the pixels of a batch come from.
 """
 
+import contextlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import grain
 import jax
 import numpy as np
 
-from mpanet_jax.data.cache import decoding_threads, open_images
+from mpanet_jax.data.cache import open_images
 from mpanet_jax.data.cache_check import CacheCheck, CacheFile
-from mpanet_jax.data.decode import pixels_of
+from mpanet_jax.data.decode import SplitPixels, pixels_of
 from mpanet_jax.data.grain_batches import Batch, ResumableBatches, choose_num_workers
+from mpanet_jax.data.reading import Pixels, decoding_threads, read_parts
 from mpanet_jax.data.sampling import BatchPlan
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.settings import DataSettings
-
-EVAL_BATCHES_IN_FLIGHT = 3
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_s
     Args:
       split: the split.
       indices: int[N], the images' rows, in the order of the batches.
-      data: the images' size and filter.
+      data: the images' size and filter; and `num_workers`, for `processes_for`.
       batch_size: images in a batch.
 
     Raises:
@@ -136,22 +133,23 @@ def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_s
     columns = {"pids": split.pids, "camids": split.camids, "modality": split.modality}
     indices = np.asarray(indices, np.int64)
     rows = {name: column[indices] for name, column in columns.items()} | {"index": indices}
-    return eval_batches(rows, lambda row: pixels_of(split, int(indices[row]), data), data, batch_size)
+    return eval_batches(rows, SplitPixels(split, indices, data), data, batch_size)
 
 
 def eval_batches(
     rows: Mapping[str, np.ndarray],
-    pixels: Callable[[int], np.ndarray],
+    pixels: Pixels,
     data: DataSettings,
     batch_size: int,
     on_fault: Callable[[int, UserError], object] | None = None,
+    *,
+    num_workers: int | None = None,
 ) -> Iterator[Batch]:
-    """Eval batches (docs/method.md, "An eval batch") of N images; threads decode the images ahead of their use.
+    """Eval batches (docs/method.md, "An eval batch") of N images, which are read ahead of their use (`read_parts`).
 
     Args:
       rows: what a batch says of each image: int[N] arrays `pids`, `camids`, `index` and, if it is known, `modality`.
-      pixels: row → its resized image, uint8[data.height, data.width, 3]; may raise `UserError`.
-      data: the images' size.
+      pixels, data, num_workers: as for `read_parts`.
       batch_size: b of every batch; the last one is filled up with zeros, whose `mask` is False.
       on_fault: called with the row and the error if `pixels` raises a `UserError`; the image's row is then zeros, with
         `mask` False. It may raise to stop. None: the error itself stops the batches.
@@ -159,36 +157,18 @@ def eval_batches(
     Yields:
       Dicts of the arrays of `rows` as int32[b], `images` uint8[b, height, width, 3] and `mask` bool[b].
     """
-    num_images = len(rows["index"])
-    pool = ThreadPoolExecutor(decoding_threads())
-
-    def start(first: int) -> tuple[range, list[Future]]:
-        part = range(first, min(first + batch_size, num_images))
-        return part, [pool.submit(pixels, row) for row in part]
-
-    firsts = iter(range(0, num_images, batch_size))
-    in_flight = deque(map(start, islice(firsts, EVAL_BATCHES_IN_FLIGHT)))
-    try:
-        while in_flight:
-            part, decoded = in_flight.popleft()
+    read = read_parts(pixels, len(rows["index"]), data, size=batch_size, num_workers=num_workers)
+    with contextlib.closing(read) as parts:
+        for part in parts:
+            if on_fault is None:
+                part.require_sound()
+            else:
+                for row, reason in sorted(part.faults):
+                    on_fault(row, UserError(reason))
             batch: Batch = {name: np.zeros(batch_size, np.int32) for name in rows}
-            batch["mask"] = np.zeros(batch_size, bool)
-            batch["images"] = np.zeros((batch_size, data.height, data.width, 3), np.uint8)
-            for place, (row, future) in enumerate(zip(part, decoded, strict=True)):
-                try:
-                    batch["images"][place] = future.result()
-                except UserError as error:
-                    if on_fault is None:
-                        raise
-                    on_fault(row, error)
-                    continue
-                batch["mask"][place] = True
-                for name, column in rows.items():
-                    batch[name][place] = column[row]
-            in_flight.extend(map(start, islice(firsts, 1)))
-            yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)
+            for name, column in rows.items():
+                batch[name][part.mask] = column[part.rows.start + np.flatnonzero(part.mask)]
+            yield batch | {"mask": part.mask, "images": part.images}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mpanet_jax.data.decode import BadImageError, read_image_file, resized, resized_pixels, to_rgb
+from mpanet_jax.data.decode import BadImageError, FilePixels, pixels_of_file, resized, to_rgb
 from mpanet_jax.data.pipeline import eval_batches
+from mpanet_jax.data.reading import processes_for
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.extract import Embed, run_batches, track_batches
 from mpanet_jax.modality import UNKNOWN
@@ -88,6 +89,7 @@ def rows_of_images(
     *,
     batch_size: int,
     errors: str = "raise",
+    num_workers: int = 0,
 ) -> tuple[list[np.ndarray], list[SkippedImage]]:
     """Run `function` over the images that can be read, batch by batch.
 
@@ -99,6 +101,7 @@ def rows_of_images(
       batch_size: images sent to the devices at once, rounded up to a multiple of the number of devices. Fewer images
         than that are padded to a power of two, so that calls with different numbers of images share compiled programs.
       errors: what to do with images that cannot be read: 'raise' or 'skip'.
+      num_workers: as for `Model.embed`.
 
     Returns:
       Blocks of rows, to be concatenated, for the images that could be read, in their order; and the skipped images.
@@ -118,16 +121,14 @@ def rows_of_images(
 
     def pixels(place: int) -> np.ndarray:
         image = images[place]
-        if not isinstance(image, str | os.PathLike) and 0 in (
-            image.size if isinstance(image, Image.Image) else image.shape
-        ):
+        if isinstance(image, str | os.PathLike):
+            return pixels_of_file(image, data)
+        if 0 in (image.size if isinstance(image, Image.Image) else image.shape):
             raise BadImageError("has no pixels")
         if isinstance(image, Image.Image):
             with locks[id(image)]:
                 return resized(to_rgb(image), data)
-        if isinstance(image, np.ndarray):
-            return resized(to_rgb(Image.fromarray(image)), data)
-        return resized_pixels(read_image_file(image), data)
+        return resized(to_rgb(Image.fromarray(image)), data)
 
     def on_fault(place: int, error: UserError) -> None:
         fault = SkippedImage(place, _name(images[place], place), str(error))
@@ -139,7 +140,12 @@ def rows_of_images(
     rows = {"pids": unknown, "camids": unknown, "modality": modality, "index": np.arange(len(images))}
     num_devices = jax.local_device_count()
     size = -(-min(batch_size, 1 << (len(images) - 1).bit_length()) // num_devices) * num_devices
-    batches = eval_batches(rows, pixels, data, size, on_fault)
+    files = [image for image in images if isinstance(image, str | os.PathLike)]
+    if len(files) == len(images):
+        num_workers = processes_for(len(files), num_workers, size * data.height * data.width * 3)
+        batches = eval_batches(rows, FilePixels(files, data), data, size, on_fault, num_workers=num_workers)
+    else:  # images in memory are read where they are
+        batches = eval_batches(rows, pixels, data, size, on_fault, num_workers=0)
     return [rows for _, rows in run_batches(function, track_batches(batches, len(images)))], skipped
 
 

@@ -147,7 +147,7 @@ def test_a_damaged_image_ends_an_evaluation():
 
 
 @pytest.mark.parametrize(
-    ("cpus", "chosen"), [(1, 0), (2, 0), (4, 0), (7, 0), (8, 4), (15, 7), (16, 8), (32, 16), (128, 16)]
+    ("cpus", "chosen"), [(1, 0), (2, 0), (4, 0), (7, 0), (8, 6), (15, 11), (16, 12), (32, 16), (128, 16)]
 )
 def test_many_cpus_decode_in_processes(monkeypatch, capsys, cpus, chosen):
     monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: cpus)
@@ -162,7 +162,7 @@ def test_short_shared_memory_is_found_before_a_worker_dies_of_it(monkeypatch, ca
     monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 16)
     monkeypatch.setattr(grain_batches_module, "_free_shared_memory", lambda: 64 * 2**20)
     assert choose_num_workers(-1, 18 * 2**20) == 0
-    assert "decoded in threads, because 8 processes that decode need 576 MiB" in capsys.readouterr().err
+    assert "decoded in threads, because 12 processes that decode need 864 MiB" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"data\.num_workers = 2: .* need 144 MiB of .*, 64 are free"):
         choose_num_workers(2, 18 * 2**20)
     assert choose_num_workers(0, 2**40) == 0 and choose_num_workers(1, 16 * 2**20) == 1

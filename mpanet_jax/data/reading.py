@@ -1,0 +1,151 @@
+"""Reads many images in their order, ahead of their use: in threads or, where those are slower, in processes."""
+
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import grain
+import numpy as np
+
+from mpanet_jax.cpus import available_cpus
+from mpanet_jax.data.decode import MAX_THREADS
+from mpanet_jax.data.grain_batches import ResumableBatches, choose_num_workers
+from mpanet_jax.errors import UserError
+from mpanet_jax.settings import DataSettings
+
+# Of fewer images, threads have read all before the first process is up.
+MANY_IMAGES = 8_000
+PARTS_IN_FLIGHT = 3
+
+# row → the resized image, uint8[data.height, data.width, 3]; may raise `UserError`. Processes need one that pickles.
+Pixels = Callable[[int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images that follow each other.
+
+    Attributes:
+      rows: which ones.
+      images: uint8[size, height, width, 3]; zeros behind the last row, and in place of an image that cannot be read.
+      mask: bool[size], True for images.
+      faults: (row, why it cannot be read), in any order.
+    """
+
+    rows: range
+    images: np.ndarray
+    mask: np.ndarray
+    faults: list[tuple[int, str]] = field(default_factory=list)
+
+    def read(self, row: int, pixels: Pixels) -> None:
+        """Puts an image of `rows` in its place, or its fault on the list."""
+        place = row - self.rows.start
+        try:
+            self.images[place] = pixels(row)
+            self.mask[place] = True
+        except UserError as error:
+            self.faults.append((row, str(error)))
+
+    def require_sound(self) -> None:
+        """Raises a `UserError` with the first fault, if there is one."""
+        if self.faults:
+            raise UserError(min(self.faults)[1])
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """All parts, not read yet. As grain's source, element i is part i, read by one process."""
+
+    pixels: Pixels
+    num_images: int
+    size: int
+    height: int
+    width: int
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.size)
+
+    def rows(self, index: int) -> range:
+        return range(index * self.size, min((index + 1) * self.size, self.num_images))
+
+    def empty(self, index: int) -> Part:
+        images = np.zeros((self.size, self.height, self.width, 3), np.uint8)
+        return Part(self.rows(index), images, np.zeros(self.size, bool))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part = self.empty(int(index))
+        for row in part.rows:
+            part.read(row, self.pixels)
+        return {"images": part.images, "mask": part.mask, "faults": part.faults}
+
+
+def processes_for(num_images: int, num_workers: int, part_bytes: int) -> int:
+    """How many processes should read the images; 0: threads.
+
+    Args:
+      num_images: how many images are read.
+      num_workers: settings.data.num_workers; 0 forbids processes. Any other number lets this machine choose, because
+        settings are also those of a run on another one.
+      part_bytes: of a part's images.
+    """
+    return choose_num_workers(-1, part_bytes) if num_workers and num_images >= MANY_IMAGES else 0
+
+
+def read_parts(
+    pixels: Pixels, num_images: int, data: DataSettings, *, size: int, num_workers: int | None = None
+) -> Generator[Part]:
+    """Read images in parts of `size`; the last one may have fewer rows.
+
+    Where processes read, they start the caller's script again, which therefore needs its `if __name__ == "__main__":`.
+
+    Args:
+      pixels: how one is read.
+      num_images: its argument goes from 0 to this, exclusive.
+      data: the images' size.
+      size: images in a part.
+      num_workers: processes that read, or 0 for threads; None: `processes_for`.
+
+    Yields:
+      The parts in order, up to PARTS_IN_FLIGHT read ahead in threads, four in each process.
+    """
+    parts = _Parts(pixels, num_images, size, data.height, data.width)
+    if num_workers is None:
+        num_workers = processes_for(num_images, data.num_workers, size * data.height * data.width * 3)
+    return _by_processes(parts, num_workers) if num_workers else _by_threads(parts)
+
+
+def _by_threads(parts: _Parts) -> Generator[Part]:
+    pool = ThreadPoolExecutor(decoding_threads())
+
+    def start(index: int) -> tuple[Part, list[Future]]:
+        part = parts.empty(index)
+        return part, [pool.submit(part.read, row, parts.pixels) for row in part.rows]
+
+    indices = iter(range(len(parts)))
+    in_flight = deque(map(start, islice(indices, PARTS_IN_FLIGHT)))
+    try:
+        while in_flight:
+            part, reading = in_flight.popleft()
+            for future in reading:
+                future.result()
+            in_flight.extend(map(start, islice(indices, 1)))
+            yield part
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _by_processes(parts: _Parts, num_workers: int) -> Generator[Part]:
+    batches = ResumableBatches(grain.MapDataset.source(parts), "", 0, num_workers)
+    try:
+        for index, read in enumerate(batches):
+            yield Part(parts.rows(index), **read)
+    finally:
+        batches.close()
+
+
+def decoding_threads() -> int:
+    """How many threads decode in this process: one for each CPU, at most `MAX_THREADS`."""
+    return min(available_cpus(), MAX_THREADS)

@@ -1,0 +1,103 @@
+"""Images read in threads and in processes are the same, in the same order, with the same faults."""
+
+import multiprocessing
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+import mpanet_jax.data.grain_batches as grain_batches_module
+import mpanet_jax.data.reading as reading_module
+import mpanet_jax.evaluation.given_images as given_images_module
+from mpanet_jax.data.pipeline import eval_batches
+from mpanet_jax.data.reading import MANY_IMAGES, processes_for, read_parts
+from mpanet_jax.errors import UserError
+from mpanet_jax.settings import DataSettings
+
+DATA = DataSettings(height=4, width=2)
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Image i has the value i in every pixel; the images in `bad` cannot be read."""
+
+    bad: tuple[int, ...] = ()
+    error: type[Exception] = UserError
+
+    def __call__(self, row: int) -> np.ndarray:
+        if row in self.bad:
+            raise self.error(f"image {row} is bad")
+        return np.full((4, 2, 3), row, np.uint8)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_parts_keep_the_order_and_name_what_is_bad(num_workers):
+    before = set(multiprocessing.active_children())
+    parts = list(read_parts(Numbered(bad=(1, 4)), 8, DATA, size=3, num_workers=num_workers))
+    assert [part.rows for part in parts] == [range(3), range(3, 6), range(6, 8)]
+    assert [part.mask.tolist() for part in parts] == [[True, False, True], [True, False, True], [True, True, False]]
+    pixels = np.concatenate([part.images for part in parts])
+    np.testing.assert_array_equal(pixels, np.array([0, 0, 2, 3, 0, 5, 6, 7, 0])[:, None, None, None] + 0 * pixels)
+    assert [part.faults for part in parts] == [[(1, "image 1 is bad")], [(4, "image 4 is bad")], []]
+    assert set(multiprocessing.active_children()) == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_another_error_ends_the_reading(num_workers):
+    before = set(multiprocessing.active_children())
+    with pytest.raises(ZeroDivisionError, match="image 2 is bad"):
+        list(read_parts(Numbered((2,), ZeroDivisionError), 8, DATA, size=2, num_workers=num_workers))
+    assert set(multiprocessing.active_children()) == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_fault_stops_the_batches_or_is_told(num_workers):
+    rows = {"pids": np.arange(10, 17), "index": np.arange(7)}
+    with pytest.raises(UserError, match=r"^image 5 is bad$"):
+        list(eval_batches(rows, Numbered((6, 5)), DATA, 4, num_workers=num_workers))
+    told = []
+    batches = list(
+        eval_batches(
+            rows, Numbered((6, 5)), DATA, 4, lambda row, error: told.append((row, str(error))), num_workers=num_workers
+        )
+    )
+    assert told == [(5, "image 5 is bad"), (6, "image 6 is bad")]
+    assert [batch["pids"].tolist() for batch in batches] == [[10, 11, 12, 13], [14, 0, 0, 0]]
+    assert batches[1]["mask"].tolist() == [True, False, False, False]
+
+
+def test_processes_read_many_images_on_many_cpus(monkeypatch):
+    monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 16)
+    monkeypatch.setattr(grain_batches_module, "_free_shared_memory", lambda: 2**40)
+    assert processes_for(MANY_IMAGES, -1, 1000) == processes_for(MANY_IMAGES, 3, 1000) == 12
+    assert processes_for(MANY_IMAGES - 1, -1, 1000) == processes_for(MANY_IMAGES, 0, 1000) == 0
+    monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 4)
+    assert processes_for(MANY_IMAGES, -1, 1000) == 0
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """The numbers of images for which processes were asked, and none was given."""
+    numbers = []
+    for module in (reading_module, given_images_module):
+        monkeypatch.setattr(module, "processes_for", lambda number, *_: numbers.append(number) or 0)
+    return numbers
+
+
+def test_images_of_a_split_may_be_read_in_processes(asked):
+    list(read_parts(Numbered(), 5, DATA, size=2))
+    assert asked == [5]
+
+
+def test_files_may_be_read_in_processes_and_images_in_memory_may_not(asked, tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "a.png"
+    Image.fromarray(np.zeros((4, 2, 3), np.uint8)).save(path)
+    of = given_images_module.rows_of_images
+    modality = np.zeros(2, np.int32)
+    options = {"batch_size": 2, "num_workers": -1}
+    for images in ([path, path], [path, np.zeros((4, 2, 3), np.uint8)]):
+        blocks, skipped = of(lambda images, modality: np.asarray(images[:, 0, 0]), images, modality, DATA, **options)
+        assert len(blocks[0]) == 2 and not skipped
+    assert asked == [2]
