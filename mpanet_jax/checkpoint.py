@@ -11,7 +11,9 @@ hold them, and the position is the same in all processes (grain's own handler ne
 import contextlib
 import itertools
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
-        """Starts to save; returns once the arrays are copied off the device, so that the next step may donate them.
+        """Starts to save a copy of the state; the next step may donate the state itself.
 
         Args:
           step: how many steps are done; the checkpoint's name.
@@ -107,15 +109,24 @@ class Checkpoints:
           UserError: there was no room for the save before this one.
         """
         self.wait()  # orbax would wait too, but not raise a `UserError`
-        items = {**_items(state), "data": batches.get_state()}
-        saving = self._checkpointer.save_checkpointables_async(step, items, force=True)
-        self._saving = self._finishing.submit(self._finish, step, saving)
+        arrays = _items(state)
+        arrays = jax.device_put(arrays, jax.tree.map(lambda leaf: leaf.sharding, arrays), may_alias=False)
+        items = {**arrays, "data": batches.get_state()}
+        start = partial(self._checkpointer.save_checkpointables_async, step, items, force=True)
+        # orbax takes half a second to copy the arrays off the device, in which the device would wait. Several processes
+        # have to wait: they agree by programs whose order among the steps must be the same in all.
+        started = start() if jax.process_count() > 1 else None
+        self._saving = self._finishing.submit(self._finish, step, start, started)
 
-    def _finish(self, step: int, saving: Any) -> None:
+    def _finish(self, step: int, start: Callable[[], Any], started: Any) -> None:
+        saving = start() if started is None else started
         # orbax gives every save a thread and an event loop with three file descriptors, and its wait() and close()
         # leave them open: only the response's result() closes them (orbax-checkpoint 0.12.8,
         # synchronization/thread_utils.py, BackgroundThreadRunner; no issue upstream is known).
         saving.result()
+        self._write_checksums(step)
+
+    def _write_checksums(self, step: int) -> None:
         if is_first_process():
             write_checksums(self._folder(step))
 

@@ -26,8 +26,11 @@ from mpanet_jax.errors import UserError, run_script
 
 NAMES = ("step", "train", "extract", "evaluate", "gallery", "search", "save", "data", "precision", "growth")
 OVER = ("batch", "devices", "images", "ids", "gallery")
-SYSU = str(Path(__file__).parent.parent / "configs/sysu.py")
-CONFIG = config_flags.DEFINE_config_file("config", SYSU, "the recipe that is measured", lock_config=True)
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # the default recipe is loaded in the next line, and imports from configs/
+CONFIG = config_flags.DEFINE_config_file(
+    "config", str(ROOT / "configs/sysu.py"), "the recipe that is measured", lock_config=True
+)
 OUT = flags.DEFINE_string("out", None, "the file of the report; default: runs/benchmark/NAME.json")
 STEPS = flags.DEFINE_integer(
     "steps",

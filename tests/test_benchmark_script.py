@@ -377,3 +377,16 @@ def test_the_performance_page_is_that_of_its_reports():
 def test_commit_is_that_of_git():
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert head.startswith(commit().split()[0]) or (not head and commit() == "unknown")
+
+
+def test_the_default_recipe_is_found_from_anywhere(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/benchmark.py"), "nothing"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: benchmark.py nothing: expected one of step, train")

@@ -97,6 +97,22 @@ def save_steps(workdir, last=None):
     return workdir / "checkpoints"
 
 
+def test_the_next_step_may_have_the_buffers_of_what_is_saved(tmp_path):
+    state, batches = state_at(1, size=512), Batches(1)
+    kernel = np.array(state.params["conv"]["kernel"])
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, batches)
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()  # as a step does that takes the state over
+        batches.position = 2
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        position = Batches(0)
+        restored = checkpoints.restore(state_at(0, size=512), position)
+    np.testing.assert_array_equal(restored.params["conv"]["kernel"], kernel)
+    np.testing.assert_array_equal(restored.opt_state[0], 2 * kernel)
+    assert position.position == 1
+
+
 def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 64
