@@ -1,7 +1,7 @@
 """Measures the whole training step: augmentation, losses, backward pass, Adam, mean classifiers."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from benchmarks.tries import applied
 from mpanet_jax.errors import UserError, first_line
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import compute_dtype
@@ -50,7 +49,6 @@ def _compile(
     num_ids: int,
     num_devices: int | None,
     compiler_options: dict[str, str | bool] | None,
-    tries: Sequence[str] = (),
 ) -> _Program:
     method = make_method(replace(settings, {"init_from": ""}))
     compiled = measure.CompileLog()
@@ -61,8 +59,7 @@ def _compile(
     images_per_id = settings.data.images_per_id
     on_device = parallel.replicate(images.reshape(len(images), settings.data.height, -1))
     variables = initial_variables(method, num_ids)
-    with applied(tries):
-        state = parallel.replicate(initial_state(method, variables, STEPS_PER_EPOCH))
+    state = parallel.replicate(initial_state(method, variables, STEPS_PER_EPOCH))
     run_steps = make_train_steps(method, num_ids, STEPS_PER_EPOCH, parallel, compiler_options)
     batches = _random_batches(steps_per_call, num_ids, num_ids_per_batch, images_per_id, len(images))
 
@@ -72,8 +69,7 @@ def _compile(
         return metrics
 
     from_cache, started = compiled.from_cache, time.perf_counter()
-    with applied(tries):  # the step is traced here
-        losses = jax.block_until_ready(call())["loss"]
+    losses = jax.block_until_ready(call())["loss"]
     return _Program(
         call=call,
         steps_per_call=steps_per_call,
@@ -150,23 +146,22 @@ def benchmark_step(
     return results | _shares(settings, num_ids, program.batch_size, program.num_devices, results["median_ms"])
 
 
-def xla_options(words: Iterable[str]) -> dict[str, str | bool]:
-    """{NAME: value} of words like NAME=VALUE; true and false are truth values, which XLA does not take as text."""
-    pairs = (word.split("=", 1) for word in words)
-    return {name: {"true": True, "false": False}.get(value.lower(), value) for name, value in pairs}
-
-
 def benchmark_tries(
-    settings: Settings, tries: Sequence[str], *, num_steps: int = 240, num_images: int = 2048, rounds: int = 3
+    settings: Settings,
+    tries: Mapping[str, dict[str, str | bool]],
+    *,
+    num_steps: int = 240,
+    num_images: int = 2048,
+    rounds: int = 3,
 ) -> dict[str, Any]:
-    """Measure the step as it is and with each try, in turns, on one card.
+    """Measure the step as it is and with the options of each try, in turns, on one card.
 
     The programs are compiled one after the other in this process, so XLA times the kernels that they share only once
     and chooses the same for all. Then each is timed in every round.
 
     Args:
       settings: the run whose step is measured.
-      tries: each one or more words: names in `benchmarks.tries`, or NAME=VALUE, an option of XLA for this program.
+      tries: {name: options of XLA for the step's program alone}.
       num_steps: timed steps of a program in a round; rounded up to a whole number of calls, at least five.
       num_images: images in device memory.
       rounds: how often each program has its turn.
@@ -175,21 +170,12 @@ def benchmark_tries(
       rows: of the step as it is ('none') and of each try its `measure.rates` over all rounds, rounds_ms (the medians of
       the rounds), compile_seconds (with its first call), first_loss, and error: '' or why it could not be run, with its
       figures None.
-
-    Raises:
-      UserError: there is no such try.
     """
-    words: dict[str, list[str]] = {"none": [], **{name: name.split() for name in tries}}
-    changes = {name: [word for word in of_try if "=" not in word] for name, of_try in words.items()}
-    for of_try in changes.values():
-        with applied(of_try):  # raises for a wrong name, before minutes of compilation
-            pass
     images, programs = random_images(settings, num_images), {}
-    errors = dict.fromkeys(words, "")
+    errors = {"none": "", **dict.fromkeys(tries, "")}
     for name in errors:
-        options = xla_options(word for word in words[name] if "=" in word)
         try:
-            programs[name] = _compile(settings, images, NUM_IDS, None, options or None, changes[name])
+            programs[name] = _compile(settings, images, NUM_IDS, None, tries.get(name))
         except jax.errors.JaxRuntimeError as error:
             errors[name] = first_line(error)
     seconds: dict[str, list[np.ndarray]] = {name: [] for name in programs}

@@ -3,7 +3,7 @@
 Prints a table and writes runs/benchmark/NAME.json. It uses all accelerators; CUDA_VISIBLE_DEVICES=0 leaves it one.
 
 python scripts/benchmark.py step --config.dtype=float32 --profile=runs/profile
-python scripts/benchmark.py step --try=mask_again --try="mask_again xla_gpu_autotune_level=0"    (benchmarks/tries.py)
+python scripts/benchmark.py step --try=xla_gpu_autotune_level=0 --try=xla_gpu_triton_gemm_any=true
 python scripts/benchmark.py train --config=configs/sysu.py --config.dataset.data_dir=data --config.data.cache=none
 python scripts/benchmark.py extract --files
 python scripts/benchmark.py evaluate --dimensions=256,14336 --permutation=SYSU-MM01/exp/rand_perm_cam.mat
@@ -59,8 +59,8 @@ SIZES = flags.DEFINE_list("sizes", [], "growth: the sizes, like 1000,10000; defa
 TRIES = flags.DEFINE_multi_string(
     "try",
     [],
-    "step: measure it as it is and with this try, in turns; may be given several times. A try is one or more words: a "
-    "name in benchmarks/tries.py, or NAME=VALUE, an option of XLA",
+    "step: measure it as it is and with this try, in turns; may be given several times. A try is one or more words "
+    "NAME=VALUE, options of XLA for the step's program",
 )
 COMPILER_OPTIONS = flags.DEFINE_multi_string(
     "compiler_option", [], "step: NAME=VALUE, an option of XLA for the step's program; may be given several times"
@@ -96,9 +96,8 @@ def main(arguments: list[str]) -> None:
     set_compilation_cache(cache)
     if not DIMENSIONS.value:
         raise UserError("--dimensions: expected numbers, like 256,14336")
-    if not all("=" in option for option in COMPILER_OPTIONS.value):
-        raise UserError("--compiler_option: expected NAME=VALUE, like xla_gpu_autotune_level=0")
-    options = step.xla_options(COMPILER_OPTIONS.value)
+    options = xla_options("compiler_option", COMPILER_OPTIONS.value)
+    tries = {words: xla_options("try", words.split() or [words]) for words in TRIES.value}
     number = {"num_steps": STEPS.value} if STEPS.value else {}
     saves = {"num_saves": STEPS.value} if STEPS.value else {}
     images = {"num_images": IMAGES.value} if IMAGES.value else {}
@@ -114,8 +113,8 @@ def main(arguments: list[str]) -> None:
 
     benchmarks = {
         "step": lambda: (
-            step.benchmark_tries(settings, TRIES.value, **number, **images)
-            if TRIES.value
+            step.benchmark_tries(settings, tries, **number, **images)
+            if tries
             else step.benchmark_step(
                 settings, **number, **images, compiler_options=options or None, profile=PROFILE.value
             )
@@ -158,6 +157,20 @@ def whole_numbers(flag: str, values: list[str]) -> list[int]:
     if not all(value.isdigit() and int(value) for value in values):
         raise UserError(f"--{flag}={','.join(values)}: expected whole numbers, like 1000,10000")
     return [int(value) for value in values]
+
+
+def xla_options(flag: str, words: list[str]) -> dict[str, str | bool]:
+    """{NAME: value} of words NAME=VALUE in a flag; true and false are truth values, which XLA does not take as text.
+
+    Raises:
+      UserError: a word is not NAME=VALUE.
+    """
+    for word in words:
+        name, sign, _ = word.partition("=")
+        if not (name and sign):
+            raise UserError(f"--{flag}={word}: expected NAME=VALUE, like xla_gpu_autotune_level=0")
+    pairs = (word.split("=", 1) for word in words)
+    return {name: {"true": True, "false": False}.get(value.lower(), value) for name, value in pairs}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -73,9 +74,28 @@ def fused_stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) ->
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def with_strided(x: Float[Array, "b h w c"], stride: int) -> tuple[Float[Array, "b h w c"], Float[Array, "b h2 w2 c"]]:
-    """x for the first convolution, and those of its positions that the shortcut's convolution reads."""
+    """x for the first convolution, and those of its positions that the shortcut's convolution reads.
+
+    A barrier keeps that convolution's gradient apart. So the padding of the shortcut's gradient fuses into the addition
+    of the two; without it, the gradient is written with its zeros, for cuDNN to read and add.
+    """
     return x, x[:, ::stride, ::stride]
+
+
+def _with_strided_forward(x, stride):
+    return with_strided(x, stride), None
+
+
+def _with_strided_backward(stride, _, cotangents):
+    whole, strided = cotangents
+    whole = lax.optimization_barrier(whole)
+    (padded,) = jax.linear_transpose(lambda x: x[:, ::stride, ::stride], whole)(strided)
+    return (whole + padded,)
+
+
+with_strided.defvjp(_with_strided_forward, _with_strided_backward)
 
 
 def fused_bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
@@ -121,7 +141,8 @@ def fused_bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: b
 
     shortcut = x
     if stride != 1 or x.shape[-1] != out:
-        x, strided = with_strided(x, stride)
+        parts: Any = with_strided(x, stride)  # custom_vjp loses the type
+        x, strided = parts
         shortcut = widen(strided, ("downsample_conv", "downsample_bn"), None)
     y = convolve(x, kernel(1, module.width, name="conv1")(x).astype(dtype))
     conv2 = kernel(3, module.width, name="conv2")(y).astype(dtype)
