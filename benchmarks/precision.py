@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from mpanet_jax import datasets
-from mpanet_jax.call_plan import cut_into_calls, stack_batches
+from mpanet_jax.call_plan import cut_into_calls, most_steps_of_a_call, stack_batches
 from mpanet_jax.data.pipeline import TrainFeed
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
@@ -93,7 +93,7 @@ def _losses(
     """The total loss of every step."""
     state = parallel.replicate(initial_state(method, variables, feed.steps_per_epoch))
     losses = []
-    steps_per_call = 1 if feed.images is None else method.settings.train.steps_per_call
+    steps_per_call = most_steps_of_a_call(method.settings.train.steps_per_call, feed.images is not None)
     for before, after in cut_into_calls(0, num_steps, steps_per_call, ()):
         state, metrics = run_steps(state, stack_batches(feed.batches, after - before), feed.images)
         losses.extend(jax.device_get(metrics["loss"]).tolist())

@@ -3,7 +3,26 @@
 import math
 from collections.abc import Iterator
 
+import jax
 import numpy as np
+
+STREAMED_STEPS = 5
+
+
+def most_steps_of_a_call(steps_per_call: int, images_on_device: bool) -> int:
+    """The most steps that one call of the compiled program should take.
+
+    Between two calls the device has a gap of about a millisecond. Batches that bring their images with them have to be
+    copied and sent before their call, so of these a call takes STREAMED_STEPS at most. On the CPU it takes one: inside
+    a loop of steps XLA runs convolutions on one thread.
+
+    Args:
+      steps_per_call: settings.train.steps_per_call.
+      images_on_device: whether the device holds the images, so that batches bring none.
+    """
+    if images_on_device:
+        return steps_per_call
+    return 1 if jax.default_backend() == "cpu" else min(steps_per_call, STREAMED_STEPS)
 
 
 def cut_into_calls(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from mpanet_jax import datasets
-from mpanet_jax.call_plan import cut_into_calls, stack_batches
+from mpanet_jax.call_plan import cut_into_calls, most_steps_of_a_call, stack_batches
 from mpanet_jax.checkpoint import Checkpoints
 from mpanet_jax.checkpoint_check import is_finite
 from mpanet_jax.data.pipeline import TrainFeed
@@ -203,7 +203,7 @@ class _Training:
         run.stop.defer()
         if first_step and self._is_evaluation_due(first_step):
             self._evaluate_during_training(first_step)  # the run was stopped or killed before it had finished this
-        steps_per_call = 1 if run.feed.images is None else run.settings.train.steps_per_call
+        steps_per_call = most_steps_of_a_call(run.settings.train.steps_per_call, run.feed.images is not None)
         stops = (run.checkpoint_every, run.evaluate_every)
         for before, step in cut_into_calls(first_step, run.total_steps, steps_per_call, stops):
             run.state, metrics = run.run_steps(

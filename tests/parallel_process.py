@@ -85,8 +85,8 @@ CASES = [
     ("IN", 4, "pmap", False, True),
     ("AGW", 4, "pmap", False, True),
     ("CAJ, plain", 4, "shard_map", True, True),
-    ("flax.linen", 2, "pmap", False, True),
-    ("flax.linen", 4, "shard_map", True, True),
+    ("flax.linen", 2, "pmap", True, False),
+    ("flax.linen", 4, "shard_map", True, False),
     ("paper", 8, "pmap", True, True),  # the last: its network makes the embeddings
 ]
 

@@ -17,7 +17,7 @@ from mpanet_jax.errors import UserError
 from mpanet_jax.settings import DataSettings
 
 # Of fewer images, threads have read all before the first process is up.
-MANY_IMAGES = 8_000
+MANY_IMAGES = 10_000
 PARTS_IN_FLIGHT = 3
 
 # row → the resized image, uint8[data.height, data.width, 3]; may raise `UserError`. Processes need one that pickles.
