@@ -1,6 +1,7 @@
 """From embeddings to the figures of a results table: `evaluate_embeddings`, the project's only evaluator."""
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,7 +27,8 @@ from mpanet_jax.evaluation.rerank import k_reciprocal, squared_distances
 from mpanet_jax.progress import Bar, track
 from mpanet_jax.protocol import Comparison, Protocol, check_pair
 
-_CHUNK = 2**25  # distances held in memory at once: 128 MiB of float32
+# Distances computed at once. On the CPU 2²⁵ are faster than fewer; on an accelerator the threads should get some soon.
+_CHUNK, _CHUNK_ON_DEVICE = 2**25, 2**23
 _BLOCK = 2**20  # distances one thread ranks at once; with smaller blocks the threads wait for Python's lock
 
 
@@ -160,7 +162,7 @@ def _score_plain(comparison: Comparison, metric: str, on_device: bool) -> list[l
     """Score every setting and trial, result[setting][trial]; each distance is computed and each query ranked once."""
     distances = distance_function(comparison.gallery.features, metric, on_device=on_device)
     galleries = [setting.galleries for setting in comparison.settings]
-    return _score(comparison, lambda rows: distances(comparison.query.features[rows]), galleries)
+    return _score(comparison, lambda rows: distances(comparison.query.features[rows]), galleries, on_device=on_device)
 
 
 def _score_reranked(comparison: Comparison, metric: str, on_device: bool) -> list[list[QueryScores]]:
@@ -203,28 +205,39 @@ def reranked_distances(
 
 
 def _score(
-    comparison: Comparison, distances: Callable[[np.ndarray], np.ndarray], galleries: Galleries
+    comparison: Comparison,
+    distances: Callable[[np.ndarray], np.ndarray],
+    galleries: Galleries,
+    *,
+    on_device: bool = False,
 ) -> list[list[QueryScores]]:
     """Score all queries against galleries[setting][trial], in blocks.
 
-    `distances` takes query rows int[r] and gives their distances float32[r, n] to all n gallery images.
+    `distances` takes query rows int[r] and gives their distances float32[r, n] to all n gallery images, by an
+    accelerator if `on_device`.
     """
     score = _scorer(comparison)
     num_query, num_gallery = len(comparison.query), len(comparison.gallery)
-    chunk, block_rows = max(1, _CHUNK // num_gallery), max(1, _BLOCK // num_gallery)
-    parts = []
+    chunk = max(1, (_CHUNK_ON_DEVICE if on_device else _CHUNK) // num_gallery)
+    block_rows = max(1, _BLOCK // num_gallery)
+    # An accelerator computes distances while threads rank those before; on the CPU they would be in each other's way.
+    most_waiting = 2 * available_cpus() if on_device else 0
+    parts, waiting = [], deque()
     with ThreadPoolExecutor(available_cpus()) as pool, Bar("ranking", num_query, unit="queries") as bar:
-        for start in range(0, num_query, chunk):
-            rows = np.arange(start, min(start + chunk, num_query))
+
+        def collect(until: int) -> None:
+            while len(waiting) > until:
+                scoring, number = waiting.popleft()
+                parts.append(scoring.result())
+                bar.advance(number)
+
+        for rows in np.split(np.arange(num_query), range(chunk, num_query, chunk)):
             distance = distances(rows)
-            blocks = np.array_split(np.arange(len(rows)), -(-len(rows) // block_rows))
-            for block, part in zip(
-                blocks,
-                pool.map(lambda block: score(rows[block], distance[block], galleries), blocks),  # noqa: B023
-                strict=True,
-            ):
-                parts.append(part)
-                bar.advance(len(block))
+            for start in range(0, len(rows), block_rows):
+                block = slice(start, start + block_rows)
+                waiting.append((pool.submit(score, rows[block], distance[block], galleries), len(rows[block])))
+            collect(until=most_waiting)
+        collect(until=0)
     return [
         [_concatenate([part[setting][trial] for part in parts]) for trial in range(len(trials))]
         for setting, trials in enumerate(galleries)
