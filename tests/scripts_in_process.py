@@ -35,7 +35,10 @@ def _script(path: Path) -> Iterator[Callable[[list[str]], Any]]:
     sys.modules.pop("config_config", None)  # a config file is loaded into it, over what the last one has left there
     mains: list[Callable[[list[str]], Any]] = []
     try:
-        with mock.patch.object(errors, "run_script", mains.append):
+        with (
+            mock.patch.object(errors, "run_script", mains.append),
+            mock.patch.object(compilation, "start_fast"),
+        ):
             runpy.run_path(str(path), run_name="__main__")
         yield mains[0]
     finally:
