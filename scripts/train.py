@@ -5,12 +5,13 @@ set's protocol and writes WORKDIR/metrics.json. It uses all accelerators of this
 machines, start one process on each, with --distributed.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from mpanet_jax.compilation import DEFAULT_CACHE
+from mpanet_jax.compilation import DEFAULT_CACHE, set_compilation_cache, start_fast
 from mpanet_jax.errors import UserError, run_script
 
 config_flag = config_flags.DEFINE_config_file(
@@ -44,7 +45,6 @@ def main(arguments: list[str]) -> None:
     of_several = [f for f in (coordinator_flag, num_processes_flag, process_flag, timeout_flag) if f.present]
     if of_several and not distributed_flag.value:
         raise UserError(f"--{of_several[0].name} goes with --distributed; without it this process trains alone")
-    from mpanet_jax.compilation import set_compilation_cache
     from mpanet_jax.evaluation.metrics_output import format_table
     from mpanet_jax.loop import train
     from mpanet_jax.methods import settings_of
@@ -62,4 +62,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    # Reading the config imports most modules. Whether this process joins others is not known before, so a word decides.
+    words = " ".join(sys.argv)
+    start_fast(devices="--config" in words and not ("distributed" in words or "flagfile" in words))
     run_script(main)

@@ -17,6 +17,7 @@ from mpanet_jax import compilation, errors
 from mpanet_jax.methods import settings_of
 
 ROOT = Path(__file__).parent.parent
+_starts: list[dict[str, Any]] = []  # the arguments of calls of `compilation.start_fast`, which would hold for all tests
 
 
 class Refused(Exception):
@@ -35,7 +36,10 @@ def _script(path: Path) -> Iterator[Callable[[list[str]], Any]]:
     sys.modules.pop("config_config", None)  # a config file is loaded into it, over what the last one has left there
     mains: list[Callable[[list[str]], Any]] = []
     try:
-        with mock.patch.object(errors, "run_script", mains.append):
+        with (
+            mock.patch.object(errors, "run_script", mains.append),
+            mock.patch.object(compilation, "start_fast", lambda **options: _starts.append(options)),
+        ):
             runpy.run_path(str(path), run_name="__main__")
         yield mains[0]
     finally:
@@ -47,6 +51,14 @@ def _copied(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {name: list(item) if isinstance(item, list) else item for name, item in value.items()}
+
+
+def early_start(path: Path) -> dict[str, Any]:
+    """What a script that is run with the present `sys.argv` passes to `compilation.start_fast`."""
+    _starts.clear()
+    with _script(ROOT / path):
+        (options,) = _starts
+    return options
 
 
 def flags_of(name: str) -> set[str]:

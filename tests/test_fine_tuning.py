@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import grain
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from mpanet_jax.loop import train  # noqa: E402
 from mpanet_jax.methods import METHODS, Entry, make_method, settings_of  # noqa: E402
 from mpanet_jax.methods.method import Method  # noqa: E402
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings  # noqa: E402
+from mpanet_jax.models.resnet import Stem  # noqa: E402
 from mpanet_jax.run_files import check_init_from, load_settings, save_settings  # noqa: E402
 from mpanet_jax.run_setup import initial_state  # noqa: E402
 from mpanet_jax.settings_base import replace  # noqa: E402
@@ -94,6 +96,23 @@ def test_all_but_the_classifiers_is_taken(run, suffix, num_ids):
         f"init_from: {source}: loaded everything but the classifiers, which start from scratch for {num_ids} "
         "identities (classifier, infrared_classifier, visible_classifier)"
     )
+
+
+def test_a_start_from_weights_traces_the_network_once(tmp_path):
+    # No other test has this network, so nothing of it has been traced before.
+    method, traced = small_mpanet(init_from=str(tmp_path / "x.safetensors"), model__width=12), []
+    names = method.names()
+    weights = to_state_dict(random_variables(method), names)
+    save_file({n: a for n, a in weights.items() if not names.is_classifier(n)}, tmp_path / "x.safetensors")
+
+    def note(plain, args, kwargs, context):
+        if context.method_name == "__call__":
+            traced.append(type(context.module))
+        return plain(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda: initial_variables(method, num_ids=23))
+    assert traced.count(Stem) == 1
 
 
 def test_a_published_checkpoint_embeds_as_pytorch_does_before_the_first_step(tmp_path):

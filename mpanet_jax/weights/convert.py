@@ -32,8 +32,9 @@ BACKBONE_FIELDS = {f"model.{field.name}" for field in fields(ModelSettings)} - {
 
 def template_of(method: Method, num_ids: int) -> Variables:
     """Shapes and types of the {"params", "batch_stats", "averages"} of a method's network for `num_ids` identities."""
-    network = method.network(num_ids)
-    variables = jax.eval_shape(lambda key: init_variables(network, key, 32, 32), jax.random.key(0))
+    network, data = method.network(num_ids), method.settings.data
+    # With the images' size of a run, so that a run that starts from weights traces its network once.
+    variables = jax.eval_shape(lambda key: init_variables(network, key, data.height, data.width), jax.random.key(0))
     return {**variables, "averages": method.averaged(variables["params"])}
 
 
@@ -184,7 +185,9 @@ def convert(source: str | Path, target: str | Path, **options: Any) -> list[str]
     return left_out
 
 
-def start_from(init_from: str, method: Method) -> Callable[[Mapping[str, Any]], tuple[dict[str, Any], str]]:
+def start_from(
+    init_from: str, method: Method, num_ids: int | None = None
+) -> Callable[[Mapping[str, Any]], tuple[dict[str, Any], str]]:
     """Reads trained weights, with which a network is to start.
 
     A bare backbone, such as ImageNet's, replaces the network's backbone. A whole network replaces everything except the
@@ -195,6 +198,7 @@ def start_from(init_from: str, method: Method) -> Callable[[Mapping[str, Any]], 
       init_from: `settings.init_from`: any source that `read_weights` reads.
       method: of the network. Weights with settings must agree with it: a whole network in method, backbone and modules,
         a bare backbone in the backbone.
+      num_ids: number of training identities, if it is known; that saves a trace of the network.
 
     Returns:
       A function of the network's {"params", "batch_stats"}. It returns the variables, where loaded arrays have the
@@ -208,6 +212,7 @@ def start_from(init_from: str, method: Method) -> Callable[[Mapping[str, Any]], 
         _, loaded, left_out = read_weights(
             init_from,
             settings=None if stored else method.settings,
+            num_ids=num_ids,
             drop_classifiers=True,
             advice="the settings method and model define the expected network",
         )
@@ -264,7 +269,8 @@ def initial_variables(
       SettingsError: the weights of settings.init_from are not there, or do not fit the network.
     """
     settings = method.settings
-    put_into = start_from(settings.init_from, method) if settings.init_from else None  # first: they may not be there
+    # First: they may not be there.
+    put_into = start_from(settings.init_from, method, num_ids) if settings.init_from else None
     key, _ = random_keys(settings.seed)
     variables = init_variables(method.network(num_ids), key, settings.data.height, settings.data.width)
     if put_into:

@@ -1,0 +1,80 @@
+"""What a script does before it imports the rest."""
+
+import gc
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import pytest
+
+from mpanet_jax.compilation import start_fast
+from tests.scripts_in_process import early_start
+
+
+@pytest.fixture(autouse=True)
+def threshold():
+    before = gc.get_threshold()
+    yield
+    gc.set_threshold(*before)
+
+
+def wait_for_threads(before):
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+
+
+def test_devices_start_beside_the_program(monkeypatch):
+    threads, started, go_on = set(threading.enumerate()), [], threading.Event()
+
+    def devices():
+        assert go_on.wait(60)
+        started.append(threading.current_thread())
+
+    monkeypatch.setattr(jax, "devices", devices)
+    start_fast(devices=True)
+    assert not started  # and the program has gone on
+    go_on.set()
+    wait_for_threads(threads)
+    assert len(started) == 1 and started[0] is not threading.current_thread()
+    assert gc.get_threshold()[0] == 10_000
+
+
+def test_devices_may_be_left_alone(monkeypatch):
+    threads, started = set(threading.enumerate()), []
+    monkeypatch.setattr(jax, "devices", lambda: started.append(1))
+    start_fast(devices=False)
+    wait_for_threads(threads)
+    assert not started and gc.get_threshold()[0] == 10_000
+
+
+def test_a_device_that_does_not_start_is_left_to_the_next_use(monkeypatch):
+    threads, asked, said = set(threading.enumerate()), [], []
+
+    def devices():
+        asked.append(1)
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    start_fast(devices=True)
+    wait_for_threads(threads)
+    assert asked and not said
+
+
+@pytest.mark.parametrize(
+    ("words", "early"),
+    [
+        ("--config=configs/sysu.py --workdir=run", True),
+        ("--config configs/sysu.py --config.dataset.data_dir=data", True),
+        ("--config=configs/sysu.py --distributed", False),
+        ("--config=configs/sysu.py --distributed=true --process_id=1", False),
+        ("--config=configs/sysu.py --flagfile=flags.txt", False),  # it may hold --distributed
+        ("--help", False),
+    ],
+)
+def test_training_starts_devices_early_unless_it_joins_others(monkeypatch, tmp_path, words, early):
+    (tmp_path / "flags.txt").touch()
+    words = words.replace("flags.txt", str(tmp_path / "flags.txt"))
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", *words.split()])
+    assert early_start(Path("scripts/train.py")) == {"devices": early}
