@@ -22,6 +22,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from mpanet_jax.compilation import start_fast
 from mpanet_jax.errors import UserError, run_script
 
 NAMES = ("step", "train", "extract", "evaluate", "gallery", "search", "save", "data", "precision", "growth")
@@ -174,5 +175,6 @@ def xla_options(flag: str, words: list[str]) -> dict[str, str | bool]:
 
 
 if __name__ == "__main__":
+    start_fast(devices="train" in sys.argv)  # as scripts/train.py
     flags.FLAGS.set_gnu_getopt(True)  # flags follow the name
     run_script(main)

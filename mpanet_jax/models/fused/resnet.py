@@ -12,22 +12,22 @@ from jaxtyping import Array, Float
 
 from mpanet_jax.models.fused.batch_norm import batch_norm, count_positions
 from mpanet_jax.models.fused.conv1x1 import conv1x1, conv1x1_batch_norm
-from mpanet_jax.models.fused.normalization import FusedBatchNorm, affine
+from mpanet_jax.models.fused.normalization import FusedBatchNorm
 from mpanet_jax.models.fused.pooling import max_pool, normalize_and_pool
 from mpanet_jax.models.layers import kaiming_fan_out
 from mpanet_jax.models.resnet import Bottleneck, Stem
 
 
 class Kernel(nn.Module):
-    """The kernel of a size × size convolution of x with `width` output channels. It does not convolve."""
+    """The kernel of a size × size convolution from `channels` to `width` channels. It does not convolve."""
 
     size: int
     width: int
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "s s c o"]:
-        return self.param("kernel", kaiming_fan_out, (self.size, self.size, x.shape[-1], self.width), self.param_dtype)
+    def __call__(self, channels: int) -> Float[Array, "s s c o"]:
+        return self.param("kernel", kaiming_fan_out, (self.size, self.size, channels, self.width), self.param_dtype)
 
 
 def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "s s c o"], stride: int = 1) -> Float[Array, "b h2 w2 o"]:
@@ -36,6 +36,11 @@ def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "s s c o"], stride
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def add_and_relu(convolved: Float[Array, "b h w c"], offset: Float[Array, "c"]) -> Float[Array, "b h w c"]:
+    """Adds an offset and applies the ReLU; cuDNN does both within the convolution."""
+    return jnp.maximum(convolved + offset.astype(convolved.dtype), 0)
 
 
 def stem_convolution(
@@ -62,14 +67,19 @@ def stem_convolution(
 
 def fused_stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
     """The fused form of `Stem`: the normalised array, the largest of the network, is never stored."""
-    kernel = Kernel(7, module.width, module.param_dtype, name="conv1")(images)
+    kernel = Kernel(7, module.width, module.param_dtype, name="conv1")(images.shape[-1])
     x = stem_convolution(images, kernel, module.dtype)
     norm = FusedBatchNorm(axis_name=module.axis_name, param_dtype=module.param_dtype, name="bn1")
+
+    def by_running(mean: Array, factor: Array, bias: Array) -> Array:
+        y = stem_convolution(images, kernel * factor, module.dtype)
+        return max_pool(add_and_relu(y, bias - mean * factor))
+
     return norm(
         module.width,
         count_positions(x, module.axis_name),
         lambda scale, bias: normalize_and_pool(x, scale, bias, norm.eps, module.axis_name),
-        lambda *running: max_pool(nn.relu(affine(x, *running))),
+        by_running,
         train=train,
     )
 
@@ -107,7 +117,7 @@ def fused_bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: b
 
     def widen(u: Array, names: tuple[str, str], residual: Array | None) -> Array:
         """1×1 convolution and batch norm; with a residual, adds it and applies the ReLU."""
-        weights, bn, relu = kernel(1, out, name=names[0])(u)[0, 0], norm(name=names[1]), residual is not None
+        weights, bn, relu = kernel(1, out, name=names[0])(u.shape[-1])[0, 0], norm(name=names[1]), residual is not None
 
         def by_running(mean: Array, factor: Array, bias: Array) -> Array:
             return conv1x1(u, (weights * factor).astype(u.dtype), bias - mean * factor, residual, relu)
@@ -120,23 +130,24 @@ def fused_bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: b
             train=train,
         )
 
-    def norm_and_relu(x: Array, name: str, next_kernel: Any = None) -> tuple[Array, Any]:
-        """Batch norm and ReLU; also returns `next_kernel`, as `batch_norm` does."""
+    def narrow(
+        x: Array, weights: Array, cast: Array, stride: int, name: str, next_kernel: Any = None
+    ) -> tuple[Array, Any]:
+        """Convolution by weights (`cast`: in dtype), batch norm, ReLU; also `next_kernel`, as `batch_norm` gives it."""
         bn = norm(name=name)
+        convolved = convolve(x, cast, stride)
 
         def by_batch(scale: Array, bias: Array) -> tuple[Array, Array, Array]:
             nonlocal next_kernel
-            outputs: Any = batch_norm(x, scale, bias, next_kernel, bn.eps, True, axis_name)  # custom_vjp loses the type
+            outputs: Any = batch_norm(convolved, scale, bias, next_kernel, bn.eps, True, axis_name)  # has lost the type
             normalised, next_kernel = outputs
             return normalised
 
-        y = bn(
-            module.width,
-            count_positions(x, axis_name),
-            by_batch,
-            lambda *running: nn.relu(affine(x, *running)),
-            train=train,
-        )
+        def by_running(mean: Array, factor: Array, bias: Array) -> Array:
+            y = convolve(x, (weights * factor).astype(dtype), stride)  # and `convolved` is not computed
+            return add_and_relu(y, bias - mean * factor)
+
+        y = bn(module.width, count_positions(convolved, axis_name), by_batch, by_running, train=train)
         return y, next_kernel
 
     shortcut = x
@@ -144,10 +155,9 @@ def fused_bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: b
         parts: Any = with_strided(x, stride)  # custom_vjp loses the type
         x, strided = parts
         shortcut = widen(strided, ("downsample_conv", "downsample_bn"), None)
-    y = convolve(x, kernel(1, module.width, name="conv1")(x).astype(dtype))
-    conv2 = kernel(3, module.width, name="conv2")(y).astype(dtype)
+    conv1 = kernel(1, module.width, name="conv1")(x.shape[-1])
+    conv2 = kernel(3, module.width, name="conv2")(module.width)
     # conv2's gradient is computed while bn1's sums travel. bn2 has no such work: conv3's gradient is done by then.
-    y, conv2 = norm_and_relu(y, "bn1", conv2)
-    y = convolve(y, conv2, stride)
-    y, _ = norm_and_relu(y, "bn2")
+    y, cast2 = narrow(x, conv1, conv1.astype(dtype), 1, "bn1", conv2.astype(dtype))
+    y, _ = narrow(y, conv2, cast2, stride, "bn2")
     return widen(y, ("conv3", "bn3"), shortcut)
