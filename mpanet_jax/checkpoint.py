@@ -11,6 +11,7 @@ hold them, and the position is the same in all processes (grain's own handler ne
 import contextlib
 import itertools
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -42,6 +43,9 @@ OLD_NAMES = {"mean_classifiers": "averages"}  # of items' fields in checkpoints 
 # Which checkpoint → its folder in the workdir.
 FOLDERS = {"last": "checkpoints", "best": "checkpoints_best"}
 DAMAGED_FOLDER = "checkpoints_damaged"
+
+# Held while orbax starts a save: two that start at the same time make each other's folders (orbax-checkpoint 0.12.8).
+_STARTING = threading.Lock()
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -119,7 +123,10 @@ class Checkpoints:
         self._saving = self._finishing.submit(self._finish, step, start, started)
 
     def _finish(self, step: int, start: Callable[[], Any], started: Any) -> None:
-        saving = start() if started is None else started
+        saving = started
+        if saving is None:
+            with _STARTING:
+                saving = start()
         # orbax gives every save a thread and an event loop with three file descriptors, and its wait() and close()
         # leave them open: only the response's result() closes them (orbax-checkpoint 0.12.8,
         # synchronization/thread_utils.py, BackgroundThreadRunner; no issue upstream is known).

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from mpanet_jax.checkpoint import FOLDERS, Checkpoints, load_model
 from mpanet_jax.checksums import CHECKSUMS_FILE, write_checksums
@@ -111,6 +113,25 @@ def test_the_next_step_may_have_the_buffers_of_what_is_saved(tmp_path):
     np.testing.assert_array_equal(restored.params["conv"]["kernel"], kernel)
     np.testing.assert_array_equal(restored.opt_state[0], 2 * kernel)
     assert position.position == 1
+
+
+def test_two_saves_do_not_start_at_the_same_time(tmp_path, monkeypatch):
+    # The last checkpoint and the best one. orbax would mix them up, in one of a dozen runs.
+    plain, inside, most = ocp.training.Checkpointer.save_checkpointables_async, [], []
+
+    def slowly(*arguments, **options):
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.2)
+        saving = plain(*arguments, **options)
+        inside.pop()
+        return saving
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", slowly)
+    with Checkpoints(tmp_path, keep=1) as last, Checkpoints(tmp_path, keep=1, which="best") as best:
+        for checkpoints in (last, best):
+            checkpoints.save(1, state_at(1), Batches(1))
+    assert most == [1, 1]
 
 
 def flip_a_bit(path):

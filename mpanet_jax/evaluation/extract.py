@@ -1,5 +1,6 @@
 """Computes embeddings: runs the network over batches of one shape; the last batch is padded."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ Batch = dict[str, np.ndarray]
 
 # A number of identities that is the length of no other axis: arrays that have such an axis are classifiers.
 MARK = 1_000_003
+RESULTS_AHEAD = 2  # batches that are dispatched before a result is waited for
 
 
 def make_embed(method: Method, num_ids: int, function: Callable[..., Array] | None = None) -> Callable[[Any], Embed]:
@@ -108,15 +110,23 @@ def run_batches(function: Embed, batches: Iterable[Batch]) -> Iterator[tuple[Bat
 
     Rows are padding where the batch's `mask` is False.
     """
-    waiting = None
+    # A result travels to the host while the device computes the next ones: it never waits.
+    on_the_way: deque[tuple[Batch, Array]] = deque()
+
+    def arrived() -> tuple[Batch, np.ndarray]:
+        batch, result = on_the_way.popleft()
+        rows = np.asarray(result, np.float32)
+        return batch, rows if batch["mask"].all() else rows[batch["mask"]]
+
     for batch in batches:
-        # The previous result is fetched after the next batch has been dispatched, so the device never waits.
         result = function(batch["images"], batch["modality"])
-        if waiting is not None:
-            yield waiting[0], np.asarray(waiting[1], np.float32)[waiting[0]["mask"]]
-        waiting = (batch, result)
-    if waiting is not None:
-        yield waiting[0], np.asarray(waiting[1], np.float32)[waiting[0]["mask"]]
+        if isinstance(result, jax.Array):
+            result.copy_to_host_async()
+        on_the_way.append((batch, result))
+        if len(on_the_way) > RESULTS_AHEAD:
+            yield arrived()
+    while on_the_way:
+        yield arrived()
 
 
 def track_batches(batches: Iterable[Batch], total: int, *, active: bool = True) -> Iterator[Batch]:
