@@ -12,9 +12,7 @@ import contextlib
 import itertools
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +100,11 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
-        """Starts to save a copy of the state; the next step may donate the state itself.
+        """Starts to save the state; when this returns, the next step may donate it.
+
+        orbax takes half a second to copy the arrays off the device, which would wait. So in a run of one process, orbax
+        gets a copy on the device, in a thread. Several processes agree on a save by programs of orbax, whose order
+        among the steps must be the same in all; there the call takes as long as orbax's copy.
 
         Args:
           step: how many steps are done; the checkpoint's name.
@@ -113,20 +115,18 @@ class Checkpoints:
           UserError: there was no room for the save before this one.
         """
         self.wait()  # orbax would wait too, but not raise a `UserError`
-        arrays = _items(state)
-        arrays = jax.device_put(arrays, jax.tree.map(lambda leaf: leaf.sharding, arrays), may_alias=False)
-        items = {**arrays, "data": batches.get_state()}
-        start = partial(self._checkpointer.save_checkpointables_async, step, items, force=True)
-        # orbax takes half a second to copy the arrays off the device, in which the device would wait. Several processes
-        # have to wait: they agree by programs whose order among the steps must be the same in all.
-        started = start() if jax.process_count() > 1 else None
-        self._saving = self._finishing.submit(self._finish, step, start, started)
+        arrays, position = _items(state), {"data": batches.get_state()}
+        if jax.process_count() == 1:
+            arrays = jax.device_put(arrays, jax.tree.map(lambda leaf: leaf.sharding, arrays), may_alias=False)
+            self._saving = self._finishing.submit(lambda: self._finish(step, self._start(step, arrays | position)))
+        else:
+            self._saving = self._finishing.submit(self._finish, step, self._start(step, arrays | position))
 
-    def _finish(self, step: int, start: Callable[[], Any], started: Any) -> None:
-        saving = started
-        if saving is None:
-            with _STARTING:
-                saving = start()
+    def _start(self, step: int, items: dict[str, Any]) -> Any:
+        with _STARTING:
+            return self._checkpointer.save_checkpointables_async(step, items, force=True)
+
+    def _finish(self, step: int, saving: Any) -> None:
         # orbax gives every save a thread and an event loop with three file descriptors, and its wait() and close()
         # leave them open: only the response's result() closes them (orbax-checkpoint 0.12.8,
         # synchronization/thread_utils.py, BackgroundThreadRunner; no issue upstream is known).
