@@ -93,7 +93,7 @@ def _losses(
     """The total loss of every step."""
     state = parallel.replicate(initial_state(method, variables, feed.steps_per_epoch))
     losses = []
-    steps_per_call = most_steps_of_a_call(method.settings.train.steps_per_call, feed.images is not None)
+    steps_per_call = most_steps_of_a_call(method.settings.train.steps_per_call, feed.sent_bytes)
     for before, after in cut_into_calls(0, num_steps, steps_per_call, ()):
         state, metrics = run_steps(state, stack_batches(feed.batches, after - before), feed.images)
         losses.extend(jax.device_get(metrics["loss"]).tolist())

@@ -119,6 +119,6 @@ def _timed_calls(finished: list[tuple[int, float]], compiled: list[float]) -> tu
     if not timed:
         raise UserError(
             "--steps: too few, something was compiled in every call after the first; train for more steps (a call is "
-            "config.train.steps_per_call steps if the images are in device memory)"
+            "config.train.steps_per_call steps, or fewer if the images are not in device memory)"
         )
     return np.array(timed), compiling

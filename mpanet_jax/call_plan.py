@@ -6,23 +6,23 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-STREAMED_STEPS = 5
+SENT_STEPS, SENT_BYTES = 5, 2**27
 
 
-def most_steps_of_a_call(steps_per_call: int, images_on_device: bool) -> int:
+def most_steps_of_a_call(steps_per_call: int, sent_bytes: int) -> int:
     """The most steps that one call of the compiled program should take.
 
-    Between two calls the device has a gap of about a millisecond. Batches that bring their images with them have to be
-    copied and sent before their call, so of these a call takes STREAMED_STEPS at most. On the CPU it takes one: inside
-    a loop of steps XLA runs convolutions on one thread.
+    Between two calls an accelerator has a gap of about a millisecond. Batches that bring their images with them have to
+    be copied and sent before their call, so a call takes SENT_STEPS of these at most, and SENT_BYTES unless one is
+    larger. On the CPU it takes one: inside a loop of steps XLA runs convolutions on one thread.
 
     Args:
       steps_per_call: settings.train.steps_per_call.
-      images_on_device: whether the device holds the images, so that batches bring none.
+      sent_bytes: of the images that this process sends with a batch; 0 if the device has them all.
     """
-    if images_on_device:
+    if not sent_bytes:
         return steps_per_call
-    return 1 if jax.default_backend() == "cpu" else min(steps_per_call, STREAMED_STEPS)
+    return 1 if jax.default_backend() == "cpu" else min(steps_per_call, SENT_STEPS, max(1, SENT_BYTES // sent_bytes))
 
 
 def cut_into_calls(

@@ -53,6 +53,14 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     }
 
 
+def _copied(arrays: dict[str, Any]) -> dict[str, Any] | None:
+    """The same arrays in other memory of the same devices; None if there is no room for them."""
+    try:
+        return jax.device_put(arrays, jax.tree.map(lambda leaf: leaf.sharding, arrays), may_alias=False)
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
 class Checkpoints:
     """The checkpoints of one run, `WORKDIR/checkpoints/STEP`; a context manager that waits for the last save.
 
@@ -103,8 +111,9 @@ class Checkpoints:
         """Starts to save the state; when this returns, the next step may donate it.
 
         orbax takes half a second to copy the arrays off the device, which would wait. So in a run of one process, orbax
-        gets a copy on the device, in a thread. Several processes agree on a save by programs of orbax, whose order
-        among the steps must be the same in all; there the call takes as long as orbax's copy.
+        gets a copy on the device, in a thread. Without room for that, the call takes as long as orbax's copy; and so it
+        does in a run of several processes, which agree on a save by programs whose order among the steps must be the
+        same in all.
 
         Args:
           step: how many steps are done; the checkpoint's name.
@@ -116,11 +125,14 @@ class Checkpoints:
         """
         self.wait()  # orbax would wait too, but not raise a `UserError`
         arrays, position = _items(state), {"data": batches.get_state()}
-        if jax.process_count() == 1:
-            arrays = jax.device_put(arrays, jax.tree.map(lambda leaf: leaf.sharding, arrays), may_alias=False)
-            self._saving = self._finishing.submit(lambda: self._finish(step, self._start(step, arrays | position)))
-        else:
+        copied = _copied(arrays) if jax.process_count() == 1 else None
+        if copied is None:
             self._saving = self._finishing.submit(self._finish, step, self._start(step, arrays | position))
+        else:
+            self._saving = self._finishing.submit(self._start_and_finish, step, [copied | position])
+
+    def _start_and_finish(self, step: int, items: list[dict[str, Any]]) -> None:
+        self._finish(step, self._start(step, items.pop()))  # the device's copy goes once orbax has its own
 
     def _start(self, step: int, items: dict[str, Any]) -> Any:
         with _STARTING:

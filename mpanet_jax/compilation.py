@@ -15,7 +15,8 @@ def start_fast(*, devices: bool) -> None:
 
     Args:
       devices: whether to start the accelerators at once, in a thread: their driver takes seconds, in which the script
-        can import its modules. Not in a process that will join others.
+        can import its modules. Not in a process that will join others. A process that ends sooner waits for them, and
+        what would choose among devices has to be set before, such as CUDA_VISIBLE_DEVICES.
     """
     # Imports and tracing make objects by the million, and few of them are garbage: by Python's own threshold, looking
     # for it takes a seventh of the time.

@@ -132,6 +132,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+_in_script = False
+
+
+def in_script() -> bool:
+    """Whether `run_script` runs in this process, so that its main module is guarded by `if __name__ == "__main__":`."""
+    return _in_script
+
+
 def run_script(main: Callable[[list[str]], int | None]) -> None:
     """Parses absl's flags, runs `main(positional arguments)` and exits.
 
@@ -164,6 +172,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
                 raise
             _fail(f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}); name another place")
 
+    global _in_script
+    _in_script = True
     # configs/, benchmarks/ and ablations/ are not installed; they lie beside the folder of scripts.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     app.run(guarded, flags_parser=_parse_flags)

@@ -203,7 +203,7 @@ class _Training:
         run.stop.defer()
         if first_step and self._is_evaluation_due(first_step):
             self._evaluate_during_training(first_step)  # the run was stopped or killed before it had finished this
-        steps_per_call = most_steps_of_a_call(run.settings.train.steps_per_call, run.feed.images is not None)
+        steps_per_call = most_steps_of_a_call(run.settings.train.steps_per_call, run.feed.sent_bytes)
         stops = (run.checkpoint_every, run.evaluate_every)
         for before, step in cut_into_calls(first_step, run.total_steps, steps_per_call, stops):
             run.state, metrics = run.run_steps(

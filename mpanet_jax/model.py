@@ -138,7 +138,6 @@ class Model:
         normalize: bool = True,
         batch_size: int | None = None,
         errors: Literal["raise"] = "raise",
-        num_workers: int = 0,
     ) -> Float32[np.ndarray, "n d"]: ...
 
     @overload
@@ -150,7 +149,6 @@ class Model:
         normalize: bool = True,
         batch_size: int | None = None,
         errors: Literal["skip"],
-        num_workers: int = 0,
     ) -> tuple[Float32[np.ndarray, "n d"], list[SkippedImage]]: ...
 
     def embed(
@@ -161,7 +159,6 @@ class Model:
         normalize: bool = True,
         batch_size: int | None = None,
         errors: str = "raise",
-        num_workers: int = 0,
     ) -> Float32[np.ndarray, "n d"] | tuple[Float32[np.ndarray, "n d"], list[SkippedImage]]:
         """Embeds images: one row for each, in their order.
 
@@ -174,8 +171,6 @@ class Model:
           normalize: make rows of length 1, whose products are cosines; False: as the network outputs them.
           batch_size: images at once; None: `settings.eval.batch_size`.
           errors: what to do with images that cannot be read: 'raise' an error, or 'skip' them.
-          num_workers: 0: threads read the files. Any other number: processes do, where they are faster (8 CPUs or more,
-            thousands of files); they start your script again, which then needs `if __name__ == "__main__":`.
 
         Returns:
           float32[N, D]. With errors='skip', a pair: float32[M, D] for the images that could be read, and a list with
@@ -186,7 +181,7 @@ class Model:
           ArgumentError: `images` is not a list of images, the method needs a `modality` and there is none, or another
             argument has a value that it cannot have.
         """
-        blocks, skipped = self._rows(self._embed, images, modality, batch_size, errors, num_workers)
+        blocks, skipped = self._rows(self._embed, images, modality, batch_size, errors)
         rows = np.concatenate([np.zeros((0, self.size), np.float32), *blocks])  # there may be no block
         if normalize:
             rows = l2_normalize(rows)
@@ -309,7 +304,6 @@ class Model:
         modality: Modality | None,
         batch_size: int | None,
         errors: str,
-        num_workers: int = 0,
     ) -> tuple[list[np.ndarray], list[SkippedImage]]:
         listed = listed_images(images)
         numbers = modality_numbers(modality, len(listed))
@@ -320,8 +314,7 @@ class Model:
                 "list with one of them for each image",
             )
         size = self.settings.eval.batch_size if batch_size is None else batch_size
-        data = self.settings.data
-        return rows_of_images(function, listed, numbers, data, batch_size=size, errors=errors, num_workers=num_workers)
+        return rows_of_images(function, listed, numbers, self.settings.data, batch_size=size, errors=errors)
 
 
 def load(

@@ -1,10 +1,11 @@
 """The progress of long parts of the work: a bar on a terminal, and elsewhere a line now and then."""
 
+import contextlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 BAR_AFTER = 5.0  # seconds; shorter parts need no bar
@@ -203,10 +204,20 @@ def track(
     active: bool = True,
 ) -> Iterator[Item]:
     """Yields the items, and shows a `Bar`, which advances by `size(item)` once an item has been worked on."""
-    with Bar(description, total, unit=unit, active=active) as bar:
+    with Bar(description, total, unit=unit, active=active) as bar, closing(items):
         for item in items:
             yield item
             bar.advance(size(item))
+
+
+@contextlib.contextmanager
+def closing(items: Iterable) -> Iterator[None]:
+    """Closes a generator at the end of the block, also when an error would keep it; leaves other iterables alone."""
+    try:
+        yield
+    finally:
+        if isinstance(items, Generator):
+            items.close()
 
 
 def duration(seconds: float) -> str:

@@ -173,7 +173,7 @@ class TrainSettings:
     log_every_steps: int = setting(50, "for TensorBoard and the terminal", at_least(1))
     # 15 divides the 915 steps of five epochs of SYSU-MM01, so there one program is enough for the whole run.
     steps_per_call: int = setting(
-        15, "the most steps in one program; 5 if the device does not hold the images, 1 on the CPU", at_least(1)
+        15, "the most steps in one program; where the device does not hold the images, fewer", at_least(1)
     )
     on_nonfinite: str = setting(
         "stop",

@@ -45,7 +45,7 @@ IMAGES = flags.DEFINE_integer(
     "images", None, "how many images are in device memory (2048), or decoded (data: 1000)", lower_bound=1
 )
 PROFILE = flags.DEFINE_string("profile", None, "step: a folder for a jax.profiler trace")
-FILES = flags.DEFINE_bool("files", False, "extract: also from the files of config.dataset's test split")
+FILES = flags.DEFINE_bool("files", False, "extract: also from the files of config.dataset's training images")
 DIMENSIONS = flags.DEFINE_list("dimensions", ["256", "14336"], "evaluate: lengths of the features")
 PERMUTATION = flags.DEFINE_string(
     "permutation", None, "evaluate: SYSU-MM01's rand_perm_cam.mat; default: one with its counts"

@@ -86,7 +86,6 @@ def main(arguments: list[str]) -> int:
         "modality": [image.modality for image in images],
         "normalize": False,
         "batch_size": BATCH_SIZE.value,
-        "num_workers": -1,
     }
     begin, skipped = time.perf_counter(), []
     try:

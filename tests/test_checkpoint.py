@@ -115,6 +115,21 @@ def test_the_next_step_may_have_the_buffers_of_what_is_saved(tmp_path):
     assert position.position == 1
 
 
+def test_without_room_for_a_copy_on_the_device_the_state_is_saved_itself(tmp_path, monkeypatch):
+    def no_room(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    state = state_at(1)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "device_put", no_room)
+            checkpoints.save(1, state, Batches(1))
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert int(checkpoints.restore(state_at(0), Batches(0)).step) == 1
+
+
 def test_two_saves_do_not_start_at_the_same_time(tmp_path, monkeypatch):
     # The last checkpoint and the best one. orbax would mix them up, in one of a dozen runs.
     plain, inside, most = ocp.training.Checkpointer.save_checkpointables_async, [], []

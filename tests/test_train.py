@@ -267,12 +267,12 @@ def test_resumed_training_is_bit_identical(four_steps, tmp_path, monkeypatch, ve
 def test_batches_with_images_are_sent_several_a_call(linen, tmp_path, monkeypatch):
     # That the steps are the same then is tested on several devices (tests/parallel_process.py).
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 7)
-    monkeypatch.setattr("mpanet_jax.call_plan.STREAMED_STEPS", 3)
+    monkeypatch.setattr("mpanet_jax.call_plan.SENT_STEPS", 3)
     settings = linen.replace({"data.cache": "host"})
     for backend, steps in (("gpu", [3, 6, 7]), ("cpu", [1, 2, 3, 4, 5, 6, 7])):
         done = []
         with monkeypatch.context() as patch:
-            patch.setattr("mpanet_jax.call_plan.jax.default_backend", lambda backend=backend: backend)
+            patch.setattr("mpanet_jax.call_plan.jax", SimpleNamespace(default_backend=lambda backend=backend: backend))
             train(settings, tmp_path / backend, on_steps=lambda step, _, done=done: done.append(step))
         assert done == steps
 

@@ -30,7 +30,7 @@ Batch = dict[str, np.ndarray]
 MAX_WORKERS = 16
 
 
-def choose_num_workers(num_workers: int, batch_bytes: int) -> int:
+def choose_num_workers(num_workers: int, batch_bytes: int, *, quiet: bool = False) -> int:
     """How many processes decode images; 0: threads of this process do.
 
     For `num_workers` = -1 this depends on the machine. Below 8 CPUs threads are as fast as processes and start at once.
@@ -43,6 +43,7 @@ def choose_num_workers(num_workers: int, batch_bytes: int) -> int:
     Args:
       num_workers: settings.data.num_workers; -1: choose.
       batch_bytes: of one batch's images.
+      quiet: do not say why threads were chosen.
 
     Raises:
       UserError: shared memory is short, and `num_workers` asks for processes.
@@ -56,6 +57,8 @@ def choose_num_workers(num_workers: int, batch_bytes: int) -> int:
         return chosen
     short = f"{chosen} processes that decode need {needed >> 20} MiB of shared memory, {free >> 20} are free"
     if num_workers < 0:
+        if quiet:
+            return 0
         print(f"images: decoded in threads, because {short} in /dev/shm (docker run --shm-size)", file=sys.stderr)
         return 0
     raise SettingsError(

@@ -37,6 +37,7 @@ class TrainFeed:
         b = P·K / process_count. The order is identity by identity, visible before infrared.
       steps_per_epoch: batches in an epoch.
       batch_size: P·K, over all processes.
+      image_bytes: of a resized image.
       images: uint8[N, height, width·3] on the accelerator, to be indexed by a batch's `index`; None in the modes 'host'
         and 'none'. The channels have no axis of their own, because a TPU pads the last axis to 128.
       cache: the mode: 'device', 'host' or 'none'.
@@ -47,10 +48,16 @@ class TrainFeed:
     batches: grain.DatasetIterator
     steps_per_epoch: int
     batch_size: int
+    image_bytes: int
     images: jax.Array | None
     cache: str
     plan: BatchPlan
     check: CacheCheck | None
+
+    @property
+    def sent_bytes(self) -> int:
+        """How many bytes of images a batch of this process has; 0 if the device holds them all."""
+        return 0 if self.images is not None else self.image_bytes * self.batch_size // jax.process_count()
 
     def rows(self, step: int) -> np.ndarray:
         """int[P·K]: the split's rows that make up batch `step` of the whole training (from 0), over all processes."""
@@ -115,7 +122,8 @@ def train_feed(
     else:
         on_device = put_images(images.reshape(*images.shape[:2], -1))
     batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
-    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, on_device, cache, plan, check)
+    image_bytes = data.height * data.width * 3
+    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, image_bytes, on_device, cache, plan, check)
 
 
 def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_size: int) -> Iterator[Batch]:

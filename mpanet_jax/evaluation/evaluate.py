@@ -231,10 +231,13 @@ def _score(
                 parts.append(scoring.result())
                 bar.advance(number)
 
-        for rows in np.split(np.arange(num_query), range(chunk, num_query, chunk)):
-            distance = distances(rows)
-            for start in range(0, len(rows), block_rows):
-                block = slice(start, start + block_rows)
+        for start in range(0, num_query, chunk):
+            # The last chunk begins earlier, so that all have one shape and an accelerator compiles one program.
+            first = max(0, min(start, num_query - chunk))
+            rows = np.arange(first, min(first + chunk, num_query))
+            rows, distance = rows[start - first :], distances(rows)[start - first :]
+            for begin in range(0, len(rows), block_rows):
+                block = slice(begin, begin + block_rows)
                 waiting.append((pool.submit(score, rows[block], distance[block], galleries), len(rows[block])))
             collect(until=most_waiting)
         collect(until=0)

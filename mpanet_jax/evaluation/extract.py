@@ -15,7 +15,7 @@ from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.parallel import local_devices
-from mpanet_jax.progress import track
+from mpanet_jax.progress import closing, track
 from mpanet_jax.weights.convert import template_of
 from mpanet_jax.weights.names import Variables
 
@@ -118,13 +118,14 @@ def run_batches(function: Embed, batches: Iterable[Batch]) -> Iterator[tuple[Bat
         rows = np.asarray(result, np.float32)
         return batch, rows if batch["mask"].all() else rows[batch["mask"]]
 
-    for batch in batches:
-        result = function(batch["images"], batch["modality"])
-        if isinstance(result, jax.Array):
-            result.copy_to_host_async()
-        on_the_way.append((batch, result))
-        if len(on_the_way) > RESULTS_AHEAD:
-            yield arrived()
+    with closing(batches):
+        for batch in batches:
+            result = function(batch["images"], batch["modality"])
+            if isinstance(result, jax.Array):
+                result.copy_to_host_async()
+            on_the_way.append((batch, result))
+            if len(on_the_way) > RESULTS_AHEAD:
+                yield arrived()
     while on_the_way:
         yield arrived()
 

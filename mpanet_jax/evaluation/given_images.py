@@ -15,7 +15,6 @@ from PIL import Image
 
 from mpanet_jax.data.decode import BadImageError, FilePixels, pixels_of_file, resized, to_rgb
 from mpanet_jax.data.pipeline import eval_batches
-from mpanet_jax.data.reading import processes_for
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.extract import Embed, run_batches, track_batches
 from mpanet_jax.modality import UNKNOWN
@@ -89,7 +88,6 @@ def rows_of_images(
     *,
     batch_size: int,
     errors: str = "raise",
-    num_workers: int = 0,
 ) -> tuple[list[np.ndarray], list[SkippedImage]]:
     """Run `function` over the images that can be read, batch by batch.
 
@@ -101,7 +99,6 @@ def rows_of_images(
       batch_size: images sent to the devices at once, rounded up to a multiple of the number of devices. Fewer images
         than that are padded to a power of two, so that calls with different numbers of images share compiled programs.
       errors: what to do with images that cannot be read: 'raise' or 'skip'.
-      num_workers: as for `Model.embed`.
 
     Returns:
       Blocks of rows, to be concatenated, for the images that could be read, in their order; and the skipped images.
@@ -142,8 +139,7 @@ def rows_of_images(
     size = -(-min(batch_size, 1 << (len(images) - 1).bit_length()) // num_devices) * num_devices
     files = [image for image in images if isinstance(image, str | os.PathLike)]
     if len(files) == len(images):
-        num_workers = processes_for(len(files), num_workers, size * data.height * data.width * 3)
-        batches = eval_batches(rows, FilePixels(files, data), data, size, on_fault, num_workers=num_workers)
+        batches = eval_batches(rows, FilePixels(files, data), data, size, on_fault)
     else:  # images in memory are read where they are
         batches = eval_batches(rows, pixels, data, size, on_fault, num_workers=0)
     return [rows for _, rows in run_batches(function, track_batches(batches, len(images)))], skipped

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import mpanet_jax.data.grain_batches as grain_batches_module
 import mpanet_jax.data.reading as reading_module
-import mpanet_jax.evaluation.given_images as given_images_module
-from mpanet_jax.data.pipeline import eval_batches
+from mpanet_jax.data.decode import SplitPixels
+from mpanet_jax.data.pipeline import eval_batches, split_batches
 from mpanet_jax.data.reading import MANY_IMAGES, processes_for, read_parts
 from mpanet_jax.errors import UserError
+from mpanet_jax.evaluation.given_images import rows_of_images
 from mpanet_jax.settings import DataSettings
+from tests.data.toy import toy_split
 
 DATA = DataSettings(height=4, width=2)
 
@@ -66,38 +69,49 @@ def test_a_fault_stops_the_batches_or_is_told(num_workers):
     assert batches[1]["mask"].tolist() == [True, False, False, False]
 
 
-def test_processes_read_many_images_on_many_cpus(monkeypatch):
+def test_scripts_read_many_images_in_processes_on_many_cpus(monkeypatch, capsys):
+    monkeypatch.setattr(reading_module, "in_script", lambda: True)
     monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 16)
     monkeypatch.setattr(grain_batches_module, "_free_shared_memory", lambda: 2**40)
-    assert processes_for(MANY_IMAGES, -1, 1000) == processes_for(MANY_IMAGES, 3, 1000) == 12
+    assert processes_for(MANY_IMAGES, -1, 1000) == processes_for(MANY_IMAGES, 20, 1000) == 12
+    assert processes_for(MANY_IMAGES, 3, 1000) == 3
     assert processes_for(MANY_IMAGES - 1, -1, 1000) == processes_for(MANY_IMAGES, 0, 1000) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(reading_module, "in_script", lambda: False)  # its main module may have no guard
+        assert processes_for(MANY_IMAGES, -1, 1000) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(grain_batches_module, "_free_shared_memory", lambda: 64 * 2**20)
+        assert processes_for(MANY_IMAGES, -1, 10 * 2**20) == 0
     monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 4)
     assert processes_for(MANY_IMAGES, -1, 1000) == 0
+    assert not capsys.readouterr().err  # an evaluation would say it each time
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[int]:
-    """The numbers of images for which processes were asked, and none was given."""
+def two_processes(monkeypatch) -> list[int]:
+    """The numbers of images for which processes were asked; two are given."""
     numbers = []
-    for module in (reading_module, given_images_module):
-        monkeypatch.setattr(module, "processes_for", lambda number, *_: numbers.append(number) or 0)
+    monkeypatch.setattr(reading_module, "processes_for", lambda number, *_: numbers.append(number) or 2)
     return numbers
 
 
-def test_images_of_a_split_may_be_read_in_processes(asked):
-    list(read_parts(Numbered(), 5, DATA, size=2))
-    assert asked == [5]
+def test_images_of_a_split_are_read_in_processes(two_processes):
+    split = toy_split()
+    found = list(split_batches(split, np.arange(20), DATA, 8))
+    assert two_processes == [20]
+    for batch, alone in zip(
+        found,
+        eval_batches({"index": np.arange(20)}, SplitPixels(split, np.arange(20), DATA), DATA, 8, num_workers=0),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(batch["images"], alone["images"])
 
 
-def test_files_may_be_read_in_processes_and_images_in_memory_may_not(asked, tmp_path):
-    from PIL import Image
-
+def test_files_are_read_in_processes_and_images_in_memory_are_not(two_processes, tmp_path):
     path = tmp_path / "a.png"
-    Image.fromarray(np.zeros((4, 2, 3), np.uint8)).save(path)
-    of = given_images_module.rows_of_images
-    modality = np.zeros(2, np.int32)
-    options = {"batch_size": 2, "num_workers": -1}
-    for images in ([path, path], [path, np.zeros((4, 2, 3), np.uint8)]):
-        blocks, skipped = of(lambda images, modality: np.asarray(images[:, 0, 0]), images, modality, DATA, **options)
-        assert len(blocks[0]) == 2 and not skipped
-    assert asked == [2]
+    Image.fromarray(np.full((4, 2, 3), 7, np.uint8)).save(path)
+    options = {"modality": np.zeros(2, np.int32), "data": DATA, "batch_size": 2}
+    for images in ([path, path], [path, np.full((4, 2, 3), 7, np.uint8)]):
+        blocks, skipped = rows_of_images(lambda images, modality: images[:, 0, 0], images, **options)
+        assert blocks[0].tolist() == [[7, 7, 7]] * 2 and not skipped
+    assert two_processes == [2]

@@ -68,20 +68,18 @@ def stem_convolution(
 def fused_stem(module: Stem, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b h4 w4 c"]:
     """The fused form of `Stem`: the normalised array, the largest of the network, is never stored."""
     kernel = Kernel(7, module.width, module.param_dtype, name="conv1")(images.shape[-1])
-    x = stem_convolution(images, kernel, module.dtype)
     norm = FusedBatchNorm(axis_name=module.axis_name, param_dtype=module.param_dtype, name="bn1")
+
+    def by_batch(scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+        x = stem_convolution(images, kernel, module.dtype)
+        return normalize_and_pool(x, scale, bias, norm.eps, module.axis_name)
 
     def by_running(mean: Array, factor: Array, bias: Array) -> Array:
         y = stem_convolution(images, kernel * factor, module.dtype)
         return max_pool(add_and_relu(y, bias - mean * factor))
 
-    return norm(
-        module.width,
-        count_positions(x, module.axis_name),
-        lambda scale, bias: normalize_and_pool(x, scale, bias, norm.eps, module.axis_name),
-        by_running,
-        train=train,
-    )
+    count = count_positions(images[:, ::2, ::2], module.axis_name)
+    return norm(module.width, count, by_batch, by_running, train=train)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -134,21 +132,20 @@ def fused_bottleneck(module: Bottleneck, x: Float[Array, "b h w c"], *, train: b
         x: Array, weights: Array, cast: Array, stride: int, name: str, next_kernel: Any = None
     ) -> tuple[Array, Any]:
         """Convolution by weights (`cast`: in dtype), batch norm, ReLU; also `next_kernel`, as `batch_norm` gives it."""
-        bn = norm(name=name)
-        convolved = convolve(x, cast, stride)
+        bn, count = norm(name=name), count_positions(x[:, ::stride, ::stride], axis_name)
 
         def by_batch(scale: Array, bias: Array) -> tuple[Array, Array, Array]:
             nonlocal next_kernel
+            convolved = convolve(x, cast, stride)
             outputs: Any = batch_norm(convolved, scale, bias, next_kernel, bn.eps, True, axis_name)  # has lost the type
             normalised, next_kernel = outputs
             return normalised
 
         def by_running(mean: Array, factor: Array, bias: Array) -> Array:
-            y = convolve(x, (weights * factor).astype(dtype), stride)  # and `convolved` is not computed
+            y = convolve(x, (weights * factor).astype(dtype), stride)
             return add_and_relu(y, bias - mean * factor)
 
-        y = bn(module.width, count_positions(convolved, axis_name), by_batch, by_running, train=train)
-        return y, next_kernel
+        return bn(module.width, count, by_batch, by_running, train=train), next_kernel
 
     shortcut = x
     if stride != 1 or x.shape[-1] != out:
