@@ -33,7 +33,7 @@ from mpanet_jax.checkpoint_check import (
 from mpanet_jax.checksums import write_checksums
 from mpanet_jax.errors import UserError, lacks_room
 from mpanet_jax.processes import gather, is_first_process, wait_for_all_processes
-from mpanet_jax.state import TrainState
+from mpanet_jax.state import TrainState, copy_on_device
 
 MODEL_FIELDS = ("params", "batch_stats", "averages")
 TRAINING_FIELDS = ("opt_state", "step", "rng")
@@ -51,14 +51,6 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
         "model": {name: getattr(state, name) for name in MODEL_FIELDS},
         "training": {name: getattr(state, name) for name in TRAINING_FIELDS},
     }
-
-
-def _copied(arrays: dict[str, Any]) -> dict[str, Any] | None:
-    """The same arrays in other memory of the same devices; None if there is no room for them."""
-    try:
-        return jax.device_put(arrays, jax.tree.map(lambda leaf: leaf.sharding, arrays), may_alias=False)
-    except jax.errors.JaxRuntimeError:
-        return None
 
 
 class Checkpoints:
@@ -110,10 +102,9 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
         """Starts to save the state; when this returns, the next step may donate it.
 
-        orbax takes half a second to copy the arrays off the device, which would wait. So in a run of one process, orbax
-        gets a copy on the device, in a thread. Without room for that, the call takes as long as orbax's copy; and so it
-        does in a run of several processes, which agree on a save by programs whose order among the steps must be the
-        same in all.
+        orbax takes half a second to copy the arrays off the device, which would wait. So a thread gives it a copy on
+        the device. The call takes as long as orbax if there is no room for that, and in a run of several processes,
+        which agree on a save by programs whose order among the steps must be the same in all.
 
         Args:
           step: how many steps are done; the checkpoint's name.
@@ -125,14 +116,12 @@ class Checkpoints:
         """
         self.wait()  # orbax would wait too, but not raise a `UserError`
         arrays, position = _items(state), {"data": batches.get_state()}
-        copied = _copied(arrays) if jax.process_count() == 1 else None
+        copied = copy_on_device(arrays) if jax.process_count() == 1 else None
         if copied is None:
             self._saving = self._finishing.submit(self._finish, step, self._start(step, arrays | position))
         else:
-            self._saving = self._finishing.submit(self._start_and_finish, step, [copied | position])
-
-    def _start_and_finish(self, step: int, items: list[dict[str, Any]]) -> None:
-        self._finish(step, self._start(step, items.pop()))  # the device's copy goes once orbax has its own
+            items = [copied | position]  # popped: the device's copy goes once orbax has its own
+            self._saving = self._finishing.submit(lambda: self._finish(step, self._start(step, items.pop())))
 
     def _start(self, step: int, items: dict[str, Any]) -> Any:
         with _STARTING:

@@ -78,3 +78,17 @@ def create_train_state(
         averages=jax.tree.map(jnp.copy, averaged),
         rng=key,
     )
+
+
+def copy_on_device(tree: Any) -> Any | None:
+    """The arrays of a tree in other memory of the same devices, so that the tree may be donated; None without room.
+
+    Args:
+      tree: of arrays of this process's devices alone.
+    """
+    try:
+        return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, tree), may_alias=False)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None

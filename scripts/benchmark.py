@@ -166,12 +166,13 @@ def xla_options(flag: str, words: list[str]) -> dict[str, str | bool]:
     Raises:
       UserError: a word is not NAME=VALUE.
     """
+    options = {}
     for word in words:
-        name, sign, _ = word.partition("=")
+        name, sign, value = word.partition("=")
         if not (name and sign):
             raise UserError(f"--{flag}={word}: expected NAME=VALUE, like xla_gpu_autotune_level=0")
-    pairs = (word.split("=", 1) for word in words)
-    return {name: {"true": True, "false": False}.get(value.lower(), value) for name, value in pairs}
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from configs import synthetic as synthetic_config  # noqa: E402
 from mpanet_jax.datasets.synthetic import write_dataset  # noqa: E402
 from mpanet_jax.embeddings import load_embeddings, save_embeddings  # noqa: E402
 from mpanet_jax.errors import UserError  # noqa: E402
+from mpanet_jax.evaluation.extract import run_batches  # noqa: E402
 from mpanet_jax.evaluation.given_images import rows_of_images  # noqa: E402
 from mpanet_jax.evaluation.images import embeddings_of, list_images  # noqa: E402
 from mpanet_jax.evaluation.workdir import evaluate_workdir  # noqa: E402
@@ -437,3 +438,36 @@ def test_bad_flags_end_with_one_line_and_code_2(kinds, tmp_path, arguments, mess
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not os.listdir(tmp_path)
+
+
+def numbered_batches(count, closed):
+    """Batches of two images, which have the batch's number in their pixels; the last image is padding."""
+    try:
+        for number in range(count):
+            mask = np.array([True, number < count - 1])
+            yield {"images": np.full((2, 1), number, np.uint8), "modality": np.zeros(2, np.int32), "mask": mask}
+    finally:
+        closed.append(True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_rows_come_in_the_order_of_the_batches_without_padding(count):
+    closed = []
+    rows = [
+        rows for _, rows in run_batches(lambda images, _: jax.numpy.asarray(images), numbered_batches(count, closed))
+    ]
+    assert np.concatenate(rows)[:, 0].tolist() == [n for n in range(count) for _ in range(2)][:-1]
+    assert rows[0].dtype == np.float32 and closed
+
+
+def test_batches_are_closed_when_the_network_fails():
+    closed = []
+
+    def fails(images, modality):
+        if images[0, 0] == 2:
+            raise ZeroDivisionError
+        return images
+
+    with pytest.raises(ZeroDivisionError) as kept:
+        list(run_batches(fails, numbered_batches(6, closed)))
+    assert closed and kept.traceback  # though the traceback holds their frame

@@ -174,12 +174,16 @@ def test_scaling_features_changes_nothing_under_cosine_and_something_under_eucli
         assert (actual == pytest.approx(expected, abs=1e-9)) == same
 
 
-def test_many_blocks_give_what_one_gives(uneven, monkeypatch):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_many_blocks_give_what_one_gives(uneven, monkeypatch, on_device):
     query, gallery, _, path = uneven
-    expected = evaluate_embeddings(query, gallery, protocol="sysu_mm01", permutation=path)
-    monkeypatch.setattr("mpanet_jax.evaluation.evaluate._CHUNK", 7 * len(gallery))
+    assert len(query) % 7  # so that the last chunk begins within the one before
+    options = {"protocol": "sysu_mm01", "permutation": path, "on_device": on_device}
+    expected = evaluate_embeddings(query, gallery, **options)
+    for chunk in ("_CHUNK", "_CHUNK_ON_DEVICE"):
+        monkeypatch.setattr(f"mpanet_jax.evaluation.evaluate.{chunk}", 7 * len(gallery))
     monkeypatch.setattr("mpanet_jax.evaluation.evaluate._BLOCK", 2 * len(gallery))
-    assert_same(evaluate_embeddings(query, gallery, protocol="sysu_mm01", permutation=path), expected)
+    assert_same(evaluate_embeddings(query, gallery, **options), expected)
 
 
 def test_camera_three_never_meets_camera_two(tmp_path):
