@@ -90,6 +90,11 @@ def rates(seconds: np.ndarray, images: int) -> dict[str, float]:
     }
 
 
+def tenths_ms(seconds: np.ndarray) -> list[float]:
+    """The medians of ten parts of `seconds`, one after the other, in milliseconds: whether a long run slows down."""
+    return [float(np.median(part) * 1e3) for part in np.array_split(seconds, 10) if len(part)]
+
+
 def peak_device_memory_gib() -> float:
     """Peak memory of the fullest accelerator so far, in GiB; on CPU this process's peak resident memory."""
     stats = [device.memory_stats() for device in jax.local_devices() if device.platform != "cpu"]

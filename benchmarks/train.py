@@ -40,7 +40,8 @@ def benchmark_train(settings: Settings, folder: Path, *, num_steps: int | None =
       num_steps: steps to train; None: a tenth of the config's epochs.
 
     Returns:
-      images_per_second: over all timed steps; median_ms, p10_ms, p90_ms: of a step, from the times of calls.
+      images_per_second: over all timed steps; median_ms, p10_ms, p90_ms: of a step, from the times of calls; tenths_ms:
+        the medians of ten parts of the run, in their order.
       share_of_step: images_per_second / step_images_per_second, the latter measured by `benchmark_step`.
       seconds_to_first_step: from the start of this process until the first call's metrics are known.
       recipe_minutes: SYSU-MM01's 140 epochs x 183 steps x 128 images at this rate.
@@ -85,6 +86,7 @@ def benchmark_train(settings: Settings, folder: Path, *, num_steps: int | None =
     step_results = benchmark_step(settings, num_steps=min(num_steps, 240))
     return {
         **measure.rates(timed[:, 1] / timed[:, 0], batch_size),
+        "tenths_ms": measure.tenths_ms(timed[:, 1] / timed[:, 0]),
         "images_per_second": rate,
         "step_images_per_second": step_results["images_per_second"],
         "share_of_step": rate / step_results["images_per_second"],
