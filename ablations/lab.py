@@ -27,6 +27,7 @@ from mpanet_jax.settings_base import flat, replace, to_dict
 # Settings that a run's figures do not depend on, such as where its data are; and the seed.
 IGNORED_FIELDS = (
     *("seed", "preset", "parallel", "dataset.source", "dataset.data_dir", "data.cache", "data.num_workers"),
+    "data.resize_on",
     *("model.fused", "eval.batch_size", "eval.best", "train.eval_every_epochs", "train.checkpoint_every_epochs"),
     *("train.keep_checkpoints", "train.log_every_steps", "train.steps_per_call"),
 )

@@ -92,5 +92,6 @@ def _fetched_rate(call: Any, batch_size: int, num_batches: int) -> float:
         "mask": np.ones(batch_size, bool),
     }
     started = time.perf_counter()
-    extract_embeddings(lambda *_: call(), itertools.repeat(batch, num_batches), np.full(batch_size, ""))
-    return batch_size * num_batches / (time.perf_counter() - started)
+    num_images = batch_size * num_batches
+    extract_embeddings(lambda *_: call(), itertools.repeat(batch, num_batches), np.full(batch_size, ""), num_images)
+    return num_images / (time.perf_counter() - started)

@@ -8,6 +8,7 @@ import numpy as np
 from mpanet_jax import datasets
 from mpanet_jax.call_plan import cut_into_calls, most_steps_of_a_call, stack_batches
 from mpanet_jax.data.pipeline import TrainFeed
+from mpanet_jax.device_resize import DeviceResize
 from mpanet_jax.methods import make_method
 from mpanet_jax.methods.method import Method
 from mpanet_jax.parallel import Parallel, all_devices
@@ -92,9 +93,9 @@ def _losses(
 ) -> list[float]:
     """The total loss of every step."""
     state = parallel.replicate(initial_state(method, variables, feed.steps_per_epoch))
-    losses = []
+    losses, resize = [], DeviceResize(method.settings.data, parallel)
     steps_per_call = most_steps_of_a_call(method.settings.train.steps_per_call, feed.sent_bytes)
     for before, after in cut_into_calls(0, num_steps, steps_per_call, ()):
-        state, metrics = run_steps(state, stack_batches(feed.batches, after - before), feed.images)
+        state, metrics = run_steps(state, resize(stack_batches(feed.batches, after - before)), feed.images)
         losses.extend(jax.device_get(metrics["loss"]).tolist())
     return losses

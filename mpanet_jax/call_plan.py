@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,9 +57,10 @@ def cut_into_calls(
         step = after
 
 
-def stack_batches(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
-    """The next `count` batches as one dict of arrays [count, …]."""
+def stack_batches(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, Any]:
+    """The next `count` batches as one dict of arrays [count, …], but for `pixels`, of which it has a list."""
     taken = [next(batches) for _ in range(count)]
+    pixels = {"pixels": [batch.pop("pixels") for batch in taken]} if "pixels" in taken[0] else {}
     if count == 1:  # a view: stacking would copy the images
-        return {name: rows[None] for name, rows in taken[0].items()}
-    return {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}
+        return {name: rows[None] for name, rows in taken[0].items()} | pixels
+    return {name: np.stack([batch[name] for batch in taken]) for name in taken[0]} | pixels

@@ -14,6 +14,7 @@ from mpanet_jax.checkpoint import Checkpoints
 from mpanet_jax.checkpoint_check import is_finite
 from mpanet_jax.data.pipeline import TrainFeed
 from mpanet_jax.data.record_check import RecordCheck
+from mpanet_jax.device_resize import DeviceResize
 from mpanet_jax.errors import Stopped
 from mpanet_jax.evaluation.best import check_best, keep_best
 from mpanet_jax.evaluation.metrics_output import write_metrics
@@ -109,6 +110,7 @@ class _Run:
       evaluated_records: the check of the records that evaluations read, under way in the background.
       state: after the steps done so far.
       run_steps: `make_train_steps`.
+      resize: for batches whose images the device resizes.
       checkpoint_every, evaluate_every: in steps; 0: only at the end.
     """
 
@@ -131,6 +133,7 @@ class _Run:
         self.feed = feed or make_feed(self.method, self.train_split, parallel)
         watched = [self.watched_set.split] if settings.dataset.validation else []
         self.evaluated_records = RecordCheck(self.test_set.split, *watched)
+        self.resize = DeviceResize(settings.data, parallel)
         steps_per_epoch = self.feed.steps_per_epoch
         self.state = parallel.replicate(initial_state(self.method, variables, steps_per_epoch))
         self.run_steps, self._make_embedder = programs.for_run(
@@ -206,9 +209,8 @@ class _Training:
         steps_per_call = most_steps_of_a_call(run.settings.train.steps_per_call, run.feed.sent_bytes)
         stops = (run.checkpoint_every, run.evaluate_every)
         for before, step in cut_into_calls(first_step, run.total_steps, steps_per_call, stops):
-            run.state, metrics = run.run_steps(
-                run.state, stack_batches(run.feed.batches, step - before), run.feed.images
-            )
+            batches = run.resize(stack_batches(run.feed.batches, step - before))
+            run.state, metrics = run.run_steps(run.state, batches, run.feed.images)
             # The metrics of the last call are read now, with this call on its way: the device always has work.
             self._reader.read_previous(before, step, metrics)
             self._checkpoints.raise_failure()

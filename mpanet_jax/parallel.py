@@ -5,7 +5,7 @@ axis, and a batch is the whole batch (on several hosts, this process's rows of i
 number of devices, and only this file knows how the work is spread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,8 +51,13 @@ class Parallel:
         return Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
 
     @cached_property
+    def local(self) -> tuple[jax.Device, ...]:  # pyright: ignore[reportInvalidTypeForm]: jaxlib has no stubs
+        """The devices of this process."""
+        return tuple(device for device in self.devices if device.process_index == jax.process_index())
+
+    @property
     def _num_local(self) -> int:
-        return sum(device.process_index == jax.process_index() for device in self.devices)
+        return len(self.local)
 
     @cached_property
     def _everywhere(self) -> jax.sharding.Sharding:
@@ -131,11 +136,29 @@ class Parallel:
 
         return run
 
-    def _split_rows(self, rows: np.ndarray) -> jax.Array:
+    def join_rows(self, parts: Sequence[jax.Array], *, stacked: bool) -> jax.Array:
+        """Makes an array that a mapped function takes out of the rows that each device has; nothing is copied.
+
+        Args:
+          parts: arrays [rows of a device, …], on the devices `local`.
+          stacked: they are [steps, rows of a device, …], for `map_steps`.
+        """
+        if self.num_devices == 1:
+            return parts[0]
+        spec = PartitionSpec(None, AXIS) if stacked else PartitionSpec(AXIS)
+        if stacked and self.mapping == "pmap":
+            parts = [part[:, None] for part in parts]
+        shape = list(parts[0].shape)
+        shape[stacked] *= self.num_devices
+        return jax.make_array_from_single_device_arrays(tuple(shape), NamedSharding(self._mesh, spec), list(parts))
+
+    def _split_rows(self, rows: np.ndarray | jax.Array) -> jax.Array:
         """Puts this process's [steps, rows, …] on its devices, as part of an array [steps, rows of all processes, …].
 
         For pmap the array is [steps, devices, rows of a device, …].
         """
+        if isinstance(rows, jax.Array):  # `join_rows`
+            return rows
         if self.mapping == "pmap":
             rows = rows.reshape(len(rows), self._num_local, -1, *rows.shape[2:])
         return jax.make_array_from_process_local_data(NamedSharding(self._mesh, PartitionSpec(None, AXIS)), rows)

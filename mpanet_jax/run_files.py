@@ -19,7 +19,7 @@ VALIDATION_FILE = "metrics_best_validation.json"
 # change its numbers.
 FREE_TO_CHANGE = (
     *("train.", "eval.", "parallel", "init_from", "model.fused"),
-    *("data.cache", "data.num_workers", "dataset.source", "dataset.data_dir"),
+    *("data.cache", "data.resize_on", "data.num_workers", "dataset.source", "dataset.data_dir"),
 )
 
 

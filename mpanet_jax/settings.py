@@ -87,6 +87,11 @@ class DataSettings:
         "where resized images are kept: in 'device' memory, in a 'host' memory map, or not ('none'); 'auto': what fits",
         one_of("auto", "device", "host", "none"),
     )
+    resize_on: str = setting(
+        "auto",
+        "who resizes images that are not kept resized: the 'host', or the 'device', to the same pixels; 'auto': a GPU",
+        one_of("auto", "device", "host"),
+    )
     num_workers: int = setting(
         -1,
         "processes that decode if there is no cache, or for a long evaluation; 0: threads; -1: chosen for the machine",

@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpanet_jax.data.sent_images import pack
+from mpanet_jax.device_resize import DeviceResize
 from mpanet_jax.methods.agw import AGW, AGWSettings
 from mpanet_jax.methods.caj import CAJ, CAJSettings
 from mpanet_jax.methods.mpanet import MPANetSettings
 from mpanet_jax.models.fused.classifier import linear
 from mpanet_jax.parallel import Parallel, local_devices, on_first_device
-from mpanet_jax.settings import Settings
+from mpanet_jax.settings import DataSettings, Settings
 from mpanet_jax.settings_base import replace
 from mpanet_jax.step import train_steps
 from tests.methods_in_tests import OFFICIAL, LinenMethod, MPANetOfTwoBlocks, TwoBlocks, start
@@ -167,6 +169,26 @@ def classifier_gradients(parallel, num_ids, dtype):
     return found | {"d_kernel": copies[0]}
 
 
+def misplaced_images(devices, mapping):
+    """How far the images that several devices resize are from those of one, as the mapped functions see them."""
+    rng = np.random.default_rng(4)
+    sizes = rng.integers(1, (2 * HEIGHT, 2 * WIDTH), (STEPS, P * K, 2))
+    pixels = [pack([rng.integers(0, 256, (*size, 3), np.uint8) for size in step])["pixels"] for step in sizes]
+    data = DataSettings(HEIGHT, WIDTH)
+    one, many = (
+        DeviceResize(data, parallel)({"pixels": pixels, "sizes": sizes})["images"]
+        for parallel in (Parallel(devices[:1]), Parallel(devices, mapping))
+    )
+    expected = Parallel(devices, mapping)._split_rows(np.asarray(one))
+    assert many.shape == expected.shape and many.sharding == expected.sharding
+    of_one_step = {"pixels": pixels[0], "sizes": sizes[0]}
+    rows = local_devices().map_rows(lambda _, images: images)(
+        None, DeviceResize(data, local_devices())(of_one_step)["images"]
+    )
+    np.testing.assert_array_equal(rows, one[0])
+    return float(np.abs(np.asarray(expected).astype(int) - np.asarray(many)).max())
+
+
 def main(result):
     gc.set_threshold(100_000, 20, 100)  # as tests/conftest.py does
     gc.freeze()
@@ -197,6 +219,9 @@ def main(result):
     assert on_all.sharding.device_set == set(devices)
     on_one = jax.jit(partial(method.embed, network))(variables, images)
     deviations["embeddings"] = {"embeddings": deviation(jax.device_get(on_one), jax.device_get(on_all))}
+    deviations["resized images"] = {
+        mapping: misplaced_images(devices[:4], mapping) for mapping in ("pmap", "shard_map")
+    }
     for num_ids, way in ((2, "summed"), (40, "product of all")):
         for dtype in (jnp.float64, jnp.bfloat16):
             one, all_ = (classifier_gradients(Parallel(d, "shard_map"), num_ids, dtype) for d in (devices[:1], devices))

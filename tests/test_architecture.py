@@ -35,6 +35,7 @@ ALLOWED = {
     "datasets": {"errors", "settings", "embeddings", "protocol", "modality", "files", "progress"},
     "data": {"datasets", "modality", "settings", "processes", "errors", "cpus", "memory", "files", "progress"},
     "parallel": {"state", "errors", "processes"},
+    "device_resize": {"data", "parallel", "settings"},
     "checksums": {"files"},
     "checkpoint": {"state", "checkpoint_check", "checksums", "processes", "errors"},
     "checkpoint_check": {"checksums", "errors"},
@@ -51,6 +52,7 @@ ALLOWED = {
     "evaluation": {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),
         *("parallel", "processes", "embeddings", "protocol", "modality", "files", "progress", "row_norms"),
+        "device_resize",
     },
     "report": {
         *("model", "evaluation", "datasets", "data", "methods", "run_files", "settings", "errors", "cpus", "state"),

@@ -154,7 +154,8 @@ def late_run(folder):
 
 @pytest.mark.usefixtures("late_run")
 def test_two_processes_give_the_result_of_one_and_survive_a_kill(folder):
-    processes = start(folder, "two", 10_000, num_processes=2)
+    resized_there = ("--config.data.cache=none", "--config.data.resize_on=device")
+    processes = start(folder, "two", 10_000, *resized_there, num_processes=2)
     try:
         deadline = time.monotonic() + HANGS_AFTER
         while not checkpoints(folder, "two"):

@@ -54,6 +54,10 @@ def test_embeddings_of_many_devices_are_those_of_one(deviations):
     assert deviations["embeddings"]["embeddings"] < 1e-9
 
 
+def test_images_are_resized_where_their_rows_are_used(deviations):
+    assert deviations["resized images"] == {"pmap": 0, "shard_map": 0}
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("way", ["summed", "product of all"])
 def test_classifiers_gradients_are_global(deviations, way, dtype):

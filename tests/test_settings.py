@@ -40,6 +40,7 @@ PAPER = {
         "images_per_id": 8,
         "resize": "bilinear",
         "cache": "auto",
+        "resize_on": "auto",
         "num_workers": -1,
     },
     "augment": {
@@ -226,6 +227,7 @@ BAD_VALUES = [
     ("parallel", "shardmap", "expected one of 'pmap', 'shard_map'; did you mean 'shard_map'?"),
     ("batch_scale", "local", "expected one of 'global', 'per_device'; did you mean 'global'?"),
     ("data.cache", "disk", "expected one of 'auto', 'device', 'host', 'none'"),
+    ("data.resize_on", "gpu", "expected one of 'auto', 'device', 'host'"),
     ("model.fused", "yes", "expected one of 'auto', 'on', 'off'"),
     ("model.backbone", "resnet5", f"expected one of {BACKBONES}; did you mean 'resnet50'?"),
     ("model.channel_module", "mamm", f"expected one of {CHANNELS}; did you mean 'mam'?"),

@@ -277,6 +277,16 @@ def test_batches_with_images_are_sent_several_a_call(linen, tmp_path, monkeypatc
         assert done == steps
 
 
+def test_a_run_is_the_same_whoever_resizes(linen, tmp_path, monkeypatch):
+    monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 2)
+    runs = {}
+    for who in ("host", "device"):
+        settings = linen.replace({"data.cache": "none", "data.resize_on": who})
+        runs[who] = train(settings, tmp_path / who), final_state(tmp_path / who)
+    assert runs["host"][0] == runs["device"][0]
+    assert trees_equal(runs["host"][1], runs["device"][1])
+
+
 @pytest.mark.parametrize("when", ["between steps", "during an evaluation"])
 def test_run_that_is_asked_to_stop_loses_nothing(linen, tmp_path, monkeypatch, when):
     # One step an epoch, an evaluation after the second, no checkpoint but at the end.

@@ -170,7 +170,7 @@ def _fill(images: np.ndarray, split: Split, data: DataSettings) -> None:
     with contextlib.closing(read) as parts:
         for part in track(parts, f"resizing {split.name}", len(split), size=lambda part: len(part.rows)):
             part.require_sound()
-            images[part.rows.start : part.rows.stop] = part.images[: len(part.rows)]
+            images[part.rows.start : part.rows.stop] = part.arrays["images"][: len(part.rows)]
     rate = len(split) / (time.perf_counter() - started)
     size = f"{data.height}x{data.width}"
     logging.info("images: %d of %s resized to %s, %.0f a second", len(split), split.name, size, rate)

@@ -1,7 +1,8 @@
 """From an image file's bytes to the network's uint8 pixels: exactly those of Pillow's decoder and Pillow's resize.
 
-Training, caches, evaluation and extraction all call `resized_pixels`, so they see the same pixels. EXIF orientation is
-not applied. simplejpeg decodes JPEG files to Pillow's pixels (both use libjpeg-turbo) in about half of Pillow's time.
+Training, caches, evaluation and extraction all call `resized_pixels`, or `sent_pixels` if a device resizes, so they see
+the same pixels. EXIF orientation is not applied. simplejpeg decodes JPEG files to Pillow's pixels (both use
+libjpeg-turbo) in about half of Pillow's time.
 """
 
 import io
@@ -15,6 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from mpanet_jax.data.sent_images import device_resizes
 from mpanet_jax.datasets.raw import eight_bits
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError, first_line
@@ -38,13 +40,23 @@ def decode_rgb(encoded: bytes) -> Image.Image:
     Raises:
       BadImageError: the bytes are no image, are cut off, or have pixels of 32 bits.
     """
+    pixels = _decode_jpeg(encoded)
+    return _decode_by_pillow(encoded) if pixels is None else Image.fromarray(pixels)
+
+
+def _decode_jpeg(encoded: bytes) -> np.ndarray | None:
+    """Pillow's pixels of a JPEG file, uint8[h, w, 3]; None if it is none, or one that Pillow has to decode."""
     if encoded[:2] == b"\xff\xd8":
         try:
             # simplejpeg's own conversion of CMYK is not Pillow's.
             if simplejpeg.decode_jpeg_header(encoded)[2] in ("YCbCr", "Gray", "RGB"):
-                return Image.fromarray(simplejpeg.decode_jpeg(encoded, "RGB"))
+                return simplejpeg.decode_jpeg(encoded, "RGB")
         except ValueError:
             pass  # damaged: Pillow may decode it nevertheless, or says what is wrong
+    return None
+
+
+def _decode_by_pillow(encoded: bytes) -> Image.Image:
     try:
         return to_rgb(Image.open(io.BytesIO(encoded)))
     except UnidentifiedImageError as error:  # its text names a Python object
@@ -72,6 +84,16 @@ def resized(image: Image.Image, data: DataSettings) -> np.ndarray:
     return np.asarray(image.resize((data.width, data.height), _FILTERS[data.resize]))
 
 
+def pixels_of_image(image: Image.Image, data: DataSettings, *, sent: bool = False) -> np.ndarray:
+    """One of Pillow's images, as RGB and resized: uint8[data.height, data.width, 3]; or with `sent` as `sent_pixels`.
+
+    Raises:
+      BadImageError: as `to_rgb`.
+    """
+    image = to_rgb(image)
+    return np.asarray(image) if sent and device_resizes(image.height, image.width, data) else resized(image, data)
+
+
 def resized_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
     """Decodes an image file's bytes and resizes the image, to uint8[data.height, data.width, 3].
 
@@ -79,6 +101,19 @@ def resized_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
       BadImageError: as `decode_rgb`.
     """
     return resized(decode_rgb(encoded), data)
+
+
+def sent_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
+    """Decodes an image file's bytes for a device that resizes: uint8[h, w, 3]; resized if the device would not do it.
+
+    Raises:
+      BadImageError: as `decode_rgb`.
+    """
+    pixels = _decode_jpeg(encoded)
+    if pixels is not None and device_resizes(pixels.shape[0], pixels.shape[1], data):
+        return pixels
+    image = _decode_by_pillow(encoded) if pixels is None else Image.fromarray(pixels)
+    return pixels_of_image(image, data, sent=True)
 
 
 def read_image_file(path: str | os.PathLike) -> bytes:
@@ -113,14 +148,14 @@ def encoded_image(split: Split, i: int) -> bytes:
         ) from error
 
 
-def pixels_of(split: Split, i: int, data: DataSettings) -> np.ndarray:
-    """Image i of a prepared split, decoded and resized: uint8[data.height, data.width, 3].
+def pixels_of(split: Split, i: int, data: DataSettings, *, sent: bool = False) -> np.ndarray:
+    """Image i of a prepared split, decoded and resized: uint8[data.height, data.width, 3]; with `sent`, `sent_pixels`.
 
     Raises:
       UserError: it cannot be decoded; the message names its path.
     """
     try:
-        return resized_pixels(encoded_image(split, i), data)
+        return (sent_pixels if sent else resized_pixels)(encoded_image(split, i), data)
     except BadImageError as error:
         raise UserError(
             f"image {split.paths[i]} can't be decoded ({error}); replace the file, "
@@ -135,18 +170,19 @@ class SplitPixels:
     split: Split
     indices: np.ndarray
     data: DataSettings
+    sent: bool = False
 
     def __call__(self, row: int) -> np.ndarray:
-        return pixels_of(self.split, int(self.indices[row]), self.data)
+        return pixels_of(self.split, int(self.indices[row]), self.data, sent=self.sent)
 
 
-def pixels_of_file(path: str | os.PathLike, data: DataSettings) -> np.ndarray:
-    """An image file, decoded and resized: uint8[data.height, data.width, 3].
+def pixels_of_file(path: str | os.PathLike, data: DataSettings, *, sent: bool = False) -> np.ndarray:
+    """An image file, decoded and resized: uint8[data.height, data.width, 3]; with `sent`, `sent_pixels`.
 
     Raises:
       BadImageError: it cannot be read or decoded.
     """
-    return resized_pixels(read_image_file(path), data)
+    return (sent_pixels if sent else resized_pixels)(read_image_file(path), data)
 
 
 @dataclass(frozen=True)
@@ -155,6 +191,7 @@ class FilePixels:
 
     files: Sequence[str | os.PathLike]
     data: DataSettings
+    sent: bool = False
 
     def __call__(self, row: int) -> np.ndarray:
-        return pixels_of_file(self.files[row], self.data)
+        return pixels_of_file(self.files[row], self.data, sent=self.sent)

@@ -19,8 +19,9 @@ from mpanet_jax.data.cache import open_images
 from mpanet_jax.data.cache_check import CacheCheck, CacheFile
 from mpanet_jax.data.decode import SplitPixels, pixels_of
 from mpanet_jax.data.grain_batches import Batch, ResumableBatches, choose_num_workers
-from mpanet_jax.data.reading import Pixels, decoding_threads, read_parts
+from mpanet_jax.data.reading import Pixels, decoding_threads, image_bytes, read_parts
 from mpanet_jax.data.sampling import BatchPlan
+from mpanet_jax.data.sent_images import pack, sends_decoded
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import SettingsError, UserError
 from mpanet_jax.settings import DataSettings
@@ -33,8 +34,9 @@ class TrainFeed:
     Attributes:
       batches: an iterator over this process's batches, whose position a checkpoint can hold; it ends after
         `num_epochs`. A batch is a dict of `labels` int32[b], `modality` int32[b], `index` int32[b] (the images' rows in
-        the split) and, unless the images are on the device, `images` uint8[b, height, width, 3], with
-        b = P·K / process_count. The order is identity by identity, visible before infrared.
+        the split) and, unless the images are on the device, `images` uint8[b, height, width, 3] or, if the device
+        resizes, what `pack` gives, with b = P·K / process_count. The order is identity by identity, visible before
+        infrared.
       steps_per_epoch: batches in an epoch.
       batch_size: P·K, over all processes.
       image_bytes: of a resized image.
@@ -114,16 +116,17 @@ def train_feed(
     num_threads, num_workers, on_device = 1, 0, None
     check = CacheCheck(Path(images.filename or "")) if isinstance(images, np.memmap) else None
     if images is None:
-        dataset = dataset.map(_Decode(split, data))
+        sent = sends_decoded(data, size)
+        dataset = dataset.map(_Decode(split, data, sent))
         num_threads = decoding_threads()
-        num_workers = choose_num_workers(data.num_workers, size * data.height * data.width * 3)
+        num_workers = choose_num_workers(data.num_workers, size * image_bytes(data, sent=sent))
     elif cache == "host":
         dataset = dataset.map(_Gather(CacheFile(images).rows if isinstance(images, np.memmap) else images.__getitem__))
     else:
         on_device = put_images(images.reshape(*images.shape[:2], -1))
     batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
-    image_bytes = data.height * data.width * 3
-    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, image_bytes, on_device, cache, plan, check)
+    resized = image_bytes(data, sent=False)
+    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, resized, on_device, cache, plan, check)
 
 
 def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_size: int) -> Iterator[Batch]:
@@ -132,7 +135,7 @@ def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_s
     Args:
       split: the split.
       indices: int[N], the images' rows, in the order of the batches.
-      data: the images' size and filter; and `num_workers`, for `processes_for`.
+      data: the images' size and filter; `resize_on`; and `num_workers`, for `processes_for`.
       batch_size: images in a batch.
 
     Raises:
@@ -141,7 +144,8 @@ def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_s
     columns = {"pids": split.pids, "camids": split.camids, "modality": split.modality}
     indices = np.asarray(indices, np.int64)
     rows = {name: column[indices] for name, column in columns.items()} | {"index": indices}
-    return eval_batches(rows, SplitPixels(split, indices, data), data, batch_size)
+    sent = sends_decoded(data, batch_size)
+    return eval_batches(rows, SplitPixels(split, indices, data, sent), data, batch_size, sent=sent)
 
 
 def eval_batches(
@@ -152,20 +156,22 @@ def eval_batches(
     on_fault: Callable[[int, UserError], object] | None = None,
     *,
     num_workers: int | None = None,
+    sent: bool = False,
 ) -> Iterator[Batch]:
     """Eval batches (docs/method.md, "An eval batch") of N images, which are read ahead of their use (`read_parts`).
 
     Args:
       rows: what a batch says of each image: int[N] arrays `pids`, `camids`, `index` and, if it is known, `modality`.
-      pixels, data, num_workers: as for `read_parts`.
+      pixels, data, num_workers, sent: as for `read_parts`.
       batch_size: b of every batch; the last one is filled up with zeros, whose `mask` is False.
       on_fault: called with the row and the error if `pixels` raises a `UserError`; the image's row is then zeros, with
         `mask` False. It may raise to stop. None: the error itself stops the batches.
 
     Yields:
-      Dicts of the arrays of `rows` as int32[b], `images` uint8[b, height, width, 3] and `mask` bool[b].
+      Dicts of the arrays of `rows` as int32[b], `mask` bool[b], and `images` uint8[b, height, width, 3] or what `pack`
+      gives.
     """
-    read = read_parts(pixels, len(rows["index"]), data, size=batch_size, num_workers=num_workers)
+    read = read_parts(pixels, len(rows["index"]), data, size=batch_size, num_workers=num_workers, sent=sent)
     with contextlib.closing(read) as parts:
         for part in parts:
             if on_fault is None:
@@ -176,7 +182,7 @@ def eval_batches(
             batch: Batch = {name: np.zeros(batch_size, np.int32) for name in rows}
             for name, column in rows.items():
                 batch[name][part.mask] = column[part.rows.start + np.flatnonzero(part.mask)]
-            yield batch | {"mask": part.mask, "images": part.images}
+            yield batch | {"mask": part.mask} | part.arrays
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,8 @@ class _Decode(grain.transforms.Map):
 
     split: Split
     data: DataSettings
+    sent: bool
 
     def map(self, batch: Batch) -> Batch:
-        return batch | {"images": np.stack([pixels_of(self.split, i, self.data) for i in map(int, batch["index"])])}
+        images = [pixels_of(self.split, i, self.data, sent=self.sent) for i in map(int, batch["index"])]
+        return batch | (pack(images) if self.sent else {"images": np.stack(images)})

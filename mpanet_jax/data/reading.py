@@ -1,7 +1,7 @@
 """Reads many images in their order, ahead of their use: in threads or, where those are slower, in processes."""
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,6 +13,7 @@ import numpy as np
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.decode import MAX_THREADS
 from mpanet_jax.data.grain_batches import ResumableBatches, choose_num_workers
+from mpanet_jax.data.sent_images import MOST_SCALE, NO_IMAGE, pack
 from mpanet_jax.errors import UserError, in_script
 from mpanet_jax.settings import DataSettings
 
@@ -20,8 +21,10 @@ from mpanet_jax.settings import DataSettings
 # threads read 2,000 images/s.
 MANY_IMAGES = 10_000
 PARTS_IN_FLIGHT = 3
+_IMAGES_OF_A_TASK = 8  # of a thread
 
-# row → the resized image, uint8[data.height, data.width, 3]; may raise `UserError`. Processes need one that pickles.
+# row → the image, uint8[data.height, data.width, 3], or of any size if it is sent decoded; may raise `UserError`.
+# Processes need one that pickles.
 Pixels = Callable[[int], np.ndarray]
 
 
@@ -31,29 +34,45 @@ class Part:
 
     Attributes:
       rows: which ones.
-      images: uint8[size, height, width, 3]; zeros behind the last row, and in place of an image that cannot be read.
+      arrays: `images` uint8[size, height, width, 3], or of images that are sent decoded what `pack` gives. Behind the
+        last row, and in place of an image that cannot be read, they are zeros.
       mask: bool[size], True for images.
       faults: (row, why it cannot be read), in any order.
     """
 
     rows: range
-    images: np.ndarray
+    arrays: dict[str, np.ndarray]
     mask: np.ndarray
-    faults: list[tuple[int, str]] = field(default_factory=list)
-
-    def read(self, row: int, pixels: Pixels) -> None:
-        """Puts an image of `rows` in its place, or its fault on the list."""
-        place = row - self.rows.start
-        try:
-            self.images[place] = pixels(row)
-            self.mask[place] = True
-        except UserError as error:
-            self.faults.append((row, str(error)))
+    faults: list[tuple[int, str]]
 
     def require_sound(self) -> None:
         """Raises a `UserError` with the first fault, if there is one."""
         if self.faults:
             raise UserError(min(self.faults)[1])
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A part that is being read."""
+
+    rows: range
+    images: Any  # uint8[size, height, width, 3], or a list of images that are sent decoded
+    mask: np.ndarray
+    faults: list[tuple[int, str]] = field(default_factory=list)
+
+    def read(self, rows: Iterable[int], pixels: Pixels) -> None:
+        """Puts some images of `rows` in their places, or their faults on the list."""
+        for row in rows:
+            place = row - self.rows.start
+            try:
+                self.images[place] = pixels(row)
+                self.mask[place] = True
+            except UserError as error:
+                self.faults.append((row, str(error)))
+
+    def whole(self) -> Part:
+        arrays = pack(self.images) if isinstance(self.images, list) else {"images": self.images}
+        return Part(self.rows, arrays, self.mask, self.faults)
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,7 @@ class _Parts:
     size: int
     height: int
     width: int
+    sent: bool
 
     def __len__(self) -> int:
         return -(-self.num_images // self.size)
@@ -72,15 +92,16 @@ class _Parts:
     def rows(self, index: int) -> range:
         return range(index * self.size, min((index + 1) * self.size, self.num_images))
 
-    def empty(self, index: int) -> Part:
-        images = np.zeros((self.size, self.height, self.width, 3), np.uint8)
-        return Part(self.rows(index), images, np.zeros(self.size, bool))
+    def empty(self, index: int) -> _Reading:
+        shape = (self.size, self.height, self.width, 3)
+        images = [NO_IMAGE] * self.size if self.sent else np.zeros(shape, np.uint8)
+        return _Reading(self.rows(index), images, np.zeros(self.size, bool))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        part = self.empty(int(index))
-        for row in part.rows:
-            part.read(row, self.pixels)
-        return {"images": part.images, "mask": part.mask, "faults": part.faults}
+        reading = self.empty(int(index))
+        reading.read(reading.rows, self.pixels)
+        part = reading.whole()
+        return {"arrays": part.arrays, "mask": part.mask, "faults": part.faults}
 
 
 def processes_for(num_images: int, num_workers: int, part_bytes: int) -> int:
@@ -101,7 +122,13 @@ def processes_for(num_images: int, num_workers: int, part_bytes: int) -> int:
 
 
 def read_parts(
-    pixels: Pixels, num_images: int, data: DataSettings, *, size: int, num_workers: int | None = None
+    pixels: Pixels,
+    num_images: int,
+    data: DataSettings,
+    *,
+    size: int,
+    num_workers: int | None = None,
+    sent: bool = False,
 ) -> Generator[Part]:
     """Read images in parts of `size`; the last one may have fewer rows.
 
@@ -111,32 +138,34 @@ def read_parts(
       data: the images' size, and `num_workers` for `processes_for`.
       size: images in a part.
       num_workers: processes that read, or 0 for threads; None: `processes_for`.
+      sent: whether the images are sent decoded.
 
     Yields:
       The parts in order, up to PARTS_IN_FLIGHT read ahead in threads, four in each process.
     """
-    parts = _Parts(pixels, num_images, size, data.height, data.width)
+    parts = _Parts(pixels, num_images, size, data.height, data.width, sent)
     if num_workers is None:
-        num_workers = processes_for(num_images, data.num_workers, size * data.height * data.width * 3)
+        num_workers = processes_for(num_images, data.num_workers, size * image_bytes(data, sent=sent))
     return _by_processes(parts, num_workers) if num_workers else _by_threads(parts)
 
 
 def _by_threads(parts: _Parts) -> Generator[Part]:
     pool = ThreadPoolExecutor(decoding_threads())
 
-    def start(index: int) -> tuple[Part, list[Future]]:
-        part = parts.empty(index)
-        return part, [pool.submit(part.read, row, parts.pixels) for row in part.rows]
+    def start(index: int) -> tuple[_Reading, list[Future]]:
+        reading = parts.empty(index)
+        shares = (reading.rows[first : first + _IMAGES_OF_A_TASK] for first in range(0, parts.size, _IMAGES_OF_A_TASK))
+        return reading, [pool.submit(reading.read, share, parts.pixels) for share in shares]
 
     indices = iter(range(len(parts)))
     in_flight = deque(map(start, islice(indices, PARTS_IN_FLIGHT)))
     try:
         while in_flight:
-            part, reading = in_flight.popleft()
-            for future in reading:
-                future.result()
+            reading, tasks = in_flight.popleft()
+            for task in tasks:
+                task.result()
             in_flight.extend(map(start, islice(indices, 1)))
-            yield part
+            yield reading.whole()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -148,6 +177,11 @@ def _by_processes(parts: _Parts, num_workers: int) -> Generator[Part]:
             yield Part(parts.rows(index), **read)
     finally:
         batches.close()
+
+
+def image_bytes(data: DataSettings, *, sent: bool) -> int:
+    """The most bytes of an image that is read, resized or to be sent decoded."""
+    return data.height * data.width * 3 * (MOST_SCALE**2 if sent else 1)
 
 
 def decoding_threads() -> int:

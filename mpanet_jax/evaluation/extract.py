@@ -10,12 +10,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
+from mpanet_jax.device_resize import DeviceResize
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.methods.method import Method
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.parallel import local_devices
 from mpanet_jax.progress import closing, track
+from mpanet_jax.settings import DataSettings
 from mpanet_jax.weights.convert import template_of
 from mpanet_jax.weights.names import Variables
 
@@ -135,10 +137,18 @@ def track_batches(batches: Iterable[Batch], total: int, *, active: bool = True) 
     return track(batches, "embedding", total, size=lambda batch: int(batch["mask"].sum()), active=active)
 
 
+def with_images(batches: Iterable[Batch], data: DataSettings) -> Iterator[dict[str, Any]]:
+    """The same eval batches, with the images that were sent decoded resized on this process's devices."""
+    resize = DeviceResize(data, local_devices())
+    with closing(batches):
+        yield from map(resize, batches)
+
+
 def extract_embeddings(
     embed: Embed,
     batches: Iterable[Batch],
     paths: np.ndarray,
+    num_images: int,
 ) -> Embeddings:
     """Run `embed` over eval batches and collect the embeddings.
 
@@ -146,14 +156,20 @@ def extract_embeddings(
       embed: turns resized bytes into embeddings; it is compiled once, since all batches have the same shape.
       batches: eval batches (docs/method.md); rows whose `mask` is False are padding and are dropped.
       paths: str[N], the paths of the whole split, which the batches' `index` points into.
+      num_images: how many images the batches have.
 
     Returns:
       One row for each image, in the order of the batches; features are float32 and not normalised.
     """
-    features, columns = [], {name: [] for name in ("pids", "camids", "index", "modality")}
+    features, done = None, 0
+    columns = {name: [] for name in ("pids", "camids", "index", "modality")}
     for batch, rows in run_batches(embed, batches):
-        features.append(rows)
+        if features is None:
+            features = np.empty((num_images, rows.shape[1]), np.float32)
+        features[done : done + len(rows)] = rows
+        done += len(rows)
         for name, column in columns.items():
             column.append(batch[name][batch["mask"]])
     pids, camids, index, modality = map(np.concatenate, columns.values())
-    return Embeddings(np.concatenate(features), pids, camids, paths[index], modality)
+    assert features is not None and done == num_images, f"{done} of {num_images} images came"
+    return Embeddings(features, pids, camids, paths[index], modality)

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mpanet_jax.data.decode import BadImageError, FilePixels, pixels_of_file, resized, to_rgb
+from mpanet_jax.data.decode import BadImageError, FilePixels, pixels_of_file, pixels_of_image
 from mpanet_jax.data.pipeline import eval_batches
+from mpanet_jax.data.sent_images import sends_decoded
 from mpanet_jax.errors import ArgumentError, UserError
-from mpanet_jax.evaluation.extract import Embed, run_batches, track_batches
+from mpanet_jax.evaluation.extract import Embed, run_batches, track_batches, with_images
 from mpanet_jax.modality import UNKNOWN
 from mpanet_jax.settings import DataSettings
 
@@ -119,13 +120,13 @@ def rows_of_images(
     def pixels(place: int) -> np.ndarray:
         image = images[place]
         if isinstance(image, str | os.PathLike):
-            return pixels_of_file(image, data)
+            return pixels_of_file(image, data, sent=sent)
         if 0 in (image.size if isinstance(image, Image.Image) else image.shape):
             raise BadImageError("has no pixels")
         if isinstance(image, Image.Image):
             with locks[id(image)]:
-                return resized(to_rgb(image), data)
-        return resized(to_rgb(Image.fromarray(image)), data)
+                return pixels_of_image(image, data, sent=sent)
+        return pixels_of_image(Image.fromarray(image), data, sent=sent)
 
     def on_fault(place: int, error: UserError) -> None:
         fault = SkippedImage(place, _name(images[place], place), str(error))
@@ -137,12 +138,14 @@ def rows_of_images(
     rows = {"pids": unknown, "camids": unknown, "modality": modality, "index": np.arange(len(images))}
     num_devices = jax.local_device_count()
     size = -(-min(batch_size, 1 << (len(images) - 1).bit_length()) // num_devices) * num_devices
+    sent = sends_decoded(data, size)
     files = [image for image in images if isinstance(image, str | os.PathLike)]
     if len(files) == len(images):
-        batches = eval_batches(rows, FilePixels(files, data), data, size, on_fault)
+        batches = eval_batches(rows, FilePixels(files, data, sent), data, size, on_fault, sent=sent)
     else:  # images in memory are read where they are
-        batches = eval_batches(rows, pixels, data, size, on_fault, num_workers=0)
-    return [rows for _, rows in run_batches(function, track_batches(batches, len(images)))], skipped
+        batches = eval_batches(rows, pixels, data, size, on_fault, num_workers=0, sent=sent)
+    batches = with_images(track_batches(batches, len(images)), data)
+    return [rows for _, rows in run_batches(function, batches)], skipped
 
 
 def _name(image: GivenImage, place: int) -> str:

@@ -15,7 +15,7 @@ from mpanet_jax.datasets import EvaluationSet, Split
 from mpanet_jax.embeddings import Embeddings, check_embeddings
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.evaluate import evaluate_embeddings
-from mpanet_jax.evaluation.extract import Embed, extract_embeddings, make_trained_embed, track_batches
+from mpanet_jax.evaluation.extract import Embed, extract_embeddings, make_trained_embed, track_batches, with_images
 from mpanet_jax.methods import make_method
 from mpanet_jax.processes import gather_shares, is_first_process, share_of_process
 from mpanet_jax.protocol import Protocol
@@ -44,7 +44,7 @@ def embed_rows(split: Split, rows: np.ndarray, embed: Embed, data: DataSettings,
     batch_size = -(-batch_size // num_devices) * num_devices
     own = share_of_process(rows)
     batches = track_batches(split_batches(split, own, data, batch_size), len(own), active=is_first_process())
-    share = extract_embeddings(embed, batches, split.paths)
+    share = extract_embeddings(embed, with_images(batches, data), split.paths, len(own))
     features = gather_shares(share.features, len(rows), "the embeddings of the test set")
     pid_names = None if split.pid_names is None else split.pid_names[rows]
     return Embeddings(

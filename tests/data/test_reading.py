@@ -39,7 +39,7 @@ def test_parts_keep_the_order_and_name_what_is_bad(num_workers):
     parts = list(read_parts(Numbered(bad=(1, 4)), 8, DATA, size=3, num_workers=num_workers))
     assert [part.rows for part in parts] == [range(3), range(3, 6), range(6, 8)]
     assert [part.mask.tolist() for part in parts] == [[True, False, True], [True, False, True], [True, True, False]]
-    pixels = np.concatenate([part.images for part in parts])
+    pixels = np.concatenate([part.arrays["images"] for part in parts])
     np.testing.assert_array_equal(pixels, np.array([0, 0, 2, 3, 0, 5, 6, 7, 0])[:, None, None, None] + 0 * pixels)
     assert [part.faults for part in parts] == [[(1, "image 1 is bad")], [(4, "image 4 is bad")], []]
     assert set(multiprocessing.active_children()) == before

@@ -59,6 +59,7 @@ def toy_feed(
     cache: str = "auto",
     num_workers: int = 0,
     resize: str = "bilinear",
+    resize_on: str = "auto",
     num_epochs: int = NUM_EPOCHS,
     **options,
 ) -> TrainFeed:
@@ -69,6 +70,7 @@ def toy_feed(
         num_ids_per_batch=plan.num_ids_per_batch,
         images_per_id=plan.images_per_id,
         resize=resize,
+        resize_on=resize_on,
         cache=cache,
         num_workers=num_workers,
     )
