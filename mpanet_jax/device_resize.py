@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, UInt8
 
+from mpanet_jax.data.sent_images import padded_pixels
 from mpanet_jax.parallel import Parallel
 from mpanet_jax.settings import DataSettings
 
 PRECISION_BITS = 22
 _ROWS = 64  # heights are rounded up to a multiple, so that few programs are compiled
-_PIXELS_OF_AN_IMAGE = 4096  # the same for the number of all pixels, by image
 
 
 _sin = np.vectorize(math.sin, otypes=[float])  # NumPy's own may differ in the last bit
@@ -145,12 +145,17 @@ class DeviceResize:
         for place, device in enumerate(devices):
             low, high = place * share, (place + 1) * share
             own = [step[end[low] : end[high]] for step, end in zip(pixels, ends, strict=True)]
-            part = self._on(device, own, sizes[:, low:high].reshape(-1, 2))
+            whole = pixels[0] if share == num_rows and num_steps == 1 else None
+            part = self._on(device, own, whole, sizes[:, low:high].reshape(-1, 2))
             parts.append(part.reshape(num_steps, share, *part.shape[1:]) if stacked else part)
         return self._devices.join_rows(parts, stacked=stacked)
 
-    def _on(self, device: Any, chunks: list[np.ndarray], sizes: np.ndarray) -> jax.Array:
-        """Resizes images, whose pixels are in `chunks` one after the other, on a device."""
+    def _on(self, device: Any, chunks: list[np.ndarray], whole: np.ndarray | None, sizes: np.ndarray) -> jax.Array:
+        """Resizes images, whose pixels are in `chunks` one after the other, on a device.
+
+        Args:
+          whole: the same in one array that may be longer, if there is one: it saves a copy.
+        """
         heights, widths = sizes.T
         start = np.cumsum([0, *np.prod(sizes, axis=1, dtype=np.int64)])
         data, (taps_x, taps_y) = self._data, self._taps
@@ -158,9 +163,14 @@ class DeviceResize:
         down = _weights_of(heights, data.height, data.resize, taps_y)
         self._taps = across[1].shape[-1], down[1].shape[-1]
         self._num_rows = max(self._num_rows, -(-int(heights.max()) // _ROWS) * _ROWS)
-        needed = -(-int(start[-1]) // (len(sizes) * _PIXELS_OF_AN_IMAGE)) * _PIXELS_OF_AN_IMAGE
-        self._pixels_of_an_image = max(self._pixels_of_an_image, needed)
-        pixels = np.empty((self._pixels_of_an_image * len(sizes), 3), np.uint8)
-        np.concatenate(chunks, out=pixels[: start[-1]])
+        self._pixels_of_an_image = max(
+            self._pixels_of_an_image, padded_pixels(int(start[-1]), len(sizes)) // len(sizes)
+        )
+        num_pixels = self._pixels_of_an_image * len(sizes)
+        if whole is not None and len(whole) == num_pixels:
+            pixels = whole
+        else:
+            pixels = np.empty((num_pixels, 3), np.uint8)
+            np.concatenate(chunks, out=pixels[: start[-1]])
         arguments = pixels, start[:-1].astype(np.int32), np.ascontiguousarray(widths), across, down
         return _resize(*jax.device_put(arguments, device), num_rows=self._num_rows)

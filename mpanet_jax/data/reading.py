@@ -1,7 +1,7 @@
 """Reads many images in their order, ahead of their use: in threads or, where those are slower, in processes."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -60,7 +60,7 @@ class _Reading:
     mask: np.ndarray
     faults: list[tuple[int, str]] = field(default_factory=list)
 
-    def read(self, rows: Iterable[int], pixels: Pixels) -> None:
+    def read(self, rows: range, pixels: Pixels) -> None:
         """Puts some images of `rows` in their places, or their faults on the list."""
         for row in rows:
             place = row - self.rows.start
@@ -101,7 +101,7 @@ class _Parts:
         reading = self.empty(int(index))
         reading.read(reading.rows, self.pixels)
         part = reading.whole()
-        return {"arrays": part.arrays, "mask": part.mask, "faults": part.faults}
+        return {**part.arrays, "mask": part.mask, "faults": part.faults}
 
 
 def processes_for(num_images: int, num_workers: int, part_bytes: int) -> int:
@@ -152,20 +152,25 @@ def read_parts(
 def _by_threads(parts: _Parts) -> Generator[Part]:
     pool = ThreadPoolExecutor(decoding_threads())
 
-    def start(index: int) -> tuple[_Reading, list[Future]]:
+    def start(index: int) -> Future[Part]:
         reading = parts.empty(index)
         shares = (reading.rows[first : first + _IMAGES_OF_A_TASK] for first in range(0, parts.size, _IMAGES_OF_A_TASK))
-        return reading, [pool.submit(reading.read, share, parts.pixels) for share in shares]
+        tasks = [pool.submit(reading.read, share, parts.pixels) for share in shares]
+        # A thread takes this up when all tasks of the part are done or under way.
+        return pool.submit(finish, reading, tasks)
+
+    def finish(reading: _Reading, tasks: list[Future]) -> Part:
+        for task in tasks:
+            task.result()
+        return reading.whole()
 
     indices = iter(range(len(parts)))
     in_flight = deque(map(start, islice(indices, PARTS_IN_FLIGHT)))
     try:
         while in_flight:
-            reading, tasks = in_flight.popleft()
-            for task in tasks:
-                task.result()
+            part = in_flight.popleft().result()
             in_flight.extend(map(start, islice(indices, 1)))
-            yield reading.whole()
+            yield part
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -174,7 +179,8 @@ def _by_processes(parts: _Parts, num_workers: int) -> Generator[Part]:
     batches = ResumableBatches(grain.MapDataset.source(parts), "", 0, num_workers)
     try:
         for index, read in enumerate(batches):
-            yield Part(parts.rows(index), **read)
+            mask, faults = read.pop("mask"), read.pop("faults")
+            yield Part(parts.rows(index), read, mask, faults)
     finally:
         batches.close()
 

@@ -17,6 +17,7 @@ from mpanet_jax.settings import DataSettings
 FEWEST = 64
 # Of an image that is so many times as high or as wide as the result, sending takes longer than the CPU's resize.
 MOST_SCALE = 2
+PIXELS_OF_AN_IMAGE = 4096  # on average, a batch's number of pixels is rounded up to a multiple
 NO_IMAGE = np.zeros((1, 1, 3), np.uint8)  # becomes zeros, as it stands for an image that is not there
 
 
@@ -24,10 +25,20 @@ def pack(images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> dict[str, np.ndarray]:
     """What a batch has of b images of different sizes, in place of `images`.
 
     Returns:
-      pixels: uint8[n, 3], those of all images, one after the other, each by rows; sizes: int32[b, 2], (height, width).
+      pixels: uint8[n, 3], those of all images, one after the other, each by rows, and more up to `padded_pixels`;
+      sizes: int32[b, 2], (height, width) of each.
     """
-    pixels = np.concatenate([image.reshape(-1, 3) for image in images])
-    return {"pixels": pixels, "sizes": np.array([image.shape[:2] for image in images], np.int32)}
+    sizes = np.array([image.shape[:2] for image in images], np.int32)
+    needed = int(sizes.prod(-1, dtype=np.int64).sum())
+    pixels = np.empty((padded_pixels(needed, len(images)), 3), np.uint8)
+    np.concatenate([image.reshape(-1, 3) for image in images], out=pixels[:needed])
+    return {"pixels": pixels, "sizes": sizes}
+
+
+def padded_pixels(num_pixels: int, num_images: int) -> int:
+    """`num_pixels` rounded up, so that the device compiles few programs: one for each shape of what is sent."""
+    unit = num_images * PIXELS_OF_AN_IMAGE
+    return -(-num_pixels // unit) * unit
 
 
 def sends_decoded(data: DataSettings, num_images: int) -> bool:
