@@ -107,7 +107,7 @@ class _Run:
       train_split: the training images.
       test_set: the test set.
       watched_set: what is evaluated during training: the test set, or the validation identities.
-      evaluated_records: the check of the records that evaluations read, under way in the background.
+      evaluated_records: the check of the records that evaluations read, in the background once it is started.
       state: after the steps done so far.
       run_steps: `make_train_steps`.
       resize: for batches whose images the device resizes.
@@ -211,6 +211,9 @@ class _Training:
         for before, step in cut_into_calls(first_step, run.total_steps, steps_per_call, stops):
             batches = run.resize(stack_batches(run.feed.batches, step - before))
             run.state, metrics = run.run_steps(run.state, batches, run.feed.images)
+            # Not before the first call: tracing its program takes seconds, and longer if others take Python's lock.
+            run.feed.start_check()
+            run.evaluated_records.start()
             # The metrics of the last call are read now, with this call on its way: the device always has work.
             self._reader.read_previous(before, step, metrics)
             self._checkpoints.raise_failure()

@@ -50,7 +50,12 @@ class CacheCheck:
     def __init__(self, cache: Path):
         self._result: Future[bool] = Future()
         self._cache = cache
-        threading.Thread(target=self._run, daemon=True).start()  # a daemon: the run may end before it
+        self._thread = threading.Thread(target=self._run, daemon=True)  # a daemon: the run may end before it
+
+    def start(self) -> None:
+        """Starts the check, unless it has been started."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def _run(self) -> None:
         try:
@@ -67,6 +72,7 @@ class CacheCheck:
         Raises:
           UserError: it is damaged; it has been deleted, so that the next start builds it anew.
         """
+        self.start()
         if not self._result.result():
             for path in (self._cache, sums_path(self._cache)):
                 path.unlink(missing_ok=True)

@@ -44,7 +44,7 @@ class TrainFeed:
         and 'none'. The channels have no axis of their own, because a TPU pads the last axis to 128.
       cache: the mode: 'device', 'host' or 'none'.
       plan: which images are in which batch, over all processes.
-      check: the check of the cache file, under way in the background; None if no file is read.
+      check: the check of the cache file, in the background once it is started; None if no file is read.
     """
 
     batches: grain.DatasetIterator
@@ -65,6 +65,11 @@ class TrainFeed:
         """int[P·K]: the split's rows that make up batch `step` of the whole training (from 0), over all processes."""
         epoch, place = divmod(step, self.steps_per_epoch)
         return self.plan.epoch(epoch)[place]
+
+    def start_check(self) -> None:
+        """Starts the check of the cache file, unless it has been started."""
+        if self.check is not None:
+            self.check.start()
 
     def require_sound_images(self) -> None:
         """Waits for the check of the cache file.

@@ -12,11 +12,17 @@ class RecordCheck:
 
     def __init__(self, *splits: Split):
         self._result: Future[None] = Future()
-        threading.Thread(target=self._run, args=splits, daemon=True).start()  # a daemon: the run may end before it
+        self._splits = splits
+        self._thread = threading.Thread(target=self._run, daemon=True)  # a daemon: the run may end before it
 
-    def _run(self, *splits: Split) -> None:
+    def start(self) -> None:
+        """Starts the check, unless it has been started."""
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def _run(self) -> None:
         try:
-            for split in splits:
+            for split in self._splits:
                 for i in range(len(split)):
                     encoded_image(split, i)
             self._result.set_result(None)
@@ -29,4 +35,5 @@ class RecordCheck:
         Raises:
           UserError: a record is damaged; the message names its image.
         """
+        self.start()
         self._result.result()
