@@ -123,6 +123,7 @@ def input_gradient(
     return dx.astype(x.dtype)
 
 
+@partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
 def _forward(x, scale, bias, eps, relu, axis_name):
     mean, variance = batch_statistics(x, axis_name)
     inverse_deviation = lax.rsqrt(variance + eps)
@@ -165,6 +166,7 @@ def _forward_with_kernel(x, scale, bias, next_kernel, eps, relu, axis_name):
     return (outputs, next_kernel), saved
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _backward(eps, relu, axis_name, saved, cotangents):
     x, mean, inverse_deviation, scale, bias = saved
     (gradient, *_), d_next_kernel = cotangents

@@ -66,6 +66,7 @@ def conv1x1(
     return (jnp.maximum(y, 0) if relu else y).astype(u.dtype)
 
 
+@partial(jax.jit, static_argnums=(5, 6, 7), inline=True)
 def _forward(u, kernel, residual, scale, bias, eps, relu, axis_name):
     count = count_positions(u, axis_name)
     sums_u = _sums(u)
@@ -81,7 +82,7 @@ def _forward(u, kernel, residual, scale, bias, eps, relu, axis_name):
     # Without the barrier XLA recomputes a block's output, from all earlier blocks, wherever it is read.
     y = lax.optimization_barrier(conv1x1(u, folded, offset, residual, relu))
     saved = (u, kernel, scale, mean, inverse_deviation, mean_u, sums_u, products_y, y if relu else None)
-    return (y, mean, variance), (saved, residual is not None)
+    return (y, mean, variance), (saved, None if residual is None else ())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -110,8 +111,9 @@ def conv1x1_batch_norm(
     return _forward(u, kernel, residual, scale, bias, eps, relu, axis_name)[0]
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _backward(eps, relu, axis_name, saved, cotangents):
-    (u, kernel, scale, mean, inverse_deviation, mean_u, sums_u, products_y, y), has_residual = saved
+    (u, kernel, scale, mean, inverse_deviation, mean_u, sums_u, products_y, y), residual = saved
     g = cotangents[0]
     if relu:
         # Three products and sums and the shortcut read g; the barrier makes XLA store it once.
@@ -137,7 +139,7 @@ def _backward(eps, relu, axis_name, saved, cotangents):
     mean_part = jnp.dot(mean_u, b.astype(mean.dtype), precision=EXACT)
     mean_part -= jnp.dot(mean_g, a.astype(mean.dtype), precision=EXACT)
     d_u = _product(u, -b) + g_a + mean_part.astype(u.dtype)
-    return d_u, d_kernel, g if has_residual else None, d_scale, d_bias
+    return d_u, d_kernel, None if residual is None else g, d_scale, d_bias
 
 
 conv1x1_batch_norm.defvjp(_forward, _backward)
