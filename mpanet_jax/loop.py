@@ -12,6 +12,7 @@ from mpanet_jax import datasets
 from mpanet_jax.call_plan import cut_into_calls, most_steps_of_a_call, stack_batches
 from mpanet_jax.checkpoint import Checkpoints
 from mpanet_jax.checkpoint_check import is_finite
+from mpanet_jax.compilation import end_start
 from mpanet_jax.data.pipeline import TrainFeed
 from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.device_resize import DeviceResize
@@ -211,6 +212,7 @@ class _Training:
         for before, step in cut_into_calls(first_step, run.total_steps, steps_per_call, stops):
             batches = run.resize(stack_batches(run.feed.batches, step - before))
             run.state, metrics = run.run_steps(run.state, batches, run.feed.images)
+            end_start()
             # Not before the first call: tracing its program takes seconds, and longer if others take Python's lock.
             run.feed.start_check()
             run.evaluated_records.start()

@@ -83,11 +83,13 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"benchmark.py {' '.join(arguments)}: expected one of {', '.join(NAMES)}, then flags")
     # Imports JAX, and with it takes the accelerator.
     from benchmarks import data, evaluation, extract, gallery, growth, measure, precision, save, search, step, train
-    from mpanet_jax.compilation import DEFAULT_CACHE, set_compilation_cache
+    from mpanet_jax.compilation import DEFAULT_CACHE, end_start, set_compilation_cache
     from mpanet_jax.methods import settings_of
     from mpanet_jax.settings_base import to_dict
 
     (name,), settings = arguments, settings_of(CONFIG.value.to_dict())
+    if name != "train":
+        end_start()  # `train` does so itself
     over = OVER_WHAT.value or ""
     if name == "growth" and not over:
         raise UserError(f"--over: expected one of {', '.join(OVER)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from mpanet_jax.compilation import start_fast
+from mpanet_jax.compilation import end_start, start_fast
 from tests.scripts_in_process import early_start
 
 
@@ -37,7 +37,6 @@ def test_devices_start_beside_the_program(monkeypatch):
     go_on.set()
     wait_for_threads(threads)
     assert len(started) == 1 and started[0] is not threading.current_thread()
-    assert gc.get_threshold()[0] == 10_000
 
 
 def test_devices_may_be_left_alone(monkeypatch):
@@ -45,7 +44,17 @@ def test_devices_may_be_left_alone(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: started.append(1))
     start_fast(devices=False)
     wait_for_threads(threads)
-    assert not started and gc.get_threshold()[0] == 10_000
+    assert not started
+
+
+def test_garbage_is_hardly_looked_for_until_the_start_ends():
+    own = gc.get_threshold()
+    end_start()
+    assert gc.get_threshold() == own  # nothing was started: a program's own threshold stays
+    start_fast(devices=False)
+    assert gc.get_threshold()[0] == 1_000_000
+    end_start()
+    assert gc.get_threshold()[0] == 10_000
 
 
 def test_a_device_that_does_not_start_is_left_to_the_next_use(monkeypatch):
