@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sparse
 from jaxtyping import Float32, Int
 
 from mpanet_jax.cpus import available_cpus
@@ -189,6 +188,8 @@ def _nearest(distances: Distances, number: int) -> tuple[Int[np.ndarray, "n k"],
 
 def _vectors(distances: Distances, nearest: np.ndarray, largest: np.ndarray, k1: int) -> Sparse:
     """Sparse float64[n, n]: row i has exp(−distance) at i's expanded reciprocal neighbours, scaled to sum 1."""
+    from scipy import sparse  # here: it takes a tenth of a second, and a run that does not re-rank starts without it
+
     reciprocal = _reciprocal(nearest)
     half = _reciprocal(nearest[:, : round(k1 / 2) + 1])
     half_columns = half.T.tocsr()
@@ -233,6 +234,8 @@ def _sums_of_minima(own: Sparse, columns: Sparse) -> np.ndarray:
 
 def _adjacency(neighbours: np.ndarray) -> Sparse:
     """Sparse float32[n, n] of 0 and 1: row i has ones at `neighbours[i]`."""
+    from scipy import sparse
+
     total, k = neighbours.shape
     return sparse.csr_array(
         (np.ones(total * k, np.float32), neighbours.ravel(), np.arange(0, total * k + 1, k)), shape=(total, total)
