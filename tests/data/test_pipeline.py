@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 
 from mpanet_jax.data import cache as cache_module
+from mpanet_jax.data import cache_check
 from mpanet_jax.data import grain_batches as grain_batches_module
 from mpanet_jax.data.cache import cache_path, choose_cache, open_images
 from mpanet_jax.data.cache_check import sums_path
 from mpanet_jax.data.grain_batches import choose_num_workers
 from mpanet_jax.data.pipeline import split_batches
+from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.errors import UserError
 from mpanet_jax.settings import DataSettings
 from tests.data.toy import NUM_EPOCHS, SIZE, batch_hash, toy_feed, toy_plan, toy_split
@@ -279,6 +281,22 @@ def test_a_flipped_bit_in_the_cache_is_found_before_the_first_checkpoint(tmp_pat
         feed.require_sound_images()
     np.testing.assert_array_equal(open_images(split, HOST, tmp_path)[1], expected)  # built anew
     toy_feed(split, cache=mode, cache_dir=tmp_path).require_sound_images()
+
+
+def test_checks_run_once_they_are_started_or_asked_for(tmp_path, monkeypatch):
+    split, summed = counted(toy_split()), []
+    open_images(split, HOST, tmp_path)
+    sums = cache_check._sums
+    monkeypatch.setattr(cache_check, "_sums", lambda file: summed.append(file) or sums(file))
+    feed, read = toy_feed(split, cache="host", cache_dir=tmp_path), split.encoded.reads
+    records = RecordCheck(split)
+    assert not summed and split.encoded.reads == read
+    for _ in range(2):
+        feed.start_check()
+        records.start()
+    feed.require_sound_images()
+    records.require()
+    assert len(summed) == 1 and split.encoded.reads == read + len(split)
 
 
 def test_a_cache_of_an_older_version_has_no_checksums_and_is_taken(tmp_path):
