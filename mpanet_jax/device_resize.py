@@ -116,7 +116,7 @@ class DeviceResize:
 
     def __init__(self, data: DataSettings, devices: Parallel):
         self._data, self._devices = data, devices
-        self._num_rows, self._taps, self._pixels_of_an_image = 0, (0, 0), 0
+        self._num_rows, self._taps, self._num_pixels = 0, (0, 0), 0
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with `images` on the devices, ready for the functions that `devices` maps.
@@ -136,41 +136,40 @@ class DeviceResize:
 
     def _resized(self, pixels: list[np.ndarray], sizes: np.ndarray, *, stacked: bool) -> jax.Array:
         """Images of the pixels of every step and their sizes, int32[steps, b, 2]; with all steps if it is `stacked`."""
-        devices = self._devices.local
-        num_steps, num_rows, _ = sizes.shape
+        devices, num_rows = self._devices.local, sizes.shape[1]
         share = num_rows // len(devices)
-        ends = np.zeros((num_steps, num_rows + 1), np.int64)
-        np.cumsum(sizes.prod(-1, dtype=np.int64), axis=1, out=ends[:, 1:])
         parts = []
         for place, device in enumerate(devices):
-            low, high = place * share, (place + 1) * share
-            own = [step[end[low] : end[high]] for step, end in zip(pixels, ends, strict=True)]
-            whole = pixels[0] if share == num_rows and num_steps == 1 else None
-            part = self._on(device, own, whole, sizes[:, low:high].reshape(-1, 2))
-            parts.append(part.reshape(num_steps, share, *part.shape[1:]) if stacked else part)
+            rows = slice(place * share, (place + 1) * share)
+            # Each step is sent by itself: one array of all would first have to be made.
+            of_steps = [self._on(device, *_share(*step, rows)) for step in zip(pixels, sizes, strict=True)]
+            parts.append(_stack(of_steps) if stacked else of_steps[0])
         return self._devices.join_rows(parts, stacked=stacked)
 
-    def _on(self, device: Any, chunks: list[np.ndarray], whole: np.ndarray | None, sizes: np.ndarray) -> jax.Array:
-        """Resizes images, whose pixels are in `chunks` one after the other, on a device.
-
-        Args:
-          whole: the same in one array that may be longer, if there is one: it saves a copy.
-        """
-        heights, widths = sizes.T
+    def _on(self, device: Any, pixels: np.ndarray, sizes: np.ndarray) -> jax.Array:
+        """Resizes the images of one `pack` on a device."""
+        heights, widths = np.ascontiguousarray(sizes.T)
         start = np.cumsum([0, *np.prod(sizes, axis=1, dtype=np.int64)])
         data, (taps_x, taps_y) = self._data, self._taps
         across = _weights_of(widths, data.width, data.resize, taps_x)
         down = _weights_of(heights, data.height, data.resize, taps_y)
         self._taps = across[1].shape[-1], down[1].shape[-1]
         self._num_rows = max(self._num_rows, -(-int(heights.max()) // _ROWS) * _ROWS)
-        self._pixels_of_an_image = max(
-            self._pixels_of_an_image, padded_pixels(int(start[-1]), len(sizes)) // len(sizes)
-        )
-        num_pixels = self._pixels_of_an_image * len(sizes)
-        if whole is not None and len(whole) == num_pixels:
-            pixels = whole
-        else:
-            pixels = np.empty((num_pixels, 3), np.uint8)
-            np.concatenate(chunks, out=pixels[: start[-1]])
-        arguments = pixels, start[:-1].astype(np.int32), np.ascontiguousarray(widths), across, down
+        self._num_pixels = max(self._num_pixels, padded_pixels(int(start[-1]), len(sizes)))
+        if len(pixels) < self._num_pixels:
+            padded = np.empty((self._num_pixels, 3), np.uint8)
+            padded[: start[-1]] = pixels[: start[-1]]
+            pixels = padded
+        arguments = pixels[: self._num_pixels], start[:-1].astype(np.int32), widths, across, down
         return _resize(*jax.device_put(arguments, device), num_rows=self._num_rows)
+
+
+def _share(pixels: np.ndarray, sizes: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels and sizes of some of the images that are packed; of the last ones with what pads them."""
+    ends = np.cumsum([0, *sizes.prod(-1, dtype=np.int64)])
+    return pixels[ends[rows.start] : None if rows.stop == len(sizes) else ends[rows.stop]], sizes[rows]
+
+
+@jax.jit
+def _stack(images: list[Array]) -> Array:
+    return jnp.stack(images)

@@ -30,12 +30,13 @@ Batch = dict[str, np.ndarray]
 MAX_WORKERS = 16
 
 
-def choose_num_workers(num_workers: int, batch_bytes: int, *, quiet: bool = False) -> int:
+def choose_num_workers(num_workers: int, batch_bytes: int, *, sent: bool = False, quiet: bool = False) -> int:
     """How many processes decode images; 0: threads of this process do.
 
     For `num_workers` = -1 this depends on the machine. Below 8 CPUs threads are as fast as processes and start at once.
     With more CPUs threads wait for each other; three quarters of the CPUs then get a process each, at most MAX_WORKERS,
-    and the others are left to the feeding process and the system.
+    and the others are left to the feeding process and the system. Images that are sent decoded are less work, and
+    copying them out of shared memory takes longer than threads wait: threads decode them.
 
     Workers hand over their batches in shared memory, and containers often have only 64 MiB of it. If it is short, -1
     chooses threads and says so on stderr.
@@ -43,6 +44,7 @@ def choose_num_workers(num_workers: int, batch_bytes: int, *, quiet: bool = Fals
     Args:
       num_workers: settings.data.num_workers; -1: choose.
       batch_bytes: of one batch's images.
+      sent: whether they are sent decoded.
       quiet: do not say why threads were chosen.
 
     Raises:
@@ -50,7 +52,7 @@ def choose_num_workers(num_workers: int, batch_bytes: int, *, quiet: bool = Fals
     """
     chosen = num_workers
     if num_workers < 0:
-        chosen = min(available_cpus() * 3 // 4, MAX_WORKERS) if available_cpus() >= 8 else 0
+        chosen = min(available_cpus() * 3 // 4, MAX_WORKERS) if available_cpus() >= 8 and not sent else 0
     # A worker has at most four batches in shared memory: two in its hand and its queue, two where grain receives them.
     needed, free = chosen * 4 * batch_bytes, _free_shared_memory()
     if needed <= free:

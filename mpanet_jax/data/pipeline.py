@@ -124,7 +124,7 @@ def train_feed(
         sent = sends_decoded(data, size)
         dataset = dataset.map(_Decode(split, data, sent))
         num_threads = decoding_threads()
-        num_workers = choose_num_workers(data.num_workers, size * image_bytes(data, sent=sent))
+        num_workers = choose_num_workers(data.num_workers, size * image_bytes(data, sent=sent), sent=sent)
     elif cache == "host":
         dataset = dataset.map(_Gather(CacheFile(images).rows if isinstance(images, np.memmap) else images.__getitem__))
     else:

@@ -104,7 +104,7 @@ class _Parts:
         return {**part.arrays, "mask": part.mask, "faults": part.faults}
 
 
-def processes_for(num_images: int, num_workers: int, part_bytes: int) -> int:
+def processes_for(num_images: int, num_workers: int, part_bytes: int, *, sent: bool = False) -> int:
     """How many processes should read the images; 0: threads.
 
     A new process runs the caller's main module again, which has to have its `if __name__ == "__main__":`. The package's
@@ -114,10 +114,11 @@ def processes_for(num_images: int, num_workers: int, part_bytes: int) -> int:
       num_images: how many images are read.
       num_workers: settings.data.num_workers; the machine chooses at most as many, or with -1 freely.
       part_bytes: of a part's images.
+      sent: whether the images are sent decoded.
     """
     if num_images < MANY_IMAGES or not num_workers or not in_script():
         return 0
-    chosen = choose_num_workers(-1, part_bytes, quiet=True)
+    chosen = choose_num_workers(-1, part_bytes, sent=sent and num_workers < 0, quiet=True)
     return chosen if num_workers < 0 else min(chosen, num_workers)
 
 
@@ -145,7 +146,7 @@ def read_parts(
     """
     parts = _Parts(pixels, num_images, size, data.height, data.width, sent)
     if num_workers is None:
-        num_workers = processes_for(num_images, data.num_workers, size * image_bytes(data, sent=sent))
+        num_workers = processes_for(num_images, data.num_workers, size * image_bytes(data, sent=sent), sent=sent)
     return _by_processes(parts, num_workers) if num_workers else _by_threads(parts)
 
 

@@ -17,7 +17,7 @@ from mpanet_jax.settings import DataSettings
 FEWEST = 64
 # Of an image that is so many times as high or as wide as the result, sending takes longer than the CPU's resize.
 MOST_SCALE = 2
-PIXELS_OF_AN_IMAGE = 4096  # on average, a batch's number of pixels is rounded up to a multiple
+PIXELS_OF_AN_IMAGE = 8192  # on average, a batch's number of pixels is rounded up to a multiple
 NO_IMAGE = np.zeros((1, 1, 3), np.uint8)  # becomes zeros, as it stands for an image that is not there
 
 

@@ -74,7 +74,8 @@ def test_scripts_read_many_images_in_processes_on_many_cpus(monkeypatch, capsys)
     monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 16)
     monkeypatch.setattr(grain_batches_module, "_free_shared_memory", lambda: 2**40)
     assert processes_for(MANY_IMAGES, -1, 1000) == processes_for(MANY_IMAGES, 20, 1000) == 12
-    assert processes_for(MANY_IMAGES, 3, 1000) == 3
+    assert processes_for(MANY_IMAGES, 3, 1000) == processes_for(MANY_IMAGES, 3, 1000, sent=True) == 3
+    assert processes_for(MANY_IMAGES, -1, 1000, sent=True) == 0  # then threads are faster
     assert processes_for(MANY_IMAGES - 1, -1, 1000) == processes_for(MANY_IMAGES, 0, 1000) == 0
     with monkeypatch.context() as patch:
         patch.setattr(reading_module, "in_script", lambda: False)  # its main module may have no guard
@@ -91,7 +92,7 @@ def test_scripts_read_many_images_in_processes_on_many_cpus(monkeypatch, capsys)
 def two_processes(monkeypatch) -> list[int]:
     """The numbers of images for which processes were asked; two are given."""
     numbers = []
-    monkeypatch.setattr(reading_module, "processes_for", lambda number, *_: numbers.append(number) or 2)
+    monkeypatch.setattr(reading_module, "processes_for", lambda number, *_, **__: numbers.append(number) or 2)
     return numbers
 
 
