@@ -121,7 +121,7 @@ def benchmark_data(
     batch = data.num_ids_per_batch * data.images_per_id
 
     def feed_by(cache: str, num_workers: int = 0, cache_dir: str | None = None) -> TrainFeed:
-        by = dataclasses.replace(data, cache=cache, num_workers=num_workers)
+        by = dataclasses.replace(data, cache=cache, num_workers=num_workers, resize_on="host")
         return train_feed(split, plan, by, num_epochs=10_000, cache_dir=cache_dir)
 
     feed = feed_by("none")

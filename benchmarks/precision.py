@@ -93,7 +93,7 @@ def _losses(
 ) -> list[float]:
     """The total loss of every step."""
     state = parallel.replicate(initial_state(method, variables, feed.steps_per_epoch))
-    losses, resize = [], DeviceResize(method.settings.data, parallel)
+    losses, resize = [], DeviceResize.of(method.settings.data, parallel)
     steps_per_call = most_steps_of_a_call(method.settings.train.steps_per_call, feed.sent_bytes)
     for before, after in cut_into_calls(0, num_steps, steps_per_call, ()):
         state, metrics = run_steps(state, resize(stack_batches(feed.batches, after - before)), feed.images)

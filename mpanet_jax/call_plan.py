@@ -60,7 +60,8 @@ def cut_into_calls(
 def stack_batches(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, Any]:
     """The next `count` batches as one dict of arrays [count, …], but for `pixels`, of which it has a list."""
     taken = [next(batches) for _ in range(count)]
-    pixels = {"pixels": [batch.pop("pixels") for batch in taken]} if "pixels" in taken[0] else {}
+    pixels = {"pixels": [batch["pixels"] for batch in taken]} if "pixels" in taken[0] else {}
+    others = [name for name in taken[0] if name != "pixels"]
     if count == 1:  # a view: stacking would copy the images
-        return {name: rows[None] for name, rows in taken[0].items()} | pixels
-    return {name: np.stack([batch[name] for batch in taken]) for name in taken[0]} | pixels
+        return {name: taken[0][name][None] for name in others} | pixels
+    return {name: np.stack([batch[name] for batch in taken]) for name in others} | pixels

@@ -38,7 +38,7 @@ FILTERS: dict[str, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {
 }
 
 
-@lru_cache(maxsize=10_000)
+@lru_cache(maxsize=4096)
 def weights(size: int, out_size: int, resize: str) -> tuple[Int32[np.ndarray, " o"], Int32[np.ndarray, "o taps"]]:
     """The neighbours of every output pixel along one axis, and their weights.
 
@@ -64,17 +64,6 @@ def weights(size: int, out_size: int, resize: str) -> tuple[Int32[np.ndarray, " 
     return first, (np.copysign(0.5, rows) + rows * 2**PRECISION_BITS).astype(np.int32)
 
 
-def _weights_of(sizes: np.ndarray, out_size: int, resize: str, taps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `weights` of many images: int32[n, out_size] and int32[n, out_size, taps or more]."""
-    distinct, place = np.unique(sizes, return_inverse=True)
-    found = [weights(size, out_size, resize) for size in distinct.tolist()]
-    taps = max(taps, *(rows.shape[1] for _, rows in found))
-    table = np.zeros((len(distinct), out_size, taps), np.int32)
-    for i, (_, rows) in enumerate(found):
-        table[i, :, : rows.shape[1]] = rows
-    return np.stack([first for first, _ in found])[place], table[place]
-
-
 def _weighted(neighbours: Callable[[int], UInt8[Array, "..."]], weight: Int32[Array, "..."]) -> UInt8[Array, "..."]:
     """The sum of `neighbours(tap)` × weight[…, tap] over the taps, × 2⁻²², as bytes."""
     sums = jnp.int32(1 << (PRECISION_BITS - 1))  # ½, to round
@@ -95,7 +84,7 @@ def _resize(
 ) -> UInt8[Array, "n h w 3"]:
     """Resizes n images whose first pixel is start[i]; none has more than `num_rows` rows."""
     first, weight = across
-    row_start = start[:, None] + jnp.arange(num_rows) * width[:, None]
+    row_start = start[:, None] + jnp.arange(num_rows, dtype=jnp.int32) * width[:, None]
     place = row_start[:, :, None] + first[:, None, :]
     # What lies beyond an image, or beyond all, has the weight 0.
     rows = _weighted(lambda tap: pixels.at[place + tap].get(mode="clip"), weight[:, None, :, None])
@@ -107,16 +96,22 @@ def _resize(
 class DeviceResize:
     """Replaces the decoded images of batches by resized ones, on the devices that share a batch's rows.
 
-    A shape of its input is compiled once; it grows with the largest images that have come, and does not shrink.
+    Each device compiles a program for the shape of what it gets, which grows with the largest images that have come,
+    and does not shrink; so use one object, that of `of`.
 
     Args:
-      data: the size of resized images, and the filter.
+      height, width, resize: the size of resized images, and the filter, as in the settings.
       devices: of all processes.
     """
 
-    def __init__(self, data: DataSettings, devices: Parallel):
-        self._data, self._devices = data, devices
-        self._num_rows, self._taps, self._num_pixels = 0, (0, 0), 0
+    def __init__(self, height: int, width: int, resize: str, devices: Parallel):
+        self._height, self._width, self._resize, self._devices = height, width, resize, devices
+        self._num_rows, self._pixels_of_an_image, self._taps = 0, 0, [0, 0]
+
+    @classmethod
+    def of(cls, data: DataSettings, devices: Parallel) -> "DeviceResize":
+        """That of some settings and devices; the same one in every call."""
+        return _kept(data.height, data.width, data.resize, devices)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with `images` on the devices, ready for the functions that `devices` maps.
@@ -136,38 +131,59 @@ class DeviceResize:
 
     def _resized(self, pixels: list[np.ndarray], sizes: np.ndarray, *, stacked: bool) -> jax.Array:
         """Images of the pixels of every step and their sizes, int32[steps, b, 2]; with all steps if it is `stacked`."""
-        devices, num_rows = self._devices.local, sizes.shape[1]
-        share = num_rows // len(devices)
+        devices = self._devices.local
+        num_steps, num_images, _ = sizes.shape
+        share = num_images // len(devices)
+        # Before anything is sent: all steps and devices get arrays of one shape.
+        areas = sizes.prod(-1, dtype=np.int64)
+        ends = np.concatenate([np.zeros((num_steps, 1), np.int64), areas.cumsum(1)], axis=1)
+        most = int(areas.reshape(num_steps, len(devices), share).sum(-1).max())
+        self._pixels_of_an_image = max(self._pixels_of_an_image, padded_pixels(most, share))
+        self._num_rows = max(self._num_rows, -(-int(sizes[..., 0].max()) // _ROWS) * _ROWS)
+        down, across = (self._weights(axis, sizes[..., axis]) for axis in (0, 1))
         parts = []
         for place, device in enumerate(devices):
             rows = slice(place * share, (place + 1) * share)
             # Each step is sent by itself: one array of all would first have to be made.
-            of_steps = [self._on(device, *_share(*step, rows)) for step in zip(pixels, sizes, strict=True)]
+            of_steps = []
+            for step in range(num_steps):
+                first = ends[step, rows.start]
+                arguments = (
+                    self._long_enough(pixels[step][first:], ends[step, rows.stop] - first, share),
+                    (ends[step, rows] - first).astype(np.int32),
+                    np.ascontiguousarray(sizes[step, rows, 1]),
+                    *((neighbour[step, rows], weight[step, rows]) for neighbour, weight in (across, down)),
+                )
+                of_steps.append(_resize(*jax.device_put(arguments, device), num_rows=self._num_rows))
             parts.append(_stack(of_steps) if stacked else of_steps[0])
         return self._devices.join_rows(parts, stacked=stacked)
 
-    def _on(self, device: Any, pixels: np.ndarray, sizes: np.ndarray) -> jax.Array:
-        """Resizes the images of one `pack` on a device."""
-        heights, widths = np.ascontiguousarray(sizes.T)
-        start = np.cumsum([0, *np.prod(sizes, axis=1, dtype=np.int64)])
-        data, (taps_x, taps_y) = self._data, self._taps
-        across = _weights_of(widths, data.width, data.resize, taps_x)
-        down = _weights_of(heights, data.height, data.resize, taps_y)
-        self._taps = across[1].shape[-1], down[1].shape[-1]
-        self._num_rows = max(self._num_rows, -(-int(heights.max()) // _ROWS) * _ROWS)
-        self._num_pixels = max(self._num_pixels, padded_pixels(int(start[-1]), len(sizes)))
-        if len(pixels) < self._num_pixels:
-            padded = np.empty((self._num_pixels, 3), np.uint8)
-            padded[: start[-1]] = pixels[: start[-1]]
-            pixels = padded
-        arguments = pixels[: self._num_pixels], start[:-1].astype(np.int32), widths, across, down
-        return _resize(*jax.device_put(arguments, device), num_rows=self._num_rows)
+    def _weights(self, axis: int, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The `weights` of images of `sizes`, int32[steps, b], along an axis: int32[…, out] and int32[…, out, taps]."""
+        out_size = (self._height, self._width)[axis]
+        distinct, place = np.unique(sizes, return_inverse=True)
+        found = [weights(size, out_size, self._resize) for size in distinct.tolist()]
+        self._taps[axis] = max(self._taps[axis], *(rows.shape[1] for _, rows in found))
+        table = np.zeros((len(distinct), out_size, self._taps[axis]), np.int32)
+        for i, (_, rows) in enumerate(found):
+            table[i, :, : rows.shape[1]] = rows
+        place = place.reshape(sizes.shape)
+        return np.stack([first for first, _ in found])[place], table[place]
+
+    def _long_enough(self, pixels: np.ndarray, needed: int, num_images: int) -> np.ndarray:
+        """`pixels`, of which the first `needed` are of `num_images`, at the length that the device gets.
+
+        What follows them, of other images or nothing, has no weight.
+        """
+        length = num_images * self._pixels_of_an_image
+        if len(pixels) < length:
+            longer = np.empty((length, 3), np.uint8)
+            longer[:needed] = pixels[:needed]
+            pixels = longer
+        return pixels[:length]
 
 
-def _share(pixels: np.ndarray, sizes: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels and sizes of some of the images that are packed; of the last ones with what pads them."""
-    ends = np.cumsum([0, *sizes.prod(-1, dtype=np.int64)])
-    return pixels[ends[rows.start] : None if rows.stop == len(sizes) else ends[rows.stop]], sizes[rows]
+_kept = lru_cache(DeviceResize)
 
 
 @jax.jit

@@ -134,7 +134,7 @@ class _Run:
         self.feed = feed or make_feed(self.method, self.train_split, parallel)
         watched = [self.watched_set.split] if settings.dataset.validation else []
         self.evaluated_records = RecordCheck(self.test_set.split, *watched)
-        self.resize = DeviceResize(settings.data, parallel)
+        self.resize = DeviceResize.of(settings.data, parallel)
         steps_per_epoch = self.feed.steps_per_epoch
         self.state = parallel.replicate(initial_state(self.method, variables, steps_per_epoch))
         self.run_steps, self._make_embedder = programs.for_run(
@@ -261,6 +261,7 @@ class _Training:
         self._reader.restart_timer(step)
 
     def _evaluate(self, step: int) -> Results:
+        end_start()  # a run that is resumed may have no step left
         run, figure = self._run, self._run.settings.eval.best
         results = run.evaluate(step, run.watched_set, self._pictures)
         self._log.evaluation(step, results)

@@ -99,7 +99,7 @@ class Parallel:
 
         Returns:
           The same function on all devices, of a replicated state, which is donated, NumPy batches [steps, rows, …] (on
-          several hosts, of this process's rows), and replicated images or None.
+          several hosts, of this process's rows; arrays may also be of `join_rows`), and replicated images or None.
         """
         if self.num_devices == 1:
             return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options)
@@ -157,11 +157,12 @@ class Parallel:
 
         For pmap the array is [steps, devices, rows of a device, …].
         """
-        if isinstance(rows, jax.Array):  # `join_rows`
+        sharding = NamedSharding(self._mesh, PartitionSpec(None, AXIS))
+        if isinstance(rows, jax.Array) and rows.sharding == sharding:  # of `join_rows`
             return rows
         if self.mapping == "pmap":
             rows = rows.reshape(len(rows), self._num_local, -1, *rows.shape[2:])
-        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, PartitionSpec(None, AXIS)), rows)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(rows))
 
     def map_rows(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], jax.Array]:
         """Maps and compiles `(variables, rows) → rows`, in which no row depends on another.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpanet_jax.data.sent_images import pack
-from mpanet_jax.device_resize import DeviceResize
+from mpanet_jax.device_resize import DeviceResize, _resize
 from mpanet_jax.methods.agw import AGW, AGWSettings
 from mpanet_jax.methods.caj import CAJ, CAJSettings
 from mpanet_jax.methods.mpanet import MPANetSettings
@@ -176,14 +176,18 @@ def misplaced_images(devices, mapping):
     pixels = [pack([rng.integers(0, 256, (*size, 3), np.uint8) for size in step])["pixels"] for step in sizes]
     data = DataSettings(HEIGHT, WIDTH)
     one, many = (
-        DeviceResize(data, parallel)({"pixels": pixels, "sizes": sizes})["images"]
+        DeviceResize.of(data, parallel)({"pixels": pixels, "sizes": sizes})["images"]
         for parallel in (Parallel(devices[:1]), Parallel(devices, mapping))
     )
     expected = Parallel(devices, mapping)._split_rows(np.asarray(one))
     assert many.shape == expected.shape and many.sharding == expected.sharding
+    compiled = _resize._cache_size()
+    again = DeviceResize.of(data, Parallel(devices, mapping))({"pixels": pixels[:1], "sizes": sizes[:1]})["images"]
+    np.testing.assert_array_equal(np.asarray(again).reshape(one[:1].shape), one[:1])
+    assert _resize._cache_size() == compiled
     of_one_step = {"pixels": pixels[0], "sizes": sizes[0]}
     rows = local_devices().map_rows(lambda _, images: images)(
-        None, DeviceResize(data, local_devices())(of_one_step)["images"]
+        None, DeviceResize.of(data, local_devices())(of_one_step)["images"]
     )
     np.testing.assert_array_equal(rows, one[0])
     return float(np.abs(np.asarray(expected).astype(int) - np.asarray(many)).max())

@@ -1,6 +1,7 @@
 """The device's resize gives Pillow's pixels, to the bit, and batches that are resized there hold what others hold."""
 
 import io
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -12,9 +13,11 @@ from mpanet_jax.call_plan import stack_batches
 from mpanet_jax.data import sent_images
 from mpanet_jax.data.decode import resized_pixels, sent_pixels
 from mpanet_jax.data.pipeline import split_batches
+from mpanet_jax.data.reading import read_parts
 from mpanet_jax.data.sent_images import FEWEST, device_resizes, pack, sends_decoded
 from mpanet_jax.device_resize import DeviceResize
 from mpanet_jax.errors import UserError
+from mpanet_jax.evaluation import given_images
 from mpanet_jax.evaluation.given_images import rows_of_images
 from mpanet_jax.parallel import Parallel
 from mpanet_jax.settings import DataSettings
@@ -32,7 +35,7 @@ def random_images(rng, sizes):
 
 
 def device_resized(images, data):
-    return np.asarray(DeviceResize(data, ONE)(pack(images))["images"])
+    return np.asarray(DeviceResize.of(data, ONE)(pack(images))["images"])
 
 
 def pillow_resized(image, data):
@@ -89,7 +92,7 @@ def test_shapes_grow_but_do_not_shrink(monkeypatch):
             or resize(*arrays, num_rows=num_rows)
         ),
     )
-    data, device = DataSettings(48, 24), DeviceResize(DataSettings(48, 24), ONE)
+    data, device = DataSettings(48, 24), DeviceResize(48, 24, "bilinear", ONE)
     rng = np.random.default_rng(2)
     for sizes in ([(60, 40), (90, 48)], [(96, 48), (20, 10)], [(1, 1), (1, 1)]):
         images = random_images(rng, sizes)
@@ -100,7 +103,7 @@ def test_shapes_grow_but_do_not_shrink(monkeypatch):
 
 @pytest.mark.parametrize(("num_workers", "resize"), [(0, "bilinear"), (0, "lanczos"), (2, "bilinear")])
 def test_training_batches_are_those_that_the_host_resizes(num_workers, resize):
-    split, device = toy_split(), DeviceResize(DataSettings(**SIZE, resize=resize), ONE)
+    split, device = toy_split(), DeviceResize.of(DataSettings(**SIZE, resize=resize), ONE)
     feeds = [
         toy_feed(split, cache="none", resize=resize, num_workers=workers, resize_on=who)
         for who, workers in (("host", 0), ("device", num_workers))
@@ -118,7 +121,7 @@ def test_training_batches_are_those_that_the_host_resizes(num_workers, resize):
 
 
 def test_evaluation_batches_are_those_that_the_host_resizes():
-    split, device = toy_split(), DeviceResize(DataSettings(**SIZE), ONE)
+    split, device = toy_split(), DeviceResize.of(DataSettings(**SIZE), ONE)
     rows = np.array([5, 3, 40, 7, 3, 0, 11])
     by_host, by_device = (
         list(split_batches(split, rows, DataSettings(**SIZE, resize_on=who), 3)) for who in ("host", "device")
@@ -129,22 +132,39 @@ def test_evaluation_batches_are_those_that_the_host_resizes():
             np.testing.assert_array_equal(values, expected[name])
 
 
-def test_given_images_are_those_that_the_host_resizes(tmp_path):
+def test_given_images_are_those_that_the_host_resizes(tmp_path, monkeypatch):
     rng = np.random.default_rng(3)
     arrays = random_images(rng, [(50, 20), (20, 30), (80, 16), (64, 32), (33, 17)])
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file, array in zip(files, arrays, strict=True):
         Image.fromarray(array).save(file)
     files[2].write_bytes(b"no image")
+    batches = []
+    monkeypatch.setattr(
+        DeviceResize, "__call__", lambda *given, call=DeviceResize.__call__: batches.append(given[1]) or call(*given)
+    )
     for images in (files, [*files[:3], Image.fromarray(arrays[3]), arrays[4]]):
         found = {}
         for who in ("host", "device"):
-            data = DataSettings(32, 16, resize_on=who)
-            blocks, skipped = rows_of_images(lambda x, _: x, images, np.zeros(5), data, batch_size=2, errors="skip")
+            with monkeypatch.context() as patch:
+                patch.setattr(given_images, "sends_decoded", lambda *_, who=who: who == "device")
+                blocks, skipped = rows_of_images(
+                    lambda x, _: x, images, np.zeros(5), DataSettings(32, 16), batch_size=2, errors="skip"
+                )
             assert [fault.position for fault in skipped] == [2]
             found[who] = np.concatenate(blocks)
+            assert ("pixels" in batches[-1]) == (who == "device")
         assert found["host"].shape == (4, 32, 16, 3)
         np.testing.assert_array_equal(found["host"], found["device"])
+
+
+def test_a_model_that_was_trained_with_device_resizes_few_images_on_the_host(monkeypatch):
+    image = np.zeros((20, 30, 3), np.uint8)
+    data = DataSettings(32, 16, resize_on="device")
+    sent = []
+    monkeypatch.setattr(DeviceResize, "__call__", lambda self, batch: sent.append("pixels" in batch) or batch)
+    rows_of_images(lambda x, _: x, [image], np.zeros(1), data, batch_size=2)
+    assert sent == [False]
 
 
 def test_who_resizes(monkeypatch):
@@ -154,7 +174,34 @@ def test_who_resizes(monkeypatch):
     monkeypatch.setattr(sent_images.jax, "default_backend", lambda: "gpu")
     assert sends_decoded(data, FEWEST) and not sends_decoded(data, FEWEST - 1)
     assert not sends_decoded(DataSettings(resize_on="host"), 128)
-    large = dict(height=4096, width=4096)
-    assert not sends_decoded(DataSettings(**large), 128)
-    with pytest.raises(UserError, match=r"data\.resize_on = 'device': 128 images of up to 8192 × 8192 pixels are too"):
-        sends_decoded(DataSettings(**large, resize_on="device"), 128)
+    assert sends_decoded(DataSettings(num_workers=0), 128) and not sends_decoded(DataSettings(num_workers=8), 128)
+    for who in ("auto", "device"):  # more pixels than 32 bits can number
+        assert not sends_decoded(DataSettings(4096, 4096, resize_on=who), 128)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_part_has_the_images_that_can_be_read(num_workers):
+    parts = read_parts(Squares(bad=(1, 4)), 7, DataSettings(4, 2), size=3, num_workers=num_workers, sent=True)
+    sides, masks, faults = [], [], []
+    for part in parts:
+        assert part.arrays["sizes"].dtype == np.int32
+        sides += part.arrays["sizes"][:, 0].tolist()
+        masks += part.mask.tolist()
+        faults += [row for row, _ in part.faults]
+        sizes = part.arrays["sizes"].prod(1)
+        pixels = part.arrays["pixels"][: sizes.sum(), 0]
+        np.testing.assert_array_equal(pixels, np.repeat(np.where(part.mask, part.arrays["sizes"][:, 0], 0), sizes))
+    assert sides == [1, 1, 3, 4, 1, 6, 7, 1, 1]
+    assert masks == [True, False, True, True, False, True, True, False, False] and faults == [1, 4]
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Image i is a square of (i + 1)² pixels, all of them i + 1."""
+
+    bad: tuple[int, ...]
+
+    def __call__(self, row):
+        if row in self.bad:
+            raise UserError(f"image {row} is bad")
+        return np.full((row + 1, row + 1, 3), row + 1, np.uint8)

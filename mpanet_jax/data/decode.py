@@ -1,8 +1,8 @@
 """From an image file's bytes to the network's uint8 pixels: exactly those of Pillow's decoder and Pillow's resize.
 
-Training, caches, evaluation and extraction all call `resized_pixels`, or `sent_pixels` if a device resizes, so they see
-the same pixels. EXIF orientation is not applied. simplejpeg decodes JPEG files to Pillow's pixels (both use
-libjpeg-turbo) in about half of Pillow's time.
+Training, caches, evaluation and extraction all call `resized_pixels`, or `sent_pixels` if a device resizes, and for
+images in memory `pixels_of_image`, so they see the same pixels. EXIF orientation is not applied. simplejpeg decodes
+JPEG files to Pillow's pixels (both use libjpeg-turbo) in about half of Pillow's time.
 """
 
 import io
@@ -113,7 +113,7 @@ def sent_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
     if pixels is not None and device_resizes(pixels.shape[0], pixels.shape[1], data):
         return pixels
     image = _decode_by_pillow(encoded) if pixels is None else Image.fromarray(pixels)
-    return pixels_of_image(image, data, sent=True)
+    return np.asarray(image) if device_resizes(image.height, image.width, data) else resized(image, data)
 
 
 def read_image_file(path: str | os.PathLike) -> bytes:

@@ -161,7 +161,7 @@ def _own(value: Any) -> Any:
 
 
 def _read_options(num_threads: int) -> grain.ReadOptions:
-    """Just enough batches in flight to keep every thread busy: each takes about 20 MB."""
+    """Just enough batches in flight to keep every thread busy: each takes about 20 MB, decoded ones up to 75."""
     return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
 
 

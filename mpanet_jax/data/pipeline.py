@@ -58,7 +58,7 @@ class TrainFeed:
 
     @property
     def sent_bytes(self) -> int:
-        """How many bytes of images a batch of this process has; 0 if the device holds them all."""
+        """How many bytes the resized images of a batch of this process have; 0 if the device holds them all."""
         return 0 if self.images is not None else self.image_bytes * self.batch_size // jax.process_count()
 
     def rows(self, step: int) -> np.ndarray:

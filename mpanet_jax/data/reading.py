@@ -13,7 +13,7 @@ import numpy as np
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.decode import MAX_THREADS
 from mpanet_jax.data.grain_batches import ResumableBatches, choose_num_workers
-from mpanet_jax.data.sent_images import MOST_SCALE, NO_IMAGE, pack
+from mpanet_jax.data.sent_images import MOST_SCALE, NO_IMAGE, PIXELS_OF_AN_IMAGE, pack
 from mpanet_jax.errors import UserError, in_script
 from mpanet_jax.settings import DataSettings
 
@@ -35,7 +35,7 @@ class Part:
     Attributes:
       rows: which ones.
       arrays: `images` uint8[size, height, width, 3], or of images that are sent decoded what `pack` gives. Behind the
-        last row, and in place of an image that cannot be read, they are zeros.
+        last row, and in place of an image that cannot be read, images are zeros (before the resize, one pixel).
       mask: bool[size], True for images.
       faults: (row, why it cannot be read), in any order.
     """
@@ -188,7 +188,8 @@ def _by_processes(parts: _Parts, num_workers: int) -> Generator[Part]:
 
 def image_bytes(data: DataSettings, *, sent: bool) -> int:
     """The most bytes of an image that is read, resized or to be sent decoded."""
-    return data.height * data.width * 3 * (MOST_SCALE**2 if sent else 1)
+    pixels = data.height * data.width
+    return 3 * (max(MOST_SCALE**2 * pixels, PIXELS_OF_AN_IMAGE) if sent else pixels)
 
 
 def decoding_threads() -> int:

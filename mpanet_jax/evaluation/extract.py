@@ -139,7 +139,7 @@ def track_batches(batches: Iterable[Batch], total: int, *, active: bool = True) 
 
 def with_images(batches: Iterable[Batch], data: DataSettings) -> Iterator[dict[str, Any]]:
     """The same eval batches, with the images that were sent decoded resized on this process's devices."""
-    resize = DeviceResize(data, local_devices())
+    resize = DeviceResize.of(data, local_devices())
     with closing(batches):
         yield from map(resize, batches)
 

@@ -3,6 +3,7 @@
 An image that cannot be read costs its own row only: it is named and masked out, and the others go on.
 """
 
+import dataclasses
 import os
 import threading
 from collections import defaultdict
@@ -138,7 +139,8 @@ def rows_of_images(
     rows = {"pids": unknown, "camids": unknown, "modality": modality, "index": np.arange(len(images))}
     num_devices = jax.local_device_count()
     size = -(-min(batch_size, 1 << (len(images) - 1).bit_length()) // num_devices) * num_devices
-    sent = sends_decoded(data, size)
+    # A model is used on other machines than that of its training, whose settings 'device' was one of.
+    sent = sends_decoded(dataclasses.replace(data, resize_on="auto") if data.resize_on == "device" else data, size)
     files = [image for image in images if isinstance(image, str | os.PathLike)]
     if len(files) == len(images):
         batches = eval_batches(rows, FilePixels(files, data, sent), data, size, on_fault, sent=sent)

@@ -10,7 +10,8 @@ import pytest
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
-from mpanet_jax.data.decode import BadImageError, decode_rgb, pixels_of, resized_pixels
+from mpanet_jax.data.decode import BadImageError, decode_rgb, pixels_of, resized_pixels, sent_pixels
+from mpanet_jax.data.sent_images import device_resizes
 from mpanet_jax.errors import UserError
 from mpanet_jax.settings import DataSettings
 from tests.data.toy import jpeg, toy_split
@@ -122,9 +123,14 @@ def test_exif_orientation_is_not_applied():
 )
 def test_resized_pixels_are_pillows_to_the_bit(size, mode, file_format, resize):
     encoded = encode(Image.fromarray(photograph(*size)).convert(mode), file_format)
-    pixels = resized_pixels(encoded, DataSettings(384, 128, resize=resize))
+    data = DataSettings(384, 128, resize=resize)
+    pixels = resized_pixels(encoded, data)
     assert pixels.shape == (384, 128, 3) and pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, pillow(encoded).resize((128, 384), FILTERS[resize]))
+    # For a device that resizes, decoded alone where that would be the same.
+    np.testing.assert_array_equal(
+        sent_pixels(encoded, data), np.asarray(pillow(encoded)) if device_resizes(*size, data) else pixels
+    )
 
 
 def filter_by_definition(image, size, resize):
