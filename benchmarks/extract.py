@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.step import NUM_IDS, forward_work, random_images
 from mpanet_jax import datasets
+from mpanet_jax.data.pipeline import split_batches
 from mpanet_jax.evaluation.extract import extract_embeddings, make_embed
 from mpanet_jax.evaluation.workdir import embed_rows
 from mpanet_jax.methods import make_method
@@ -32,7 +33,8 @@ def benchmark_extract(
     Returns:
       images_per_second, median_ms, p10_ms, p90_ms: of a batch in device memory, whose embeddings stay there.
       fetched_images_per_second: the same with every embedding fetched to the host, in wall-clock time.
-      files_images_per_second: with `from_files`, read, decoded, resized, embedded and fetched, in wall-clock time.
+      files_images_per_second: with `from_files`, read, decoded, resized, embedded and fetched, in wall-clock time;
+        read_images_per_second: read and decoded alone, and resized if the host does that.
       compile_seconds, programs_from_cache, peak_gib: as for `benchmark_step`; peak_gib is read before the files.
       tflops: TFLOP/s of convolutions and matrix products; share_of_arithmetic: the same over the measured ceiling.
     """
@@ -74,6 +76,10 @@ def benchmark_extract(
         started = time.perf_counter()
         embed_rows(split, np.arange(len(split)), embed, settings.data, settings.eval.batch_size)
         results["files_images_per_second"] = len(split) / (time.perf_counter() - started)
+        started = time.perf_counter()
+        for _ in split_batches(split, np.arange(len(split)), settings.data, settings.eval.batch_size):
+            pass
+        results["read_images_per_second"] = len(split) / (time.perf_counter() - started)
     ceilings = measure.ceilings(compute_dtype(settings.dtype))
     tflops = forward_work(settings)[0] * results["images_per_second"] / 1e12
     share = tflops / ceilings["matmul_ceiling_tflops"] / num_devices

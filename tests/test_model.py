@@ -122,7 +122,8 @@ def test_paths_pillows_images_and_arrays_are_the_same(model, files):
         np.testing.assert_array_equal(model.embed(images), expected)
     stack = np.stack([np.asarray(Image.open(file).convert("RGB").resize((WIDTH, HEIGHT), 2)) for file in files])
     np.testing.assert_array_equal(model.embed(stack), expected)
-    np.testing.assert_array_equal(model.embed([opened[0]] * 4), expected[[0] * 4])
+    # Against rows in the same places: some CPUs round a row by its place in the batch.
+    np.testing.assert_array_equal(model.embed([opened[0]] * 4), model.embed([arrays[0]] * 4))
 
 
 def test_any_number_of_images(model, files):
