@@ -2,16 +2,16 @@
 
 import json
 import os
-import threading
 import weakref
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpanet_jax.cpus import available_cpus
+from mpanet_jax.data.background import InBackground
 from mpanet_jax.errors import UserError
 from mpanet_jax.files import write_whole
 
@@ -48,23 +48,19 @@ class CacheCheck:
     """Compares a cache with its checksums in the background. A cache of an older version has none and passes."""
 
     def __init__(self, cache: Path):
-        self._result: Future[bool] = Future()
         self._cache = cache
-        self._thread = threading.Thread(target=self._run, daemon=True)  # a daemon: the run may end before it
+        self._check = InBackground(self._is_sound)
 
     def start(self) -> None:
         """Starts the check, unless it has been started."""
-        if self._thread.ident is None:
-            self._thread.start()
+        self._check.start()
 
-    def _run(self) -> None:
+    def _is_sound(self) -> bool:
+        recorded = sums_path(self._cache)
         try:
-            recorded = sums_path(self._cache)
-            self._result.set_result(not recorded.exists() or json.loads(recorded.read_text()) == _sums(self._cache))
+            return not recorded.exists() or json.loads(recorded.read_text()) == _sums(self._cache)
         except ValueError:
-            self._result.set_result(False)
-        except BaseException as error:
-            self._result.set_exception(error)
+            return False
 
     def require(self) -> None:
         """Waits for the check, and returns if the cache is sound.
@@ -72,8 +68,7 @@ class CacheCheck:
         Raises:
           UserError: it is damaged; it has been deleted, so that the next start builds it anew.
         """
-        self.start()
-        if not self._result.result():
+        if not self._check.result():
             for path in (self._cache, sums_path(self._cache)):
                 path.unlink(missing_ok=True)
             raise UserError(

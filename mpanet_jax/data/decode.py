@@ -90,8 +90,12 @@ def pixels_of_image(image: Image.Image, data: DataSettings, *, sent: bool = Fals
     Raises:
       BadImageError: as `to_rgb`.
     """
-    image = to_rgb(image)
-    return np.asarray(image) if sent and device_resizes(image.height, image.width, data) else resized(image, data)
+    return _sent(to_rgb(image), data) if sent else resized(to_rgb(image), data)
+
+
+def _sent(image: Image.Image, data: DataSettings) -> np.ndarray:
+    """An RGB image for a device that resizes; resized if the device would not do it."""
+    return np.asarray(image) if device_resizes(image.height, image.width, data) else resized(image, data)
 
 
 def resized_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
@@ -112,8 +116,7 @@ def sent_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
     pixels = _decode_jpeg(encoded)
     if pixels is not None and device_resizes(pixels.shape[0], pixels.shape[1], data):
         return pixels
-    image = _decode_by_pillow(encoded) if pixels is None else Image.fromarray(pixels)
-    return np.asarray(image) if device_resizes(image.height, image.width, data) else resized(image, data)
+    return _sent(_decode_by_pillow(encoded) if pixels is None else Image.fromarray(pixels), data)
 
 
 def read_image_file(path: str | os.PathLike) -> bytes:
