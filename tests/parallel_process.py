@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpanet_jax.data.sent_images import pack
+from mpanet_jax.data.sent_images import SentImage, pack
 from mpanet_jax.device_resize import DeviceResize, _resize
 from mpanet_jax.methods.agw import AGW, AGWSettings
 from mpanet_jax.methods.caj import CAJ, CAJSettings
@@ -173,7 +173,8 @@ def misplaced_images(devices, mapping):
     """How far the images that several devices resize are from those of one, as the mapped functions see them."""
     rng = np.random.default_rng(4)
     sizes = rng.integers(1, (2 * HEIGHT, 2 * WIDTH), (STEPS, P * K, 2))
-    pixels = [pack([rng.integers(0, 256, (*size, 3), np.uint8) for size in step])["pixels"] for step in sizes]
+    drawn = [[SentImage.of(rng.integers(0, 256, (*size, 3), np.uint8)) for size in step] for step in sizes]
+    pixels = [pack(images)["pixels"] for images in drawn]
     data = DataSettings(HEIGHT, WIDTH)
     one, many = (
         DeviceResize.of(data, parallel)({"pixels": pixels, "sizes": sizes})["images"]

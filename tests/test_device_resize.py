@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,11 +11,11 @@ from PIL import Image
 
 from mpanet_jax import device_resize
 from mpanet_jax.call_plan import stack_batches
-from mpanet_jax.data import sent_images
-from mpanet_jax.data.decode import resized_pixels, sent_pixels
+from mpanet_jax.data import reading, sent_images
+from mpanet_jax.data.decode import resized_pixels, sent_image
 from mpanet_jax.data.pipeline import split_batches
 from mpanet_jax.data.reading import read_parts
-from mpanet_jax.data.sent_images import FEWEST, device_resizes, pack, sends_decoded
+from mpanet_jax.data.sent_images import FEWEST, SentImage, device_resizes, pack, sends_decoded
 from mpanet_jax.device_resize import DeviceResize
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation import given_images
@@ -34,8 +35,12 @@ def random_images(rng, sizes):
     return [draw[i % 2]((height, width, 3)) for i, (height, width) in enumerate(sizes)]
 
 
+def packed(images):
+    return pack([SentImage.of(image) for image in images])
+
+
 def device_resized(images, data):
-    return np.asarray(DeviceResize.of(data, ONE)(pack(images))["images"])
+    return np.asarray(DeviceResize.of(data, ONE)(packed(images))["images"])
 
 
 def pillow_resized(image, data):
@@ -75,9 +80,10 @@ def test_the_host_resizes_what_the_device_would_not_resize_as_pillow(size, on_de
     (image,) = random_images(np.random.default_rng(1), [size])
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
-    sent = sent_pixels(file.getvalue(), data)
-    assert sent.shape[:2] == (size if on_device else (384, 128))
-    np.testing.assert_array_equal(device_resized([sent], data)[0], resized_pixels(file.getvalue(), data))
+    sent = sent_image(file.getvalue(), data)
+    assert (sent.height, sent.width) == (size if on_device else (384, 128))
+    found = np.asarray(DeviceResize.of(data, ONE)(pack([sent]))["images"])
+    np.testing.assert_array_equal(found[0], resized_pixels(file.getvalue(), data))
 
 
 def test_shapes_grow_but_do_not_shrink(monkeypatch):
@@ -96,7 +102,7 @@ def test_shapes_grow_but_do_not_shrink(monkeypatch):
     rng = np.random.default_rng(2)
     for sizes in ([(60, 40), (90, 48)], [(96, 48), (20, 10)], [(1, 1), (1, 1)]):
         images = random_images(rng, sizes)
-        for image, found in zip(images, np.asarray(device(pack(images))["images"]), strict=True):
+        for image, found in zip(images, np.asarray(device(packed(images))["images"]), strict=True):
             np.testing.assert_array_equal(found, pillow_resized(image, data))
     assert calls[1] == calls[2]
 
@@ -179,10 +185,13 @@ def test_who_resizes(monkeypatch):
         assert not sends_decoded(DataSettings(4096, 4096, resize_on=who), 128)
 
 
+@pytest.mark.parametrize("num_images", [7, 61])  # threads share a part, or each has its own
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_part_has_the_images_that_can_be_read(num_workers):
-    parts = read_parts(Squares(bad=(1, 4)), 7, DataSettings(4, 2), size=3, num_workers=num_workers, sent=True)
-    sides, masks, faults = [], [], []
+def test_a_part_has_the_images_that_can_be_read(num_workers, num_images, monkeypatch):
+    monkeypatch.setattr(reading, "decoding_threads", lambda: 3)
+    squares = Squares(bad=(1, 4, 50), damaged=(5, 51))
+    parts = read_parts(squares, num_images, DataSettings(4, 2), size=3, num_workers=num_workers, sent=True)
+    read, sides, masks, faults = np.arange(-num_images % 3 + num_images), [], [], []
     for part in parts:
         assert part.arrays["sizes"].dtype == np.int32
         sides += part.arrays["sizes"][:, 0].tolist()
@@ -191,17 +200,25 @@ def test_a_part_has_the_images_that_can_be_read(num_workers):
         sizes = part.arrays["sizes"].prod(1)
         pixels = part.arrays["pixels"][: sizes.sum(), 0]
         np.testing.assert_array_equal(pixels, np.repeat(np.where(part.mask, part.arrays["sizes"][:, 0], 0), sizes))
-    assert sides == [1, 1, 3, 4, 1, 6, 7, 1, 1]
-    assert masks == [True, False, True, True, False, True, True, False, False] and faults == [1, 4]
+    there = (read < num_images) & ~np.isin(read, squares.bad)
+    assert sides == np.where(there, read + 1, 1).tolist()
+    assert masks == (there & ~np.isin(read, squares.damaged)).tolist()
+    assert sorted(faults) == [row for row in (1, 4, 5, 50, 51) if row < num_images]
 
 
 @dataclass(frozen=True)
 class Squares:
-    """Image i is a square of (i + 1)² pixels, all of them i + 1."""
+    """Image i is a square of (i + 1)² pixels, all of them i + 1; of the damaged ones it is found out late."""
 
     bad: tuple[int, ...]
+    damaged: tuple[int, ...]
 
     def __call__(self, row):
         if row in self.bad:
             raise UserError(f"image {row} is bad")
-        return np.full((row + 1, row + 1, 3), row + 1, np.uint8)
+        return SentImage(row + 1, row + 1, partial(self.decode_into, row))
+
+    def decode_into(self, row, place):
+        place[:] = row + 1
+        if row in self.damaged:
+            raise UserError(f"image {row} is damaged")

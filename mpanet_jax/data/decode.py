@@ -1,22 +1,24 @@
 """From an image file's bytes to the network's uint8 pixels: exactly those of Pillow's decoder and Pillow's resize.
 
-Training, caches, evaluation and extraction all call `resized_pixels`, or `sent_pixels` if a device resizes, and for
+Training, caches, evaluation and extraction all call `resized_pixels`, or `sent_image` if a device resizes, and for
 images in memory `pixels_of_image`, so they see the same pixels. EXIF orientation is not applied. simplejpeg decodes
 JPEG files to Pillow's pixels (both use libjpeg-turbo) in about half of Pillow's time.
 """
 
+import contextlib
 import io
 import os
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from mpanet_jax.data.sent_images import device_resizes
+from mpanet_jax.data.sent_images import SentImage, device_resizes
 from mpanet_jax.datasets.raw import eight_bits
 from mpanet_jax.datasets.schema import Split
 from mpanet_jax.errors import UserError, first_line
@@ -40,20 +42,35 @@ def decode_rgb(encoded: bytes) -> Image.Image:
     Raises:
       BadImageError: the bytes are no image, are cut off, or have pixels of 32 bits.
     """
-    pixels = _decode_jpeg(encoded)
-    return _decode_by_pillow(encoded) if pixels is None else Image.fromarray(pixels)
+    if _jpeg_size(encoded):
+        with contextlib.suppress(ValueError):  # damaged: Pillow may decode it nevertheless, or says what is wrong
+            return Image.fromarray(simplejpeg.decode_jpeg(encoded, "RGB"))
+    return _decode_by_pillow(encoded)
 
 
-def _decode_jpeg(encoded: bytes) -> np.ndarray | None:
-    """Pillow's pixels of a JPEG file, uint8[h, w, 3]; None if it is none, or one that Pillow has to decode."""
+def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG file; None if it is none, or one that Pillow has to decode."""
     if encoded[:2] == b"\xff\xd8":
-        try:
+        with contextlib.suppress(ValueError):
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
             # simplejpeg's own conversion of CMYK is not Pillow's.
-            if simplejpeg.decode_jpeg_header(encoded)[2] in ("YCbCr", "Gray", "RGB"):
-                return simplejpeg.decode_jpeg(encoded, "RGB")
-        except ValueError:
-            pass  # damaged: Pillow may decode it nevertheless, or says what is wrong
+            return (int(height), int(width)) if colours in ("YCbCr", "Gray", "RGB") else None
     return None
+
+
+def _decode_jpeg_into(encoded: bytes, place: np.ndarray) -> None:
+    """Puts Pillow's pixels of a JPEG file, which has a `_jpeg_size`, into uint8[h·w·3].
+
+    Raises:
+      BadImageError: as `decode_rgb`.
+    """
+    try:
+        simplejpeg.decode_jpeg(encoded, "RGB", buffer=place)
+    except ValueError:
+        pixels = np.asarray(_decode_by_pillow(encoded)).reshape(-1)
+        if len(pixels) != len(place):
+            raise BadImageError("damaged: its decoders find different sizes") from None
+        place[:] = pixels
 
 
 def _decode_by_pillow(encoded: bytes) -> Image.Image:
@@ -84,18 +101,23 @@ def resized(image: Image.Image, data: DataSettings) -> np.ndarray:
     return np.asarray(image.resize((data.width, data.height), _FILTERS[data.resize]))
 
 
-def pixels_of_image(image: Image.Image, data: DataSettings, *, sent: bool = False) -> np.ndarray:
-    """One of Pillow's images, as RGB and resized: uint8[data.height, data.width, 3]; or with `sent` as `sent_pixels`.
+def pixels_of_image(image: Image.Image, data: DataSettings) -> np.ndarray:
+    """One of Pillow's images, as RGB and resized: uint8[data.height, data.width, 3].
 
     Raises:
       BadImageError: as `to_rgb`.
     """
-    return _sent(to_rgb(image), data) if sent else resized(to_rgb(image), data)
+    return resized(to_rgb(image), data)
 
 
-def _sent(image: Image.Image, data: DataSettings) -> np.ndarray:
-    """An RGB image for a device that resizes; resized if the device would not do it."""
-    return np.asarray(image) if device_resizes(image.height, image.width, data) else resized(image, data)
+def sent_of_image(image: Image.Image, data: DataSettings) -> SentImage:
+    """One of Pillow's images, as RGB, for a device that resizes; resized if the device would not do it.
+
+    Raises:
+      BadImageError: as `to_rgb`.
+    """
+    image = to_rgb(image)
+    return SentImage.of(np.asarray(image) if device_resizes(image.height, image.width, data) else resized(image, data))
 
 
 def resized_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
@@ -107,16 +129,16 @@ def resized_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
     return resized(decode_rgb(encoded), data)
 
 
-def sent_pixels(encoded: bytes, data: DataSettings) -> np.ndarray:
-    """Decodes an image file's bytes for a device that resizes: uint8[h, w, 3]; resized if the device would not do it.
+def sent_image(encoded: bytes, data: DataSettings) -> SentImage:
+    """The image of a file's bytes, for a device that resizes; resized if the device would not do it.
 
     Raises:
-      BadImageError: as `decode_rgb`.
+      BadImageError: as `decode_rgb`; of many JPEG files only once they are decoded.
     """
-    pixels = _decode_jpeg(encoded)
-    if pixels is not None and device_resizes(pixels.shape[0], pixels.shape[1], data):
-        return pixels
-    return _sent(_decode_by_pillow(encoded) if pixels is None else Image.fromarray(pixels), data)
+    size = _jpeg_size(encoded)
+    if size and device_resizes(*size, data):
+        return SentImage(*size, partial(_decode_jpeg_into, encoded))
+    return sent_of_image(decode_rgb(encoded), data)
 
 
 def read_image_file(path: str | os.PathLike) -> bytes:
@@ -151,14 +173,37 @@ def encoded_image(split: Split, i: int) -> bytes:
         ) from error
 
 
-def pixels_of(split: Split, i: int, data: DataSettings, *, sent: bool = False) -> np.ndarray:
-    """Image i of a prepared split, decoded and resized: uint8[data.height, data.width, 3]; with `sent`, `sent_pixels`.
+def pixels_of(split: Split, i: int, data: DataSettings) -> np.ndarray:
+    """Image i of a prepared split, decoded and resized: uint8[data.height, data.width, 3].
 
     Raises:
       UserError: it cannot be decoded; the message names its path.
     """
+    with _naming(split, i):
+        return resized_pixels(encoded_image(split, i), data)
+
+
+def sent_of(split: Split, i: int, data: DataSettings) -> SentImage:
+    """Image i of a prepared split, as `sent_image`.
+
+    Raises:
+      UserError: as `pixels_of`, at the latest once it is decoded.
+    """
+    with _naming(split, i):
+        image = sent_image(encoded_image(split, i), data)
+
+    def decode_into(place: np.ndarray) -> None:
+        with _naming(split, i):
+            image.decode_into(place)
+
+    return replace(image, decode_into=decode_into)
+
+
+@contextlib.contextmanager
+def _naming(split: Split, i: int) -> Iterator[None]:
+    """Names image i in the error of an image that cannot be decoded."""
     try:
-        return (sent_pixels if sent else resized_pixels)(encoded_image(split, i), data)
+        yield
     except BadImageError as error:
         raise UserError(
             f"image {split.paths[i]} can't be decoded ({error}); replace the file, "
@@ -168,33 +213,42 @@ def pixels_of(split: Split, i: int, data: DataSettings, *, sent: bool = False) -
 
 @dataclass(frozen=True)
 class SplitPixels:
-    """Reads images of a prepared split: row → `pixels_of` image indices[row]."""
+    """Reads images of a prepared split: row → `pixels_of` image indices[row], or with `sent` its `sent_of`."""
 
     split: Split
     indices: np.ndarray
     data: DataSettings
     sent: bool = False
 
-    def __call__(self, row: int) -> np.ndarray:
-        return pixels_of(self.split, int(self.indices[row]), self.data, sent=self.sent)
+    def __call__(self, row: int) -> np.ndarray | SentImage:
+        return (sent_of if self.sent else pixels_of)(self.split, int(self.indices[row]), self.data)
 
 
-def pixels_of_file(path: str | os.PathLike, data: DataSettings, *, sent: bool = False) -> np.ndarray:
-    """An image file, decoded and resized: uint8[data.height, data.width, 3]; with `sent`, `sent_pixels`.
+def pixels_of_file(path: str | os.PathLike, data: DataSettings) -> np.ndarray:
+    """An image file, decoded and resized: uint8[data.height, data.width, 3].
 
     Raises:
       BadImageError: it cannot be read or decoded.
     """
-    return (sent_pixels if sent else resized_pixels)(read_image_file(path), data)
+    return resized_pixels(read_image_file(path), data)
+
+
+def sent_of_file(path: str | os.PathLike, data: DataSettings) -> SentImage:
+    """An image file, as `sent_image`.
+
+    Raises:
+      BadImageError: it cannot be read or decoded; of the latter, some only once it is decoded.
+    """
+    return sent_image(read_image_file(path), data)
 
 
 @dataclass(frozen=True)
 class FilePixels:
-    """Reads image files: row → `pixels_of_file` files[row]."""
+    """Reads image files: row → `pixels_of_file` files[row], or with `sent` its `sent_of_file`."""
 
     files: Sequence[str | os.PathLike]
     data: DataSettings
     sent: bool = False
 
-    def __call__(self, row: int) -> np.ndarray:
-        return pixels_of_file(self.files[row], self.data, sent=self.sent)
+    def __call__(self, row: int) -> np.ndarray | SentImage:
+        return (sent_of_file if self.sent else pixels_of_file)(self.files[row], self.data)

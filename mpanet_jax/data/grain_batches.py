@@ -161,8 +161,8 @@ def _own(value: Any) -> Any:
 
 
 def _read_options(num_threads: int) -> grain.ReadOptions:
-    """Just enough batches in flight to keep every thread busy: each takes about 20 MB, decoded ones up to 75."""
-    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
+    """Batches of about 20 MB, decoded ones of up to 75: one in every thread, and as many for a call of many steps."""
+    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
 
 
 def _start_worker(worker_index: int, worker_count: int) -> None:

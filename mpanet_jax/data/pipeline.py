@@ -17,7 +17,7 @@ import numpy as np
 
 from mpanet_jax.data.cache import open_images
 from mpanet_jax.data.cache_check import CacheCheck, CacheFile
-from mpanet_jax.data.decode import SplitPixels, pixels_of
+from mpanet_jax.data.decode import SplitPixels, pixels_of, sent_of
 from mpanet_jax.data.grain_batches import Batch, ResumableBatches, choose_num_workers
 from mpanet_jax.data.reading import Pixels, decoding_threads, image_bytes, read_parts
 from mpanet_jax.data.sampling import BatchPlan
@@ -228,5 +228,7 @@ class _Decode(grain.transforms.Map):
     sent: bool
 
     def map(self, batch: Batch) -> Batch:
-        images = [pixels_of(self.split, i, self.data, sent=self.sent) for i in map(int, batch["index"])]
-        return batch | (pack(images) if self.sent else {"images": np.stack(images)})
+        rows = batch["index"].tolist()
+        if self.sent:
+            return batch | pack([sent_of(self.split, i, self.data) for i in rows])
+        return batch | {"images": np.stack([pixels_of(self.split, i, self.data) for i in rows])}

@@ -2,8 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.decode import MAX_THREADS
 from mpanet_jax.data.grain_batches import ResumableBatches, choose_num_workers
-from mpanet_jax.data.sent_images import MOST_SCALE, NO_IMAGE, PIXELS_OF_AN_IMAGE, pack
+from mpanet_jax.data.sent_images import MOST_SCALE, NO_IMAGE, PIXELS_OF_AN_IMAGE, Packed, SentImage
 from mpanet_jax.errors import UserError, in_script
 from mpanet_jax.settings import DataSettings
 
@@ -21,11 +21,10 @@ from mpanet_jax.settings import DataSettings
 # threads read 2,000 images/s.
 MANY_IMAGES = 10_000
 PARTS_IN_FLIGHT = 3
-_IMAGES_OF_A_TASK = 8  # of a thread
 
-# row → the image, uint8[data.height, data.width, 3], or of any size if it is sent decoded; may raise `UserError`.
+# row → the image, uint8[data.height, data.width, 3], or a `SentImage` if it is sent decoded; may raise `UserError`.
 # Processes need one that pickles.
-Pixels = Callable[[int], np.ndarray]
+Pixels = Callable[[int], np.ndarray | SentImage]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Part:
     Attributes:
       rows: which ones.
       arrays: `images` uint8[size, height, width, 3], or of images that are sent decoded what `pack` gives. Behind the
-        last row, and in place of an image that cannot be read, images are zeros (before the resize, one pixel).
+        last row, and in place of an image that cannot be read, images are zeros.
       mask: bool[size], True for images.
       faults: (row, why it cannot be read), in any order.
     """
@@ -51,28 +50,48 @@ class Part:
             raise UserError(min(self.faults)[1])
 
 
-@dataclass(frozen=True)
 class _Reading:
-    """A part that is being read."""
+    """A part that is being read: all its rows by `read`, after that `make_room`, after that all by `decode`."""
 
-    rows: range
-    images: Any  # uint8[size, height, width, 3], or a list of images that are sent decoded
-    mask: np.ndarray
-    faults: list[tuple[int, str]] = field(default_factory=list)
+    def __init__(self, rows: range, images: Any):
+        self.rows = rows
+        self._images = images  # uint8[size, height, width, 3], or a list of `SentImage`
+        self._packed: Packed | None = None
+        self._mask = np.zeros(len(images), bool)
+        self._faults: list[tuple[int, str]] = []
 
     def read(self, rows: range, pixels: Pixels) -> None:
         """Puts some images of `rows` in their places, or their faults on the list."""
         for row in rows:
             place = row - self.rows.start
             try:
-                self.images[place] = pixels(row)
-                self.mask[place] = True
+                self._images[place] = pixels(row)
+                self._mask[place] = True
             except UserError as error:
-                self.faults.append((row, str(error)))
+                self._faults.append((row, str(error)))
 
-    def whole(self) -> Part:
-        arrays = pack(self.images) if isinstance(self.images, list) else {"images": self.images}
-        return Part(self.rows, arrays, self.mask, self.faults)
+    def make_room(self) -> None:
+        """Makes the array of images that are sent, now that all their sizes are known."""
+        if isinstance(self._images, list):
+            self._packed = Packed(self._images)
+            for place in range(len(self.rows), len(self._images)):  # behind the last row
+                self._packed.decode(place)
+
+    def decode(self, rows: range) -> None:
+        """Decodes those of some images that are sent, or puts their faults on the list."""
+        if self._packed is None:
+            return
+        for row in rows:
+            place = row - self.rows.start
+            try:
+                self._packed.decode(place)
+            except UserError as error:
+                self._mask[place] = False
+                self._faults.append((row, str(error)))
+
+    def part(self) -> Part:
+        arrays = self._packed.arrays if self._packed else {"images": self._images}
+        return Part(self.rows, arrays, self._mask, self._faults)
 
 
 @dataclass(frozen=True)
@@ -94,13 +113,17 @@ class _Parts:
 
     def empty(self, index: int) -> _Reading:
         shape = (self.size, self.height, self.width, 3)
-        images = [NO_IMAGE] * self.size if self.sent else np.zeros(shape, np.uint8)
-        return _Reading(self.rows(index), images, np.zeros(self.size, bool))
+        return _Reading(self.rows(index), [NO_IMAGE] * self.size if self.sent else np.zeros(shape, np.uint8))
+
+    def read(self, index: int) -> Part:
+        reading = self.empty(index)
+        reading.read(reading.rows, self.pixels)
+        reading.make_room()
+        reading.decode(reading.rows)
+        return reading.part()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        reading = self.empty(int(index))
-        reading.read(reading.rows, self.pixels)
-        part = reading.whole()
+        part = self.read(int(index))
         return {**part.arrays, "mask": part.mask, "faults": part.faults}
 
 
@@ -142,7 +165,8 @@ def read_parts(
       sent: whether the images are sent decoded.
 
     Yields:
-      The parts in order, up to PARTS_IN_FLIGHT read ahead in threads, four in each process.
+      The parts in order. Read ahead are four in each process; in threads, one in each and another one, or
+      PARTS_IN_FLIGHT that the threads share, if there are not two for each thread.
     """
     parts = _Parts(pixels, num_images, size, data.height, data.width, sent)
     if num_workers is None:
@@ -151,28 +175,30 @@ def read_parts(
 
 
 def _by_threads(parts: _Parts) -> Generator[Part]:
-    pool = ThreadPoolExecutor(decoding_threads())
+    num_threads = decoding_threads()
+    pool = ThreadPoolExecutor(num_threads)
+    size_of_share = -(-parts.size // num_threads)
 
-    def start(index: int) -> Future[Part]:
+    def read_in_shares(index: int) -> Part:
         reading = parts.empty(index)
-        shares = (reading.rows[first : first + _IMAGES_OF_A_TASK] for first in range(0, parts.size, _IMAGES_OF_A_TASK))
-        tasks = [pool.submit(reading.read, share, parts.pixels) for share in shares]
-        # A thread takes this up when all tasks of the part are done or under way.
-        return pool.submit(finish, reading, tasks)
+        shares = [reading.rows[first : first + size_of_share] for first in range(0, len(reading.rows), size_of_share)]
+        deque(pool.map(lambda share: reading.read(share, parts.pixels), shares), 0)
+        reading.make_room()
+        deque(pool.map(reading.decode, shares), 0)
+        return reading.part()
 
-    def finish(reading: _Reading, tasks: list[Future]) -> Part:
-        for task in tasks:
-            task.result()
-        return reading.whole()
-
+    # Each thread a part of its own, or all threads the same one: then another thread waits for them.
+    many = len(parts) >= 2 * num_threads
+    readers, read = (pool, parts.read) if many else (ThreadPoolExecutor(PARTS_IN_FLIGHT), read_in_shares)
     indices = iter(range(len(parts)))
-    in_flight = deque(map(start, islice(indices, PARTS_IN_FLIGHT)))
+    in_flight = deque(readers.submit(read, i) for i in islice(indices, num_threads + 1 if many else PARTS_IN_FLIGHT))
     try:
         while in_flight:
             part = in_flight.popleft().result()
-            in_flight.extend(map(start, islice(indices, 1)))
+            in_flight.extend(readers.submit(read, i) for i in islice(indices, 1))
             yield part
     finally:
+        readers.shutdown(cancel_futures=True)
         pool.shutdown(cancel_futures=True)
 
 

@@ -14,9 +14,16 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mpanet_jax.data.decode import BadImageError, FilePixels, pixels_of_file, pixels_of_image
+from mpanet_jax.data.decode import (
+    BadImageError,
+    FilePixels,
+    pixels_of_file,
+    pixels_of_image,
+    sent_of_file,
+    sent_of_image,
+)
 from mpanet_jax.data.pipeline import eval_batches
-from mpanet_jax.data.sent_images import sends_decoded
+from mpanet_jax.data.sent_images import SentImage, sends_decoded
 from mpanet_jax.errors import ArgumentError, UserError
 from mpanet_jax.evaluation.extract import Embed, run_batches, track_batches, with_images
 from mpanet_jax.modality import UNKNOWN
@@ -118,16 +125,17 @@ def rows_of_images(
     skipped: list[SkippedImage] = []
     locks = defaultdict(threading.Lock)  # PIL decodes an image in place, and one may be in the list twice
 
-    def pixels(place: int) -> np.ndarray:
+    def pixels(place: int) -> np.ndarray | SentImage:
+        of_file, of_image = (sent_of_file, sent_of_image) if sent else (pixels_of_file, pixels_of_image)
         image = images[place]
         if isinstance(image, str | os.PathLike):
-            return pixels_of_file(image, data, sent=sent)
+            return of_file(image, data)
         if 0 in (image.size if isinstance(image, Image.Image) else image.shape):
             raise BadImageError("has no pixels")
         if isinstance(image, Image.Image):
             with locks[id(image)]:
-                return pixels_of_image(image, data, sent=sent)
-        return pixels_of_image(Image.fromarray(image), data, sent=sent)
+                return of_image(image, data)
+        return of_image(Image.fromarray(image), data)
 
     def on_fault(place: int, error: UserError) -> None:
         fault = SkippedImage(place, _name(images[place], place), str(error))

@@ -8,9 +8,16 @@ import zlib
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from mpanet_jax.data.decode import BadImageError, decode_rgb, pixels_of, resized_pixels, sent_pixels
+from mpanet_jax.data.decode import (
+    BadImageError,
+    decode_rgb,
+    pixels_of,
+    resized_pixels,
+    sent_image,
+    sent_of,
+)
 from mpanet_jax.data.sent_images import device_resizes
 from mpanet_jax.errors import UserError
 from mpanet_jax.settings import DataSettings
@@ -129,8 +136,15 @@ def test_resized_pixels_are_pillows_to_the_bit(size, mode, file_format, resize):
     np.testing.assert_array_equal(pixels, pillow(encoded).resize((128, 384), FILTERS[resize]))
     # For a device that resizes, decoded alone where that would be the same.
     np.testing.assert_array_equal(
-        sent_pixels(encoded, data), np.asarray(pillow(encoded)) if device_resizes(*size, data) else pixels
+        decoded(sent_image(encoded, data)), np.asarray(pillow(encoded)) if device_resizes(*size, data) else pixels
     )
+
+
+def decoded(image):
+    """The pixels of an image that is sent."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    image.decode_into(pixels.reshape(-1))
+    return pixels
 
 
 def filter_by_definition(image, size, resize):
@@ -178,7 +192,20 @@ def test_a_damaged_file_is_named(damage):
     split = dataclasses.replace(toy_split([(1, 1)]), encoded=[encoded], paths=np.array(["cam1/0007/0003.jpg"]))
     with pytest.raises(UserError, match=r"^image cam1/0007/0003\.jpg can't be decoded .*replace the file") as error:
         pixels_of(split, 0, DataSettings(48, 16))
-    assert "\n" not in str(error.value)
+    with pytest.raises(UserError) as late:
+        decoded(sent_of(split, 0, DataSettings(48, 16)))
+    assert "\n" not in str(error.value) and str(late.value) == str(error.value)
+
+
+def test_what_pillow_can_decode_of_a_damaged_jpeg_is_sent(monkeypatch):
+    """simplejpeg refuses an end that is cut off; Pillow, if it is asked to, does not."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    encoded = jpeg(photograph(64, 32))[:-40]
+    with pytest.raises(ValueError, match="end of"):
+        simplejpeg.decode_jpeg(encoded, "RGB")
+    data = DataSettings(48, 16)
+    np.testing.assert_array_equal(decoded(sent_image(encoded, data)), np.asarray(pillow(encoded)))
+    np.testing.assert_array_equal(decode_rgb(encoded), np.asarray(pillow(encoded)))
 
 
 def test_a_truncated_png_is_refused():
