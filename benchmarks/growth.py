@@ -56,6 +56,7 @@ class Asked:
       num_steps: timed steps; None: as many as `benchmark_step` times.
       num_query, dimension, rerank: of the gallery.
       compilation_cache: a folder, or None.
+      compiler_options: of XLA, for the step's program alone.
     """
 
     settings: Settings
@@ -65,6 +66,7 @@ class Asked:
     dimension: int = 2048
     rerank: bool = False
     compilation_cache: str | None = None
+    compiler_options: dict[str, str | bool] | None = None
 
 
 def benchmark_growth(
@@ -144,7 +146,7 @@ def _devices(size: int, asked: Asked) -> dict[str, Any]:
 def _step(asked: Asked, options: dict[str, int]) -> dict[str, Any]:
     set_compilation_cache(asked.compilation_cache)
     steps = {"num_steps": asked.num_steps} if asked.num_steps else {}
-    results = benchmark_step(asked.settings, **steps, **options)
+    results = benchmark_step(asked.settings, **steps, **options, compiler_options=asked.compiler_options)
     names = ("images_per_second", "median_ms", "host_cpu_ms", "compile_seconds")
     return {name: results[name] for name in names} | {"step_gib": results["peak_gib"] - results["image_set_gib"]}
 

@@ -1,7 +1,7 @@
 """The training loop: from settings to a trained, evaluated run."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ import jax
 
 from mpanet_jax import datasets
 from mpanet_jax.call_plan import cut_into_calls, most_steps_of_a_call, stack_batches
-from mpanet_jax.checkpoint import Checkpoints
+from mpanet_jax.checkpoint import Checkpoints, latest_step
 from mpanet_jax.checkpoint_check import is_finite
 from mpanet_jax.compilation import end_start
+from mpanet_jax.data.background import InBackground
 from mpanet_jax.data.pipeline import TrainFeed
 from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.device_resize import DeviceResize
@@ -27,7 +28,14 @@ from mpanet_jax.nonfinite import FiniteCheck
 from mpanet_jax.parallel import all_devices, on_first_device
 from mpanet_jax.processes import check_same_workdir, is_first_process, raise_lost_process, wait_for_all_processes
 from mpanet_jax.run_files import METRICS_FILES, check_init_from, check_same_run, save_settings
-from mpanet_jax.run_setup import Programs, initial_state, make_feed, starting_variables
+from mpanet_jax.run_setup import (
+    Programs,
+    initial_state,
+    make_feed,
+    starting_variables,
+    state_shapes,
+    trace_steps,
+)
 from mpanet_jax.settings import Settings
 from mpanet_jax.stop import StopRequest
 from mpanet_jax.workdir_lock import locked_workdir
@@ -111,6 +119,7 @@ class _Run:
       evaluated_records: the check of the records that evaluations read, in the background once it is started.
       state: after the steps done so far.
       run_steps: `make_train_steps`.
+      traced: their `trace_steps`, under way.
       resize: for batches whose images the device resizes.
       checkpoint_every, evaluate_every: in steps; 0: only at the end.
     """
@@ -130,19 +139,29 @@ class _Run:
         if settings.dataset.validation:
             self.watched_set = datasets.open_evaluation(settings.dataset, validation=True)
         # Before the feed: weights that are missing should be named before a cache is built, which takes long.
-        variables = starting_variables(self.method, self.train_split.num_ids, workdir)
+        num_ids = self.train_split.num_ids
+        make_variables = starting_variables(self.method, num_ids, workdir)
         self.feed = feed or make_feed(self.method, self.train_split, parallel)
         watched = [self.watched_set.split] if settings.dataset.validation else []
         self.evaluated_records = RecordCheck(self.test_set.split, *watched)
         self.resize = DeviceResize.of(settings.data, parallel)
         steps_per_epoch = self.feed.steps_per_epoch
-        self.state = parallel.replicate(initial_state(self.method, variables, steps_per_epoch))
-        self.run_steps, self._make_embedder = programs.for_run(
-            self.method, self.train_split.num_ids, steps_per_epoch, parallel
-        )
         self.total_steps = steps_per_epoch * settings.train.num_epochs
         self.checkpoint_every = steps_per_epoch * settings.train.checkpoint_every_epochs
         self.evaluate_every = steps_per_epoch * settings.train.eval_every_epochs
+        self.run_steps, self._make_embedder = programs.for_run(self.method, num_ids, steps_per_epoch, parallel)
+        shapes, calls = state_shapes(self.method, num_ids, steps_per_epoch), self.calls(latest_step(workdir) or 0)
+        self.traced = InBackground(
+            partial(trace_steps, self.run_steps, shapes, self.feed, calls, parallel), cut_off=False
+        )
+        self.traced.start()
+        self.state = parallel.replicate(initial_state(self.method, make_variables(), steps_per_epoch))
+
+    def calls(self, first_step: int) -> Iterator[tuple[int, int]]:
+        """The run's `cut_into_calls`."""
+        steps_per_call = most_steps_of_a_call(self.settings.train.steps_per_call, self.feed.sent_bytes)
+        stops = (self.checkpoint_every, self.evaluate_every)
+        return cut_into_calls(first_step, self.total_steps, steps_per_call, stops)
 
     def resume(self, checkpoints: Checkpoints) -> int:
         """Restores the newest checkpoint, if there is one; returns how many steps are done."""
@@ -207,9 +226,8 @@ class _Training:
         run.stop.defer()
         if first_step and self._is_evaluation_due(first_step):
             self._evaluate_during_training(first_step)  # the run was stopped or killed before it had finished this
-        steps_per_call = most_steps_of_a_call(run.settings.train.steps_per_call, run.feed.sent_bytes)
-        stops = (run.checkpoint_every, run.evaluate_every)
-        for before, step in cut_into_calls(first_step, run.total_steps, steps_per_call, stops):
+        run.traced.wait()  # an error of it comes again
+        for before, step in run.calls(first_step):
             batches = run.resize(stack_batches(run.feed.batches, step - before))
             run.state, metrics = run.run_steps(run.state, batches, run.feed.images)
             end_start()

@@ -75,6 +75,10 @@ class Parallel:
             return jax.device_put(tree, self._everywhere)
         return jax.tree.map(self._replicate_over_processes, tree)
 
+    def replicated_shapes(self, tree: Any) -> Any:
+        """What `replicate` makes of arrays of these shapes, for functions that are compiled ahead of their call."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._everywhere), tree)
+
     def _replicate_over_processes(self, leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = self._replicate_over_processes(jax.random.key_data(leaf))

@@ -1,7 +1,7 @@
 """What a run starts from: its batches, its first state and its compiled programs."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mpanet_jax.processes import is_first_process, wait_for_all_processes
 from mpanet_jax.settings_base import replace
 from mpanet_jax.state import TrainState, create_train_state, random_keys
 from mpanet_jax.step import train_steps
-from mpanet_jax.weights.convert import initial_variables
+from mpanet_jax.weights.convert import read_initial_variables, template_of
 
 
 def make_feed(method: Method, split: Split, parallel: Parallel) -> TrainFeed:
@@ -54,10 +54,13 @@ def make_feed(method: Method, split: Split, parallel: Parallel) -> TrainFeed:
     )
 
 
-def starting_variables(method: Method, num_ids: int, workdir: Path) -> dict[str, Any]:
-    """{params, batch_stats} before step 0: random, or from init_from.
+def starting_variables(method: Method, num_ids: int, workdir: Path) -> Callable[[], dict[str, Any]]:
+    """Reads init_from; returns what makes the {params, batch_stats} before step 0, which are random or from there.
 
     They are random if the workdir has a checkpoint: that will replace them, and the weights of init_from may be gone.
+
+    Raises:
+      SettingsError: the weights of init_from are not there, or do not fit the network.
     """
     if latest_step(workdir) is not None:
         method = make_method(replace(method.settings, {"init_from": ""}))
@@ -66,7 +69,7 @@ def starting_variables(method: Method, num_ids: int, workdir: Path) -> dict[str,
         if is_first_process():
             print(line, file=sys.stderr, flush=True)
 
-    return initial_variables(method, num_ids, report=report)
+    return read_initial_variables(method, num_ids, report=report)
 
 
 def initial_state(method: Method, variables: dict[str, Any], steps_per_epoch: int) -> TrainState:
@@ -106,6 +109,38 @@ def make_train_steps(
     steps = partial(train_steps, **options)
     wait = partial(wait_for_all_processes, "the first call of the compiled step")
     return parallel.map_steps(steps, on_compiled=wait, compiler_options=compiler_options)
+
+
+def state_shapes(method: Method, num_ids: int, steps_per_epoch: int) -> TrainState:
+    """Shapes and types of the `initial_state`."""
+    template = template_of(method, num_ids)
+    return jax.eval_shape(partial(initial_state, method, steps_per_epoch=steps_per_epoch), template)
+
+
+def trace_steps(
+    steps: Any, state: TrainState, feed: TrainFeed, calls: Iterator[tuple[int, int]], parallel: Parallel
+) -> None:
+    """Traces and lowers `make_train_steps`, as their first call would, which then begins with the compilation.
+
+    It needs no arrays, so a thread can do this while others are read, drawn and sent. With several devices it does
+    nothing.
+
+    Args:
+      steps: the compiled steps.
+      state: `state_shapes`.
+      feed: of the run.
+      calls: of the run, as `cut_into_calls` gives them.
+      parallel: the devices.
+    """
+    before, after = next(calls, (0, 0))
+    if before == after or parallel.num_devices > 1:
+        return
+    batches = {
+        name: jax.ShapeDtypeStruct((after - before, *shape.shape), shape.dtype) for name, shape in feed.shapes.items()
+    }
+    if feed.sends_decoded:
+        batches["images"] = parallel.replicated_shapes(batches["images"])
+    steps.lower(parallel.replicated_shapes(state), batches, parallel.replicated_shapes(feed.image_set))
 
 
 class Programs:

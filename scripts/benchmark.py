@@ -64,7 +64,9 @@ TRIES = flags.DEFINE_multi_string(
     "NAME=VALUE, options of XLA for the step's program",
 )
 COMPILER_OPTIONS = flags.DEFINE_multi_string(
-    "compiler_option", [], "step: NAME=VALUE, an option of XLA for the step's program; may be given several times"
+    "compiler_option",
+    [],
+    "step, growth: NAME=VALUE, an option of XLA for the step's program; may be given several times",
 )
 GALLERY = flags.DEFINE_integer("gallery", 100_000, "gallery, search: size of the synthetic gallery", lower_bound=1)
 QUERIES = flags.DEFINE_integer("queries", 1000, "gallery, search, growth: number of synthetic queries", lower_bound=1)
@@ -143,7 +145,16 @@ def main(arguments: list[str]) -> None:
         "precision": lambda: precision.benchmark_precision(settings, **number, num_starts=STARTS.value),
         "growth": lambda: growth.benchmark_growth(
             over,
-            growth.Asked(settings, out.parent, STEPS.value, QUERIES.value, DIMENSION.value, RERANK.value, cache),
+            growth.Asked(
+                settings,
+                out.parent,
+                STEPS.value,
+                QUERIES.value,
+                DIMENSION.value,
+                RERANK.value,
+                cache,
+                options or None,
+            ),
             whole_numbers("sizes", SIZES.value),
             on_row=write,
         ),

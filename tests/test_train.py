@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from threading import Event
 from types import SimpleNamespace
 
 import jax
@@ -277,6 +277,33 @@ def test_batches_with_images_are_sent_several_a_call(linen, tmp_path, monkeypatc
         assert done == steps
 
 
+@pytest.mark.parametrize(
+    "data",
+    [{"cache": "device"}, {"cache": "host"}, *({"cache": "none", "resize_on": who} for who in ("host", "device"))],
+    ids=["device", "host", "none", "none, resized by the device"],
+)
+def test_the_step_is_traced_once_beside_the_rest(linen, tmp_path, monkeypatch, data):
+    monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 2)
+    traced_in = []
+
+    def traced(*arguments, **options):
+        traced_in.append(threading.current_thread())
+        return train_steps(*arguments, **options)
+
+    monkeypatch.setattr("mpanet_jax.run_setup.train_steps", traced)
+    train(linen.replace({f"data.{name}": value for name, value in data.items()}), tmp_path / "run")
+    assert len(traced_in) == 1 and traced_in[0] is not threading.current_thread()
+
+
+def test_an_error_in_the_step_is_raised_as_it_is(linen, tmp_path, monkeypatch):
+    def wrong(*arguments, **options):
+        raise ValueError("a loss of mine")
+
+    monkeypatch.setattr("mpanet_jax.run_setup.train_steps", wrong)
+    with pytest.raises(ValueError, match="a loss of mine"):
+        train(linen, tmp_path / "run")
+
+
 def test_a_run_is_the_same_whoever_resizes(linen, tmp_path, monkeypatch):
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 2)
     runs = {}
@@ -459,7 +486,7 @@ def test_evaluation_does_not_count_as_training_time(linen, tmp_path, monkeypatch
 
 
 def test_rates_are_by_when_steps_were_finished_not_by_when_they_were_read(monkeypatch):
-    clock, looked_at = [0.0], Event()
+    clock, looked_at = [0.0], threading.Event()
 
     def perf_counter():
         looked_at.set()

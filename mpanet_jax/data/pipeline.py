@@ -6,15 +6,18 @@ differ only in where the pixels of a batch come from.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grain
 import jax
 import numpy as np
 
+from mpanet_jax.data.background import InBackground
 from mpanet_jax.data.cache import open_images
 from mpanet_jax.data.cache_check import CacheCheck, CacheFile
 from mpanet_jax.data.decode import SplitPixels, pixels_of, sent_of
@@ -39,9 +42,10 @@ class TrainFeed:
         infrared.
       steps_per_epoch: batches in an epoch.
       batch_size: P·K, over all processes.
-      image_bytes: of a resized image.
-      images: uint8[N, height, width·3] on the accelerator, to be indexed by a batch's `index`; None in the modes 'host'
-        and 'none'. The channels have no axis of their own, because a TPU pads the last axis to 128.
+      shapes: shapes and types of a batch's arrays once its images are resized.
+      sends_decoded: whether the device resizes them.
+      image_set: shape and type of `images`, or None.
+      uploaded: `images`, on their way.
       cache: the mode: 'device', 'host' or 'none'.
       plan: which images are in which batch, over all processes.
       check: the check of the cache file, in the background once it is started; None if no file is read.
@@ -50,16 +54,27 @@ class TrainFeed:
     batches: grain.DatasetIterator
     steps_per_epoch: int
     batch_size: int
-    image_bytes: int
-    images: jax.Array | None
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    sends_decoded: bool
+    image_set: jax.ShapeDtypeStruct | None
+    uploaded: InBackground[jax.Array] | None
     cache: str
     plan: BatchPlan
     check: CacheCheck | None
 
     @property
+    def images(self) -> jax.Array | None:
+        """uint8[N, height, width·3] on the accelerator, to be indexed by a batch's `index`; waits for them.
+
+        None in the modes 'host' and 'none'. The channels have no axis of their own, because a TPU pads the last axis to
+        128.
+        """
+        return None if self.uploaded is None else self.uploaded.result()
+
+    @property
     def sent_bytes(self) -> int:
         """How many bytes the resized images of a batch of this process have; 0 if the device holds them all."""
-        return 0 if self.images is not None else self.image_bytes * self.batch_size // jax.process_count()
+        return math.prod(self.shapes["images"].shape) if "images" in self.shapes else 0
 
     def rows(self, step: int) -> np.ndarray:
         """int[P·K]: the split's rows that make up batch `step` of the whole training (from 0), over all processes."""
@@ -118,8 +133,11 @@ def train_feed(
     share = slice(process_index * size, (process_index + 1) * size)
     dataset = grain.MapDataset.source(_TrainSource(plan, split.labels, split.modality, num_epochs, share))
     cache, images = open_images(split, data, cache_dir)
-    num_threads, num_workers, on_device = 1, 0, None
+    num_threads, num_workers, sent, image_set, uploaded = 1, 0, False, None, None
+    shapes = {name: jax.ShapeDtypeStruct((size,), np.int32) for name in ("labels", "modality", "index")}
     check = CacheCheck(Path(images.filename or "")) if isinstance(images, np.memmap) else None
+    if cache != "device":
+        shapes["images"] = jax.ShapeDtypeStruct((size, data.height, data.width, 3), np.uint8)
     if images is None:
         sent = sends_decoded(data, size)
         dataset = dataset.map(_Decode(split, data, sent))
@@ -128,10 +146,14 @@ def train_feed(
     elif cache == "host":
         dataset = dataset.map(_Gather(CacheFile(images).rows if isinstance(images, np.memmap) else images.__getitem__))
     else:
-        on_device = put_images(images.reshape(*images.shape[:2], -1))
+        rows = images.reshape(*images.shape[:2], -1)
+        image_set = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
+        uploaded = InBackground(partial(put_images, rows), cut_off=False)
+        uploaded.start()
     batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
-    resized = image_bytes(data, sent=False)
-    return TrainFeed(batches, plan.steps_per_epoch, size * process_count, resized, on_device, cache, plan, check)
+    return TrainFeed(
+        batches, plan.steps_per_epoch, size * process_count, shapes, sent, image_set, uploaded, cache, plan, check
+    )
 
 
 def split_batches(split: Split, indices: np.ndarray, data: DataSettings, batch_size: int) -> Iterator[Batch]:

@@ -268,12 +268,26 @@ def initial_variables(
     Raises:
       SettingsError: the weights of settings.init_from are not there, or do not fit the network.
     """
+    return read_initial_variables(method, num_ids, report=report)()
+
+
+def read_initial_variables(
+    method: Method, num_ids: int, *, report: Callable[[str], None] = lambda line: None
+) -> Callable[[], dict[str, Any]]:
+    """Reads the weights of settings.init_from; returns what makes the `initial_variables`, with the same arguments.
+
+    Raises:
+      SettingsError: as `initial_variables`.
+    """
     settings = method.settings
-    # First: they may not be there.
     put_into = start_from(settings.init_from, method, num_ids) if settings.init_from else None
-    key, _ = random_keys(settings.seed)
-    variables = init_variables(method.network(num_ids), key, settings.data.height, settings.data.width)
-    if put_into:
-        variables, line = put_into(variables)
-        report(line)
-    return variables
+
+    def draw() -> dict[str, Any]:
+        key, _ = random_keys(settings.seed)
+        variables = init_variables(method.network(num_ids), key, settings.data.height, settings.data.width)
+        if put_into:
+            variables, line = put_into(variables)
+            report(line)
+        return variables
+
+    return draw
