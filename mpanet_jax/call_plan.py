@@ -1,8 +1,9 @@
-"""Cuts the steps of a run into calls of the compiled program, and stacks the batches of a call."""
+"""Cuts the steps of a run into calls of the compiled program, and makes the batches of a call ready."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -65,3 +66,74 @@ def stack_batches(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[
     if count == 1:  # a view: stacking would copy the images
         return {name: taken[0][name][None] for name in others} | pixels
     return {name: np.stack([batch[name] for batch in taken]) for name in others} | pixels
+
+
+class Batches(Protocol):
+    """An iterator over batches, whose position a checkpoint can hold."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+
+class _Ready(NamedTuple):
+    call: tuple[int, int]
+    batches: dict[str, Any]
+    position: dict[str, Any]
+
+
+class CallBatches:
+    """The batches of a run's calls; those of the next call are made ready by a thread, while one is under way.
+
+    The thread that calls the compiled steps has no time for that on a GPU: XLA launches a call's kernels one by one,
+    and CUDA takes about a thousand ahead, fewer than a step has. So the thread comes back shortly before the call is
+    done.
+
+    Args:
+      batches: the run's.
+      make_ready: of stacked batches what the compiled steps take.
+      calls: what `cut_into_calls` yields.
+
+    Yields:
+      (steps done before a call, steps done after it, what it takes).
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        make_ready: Callable[[dict[str, Any]], dict[str, Any]],
+        calls: Iterator[tuple[int, int]],
+    ):
+        self._batches, self._make_ready, self._calls = batches, make_ready, calls
+        self._position = batches.get_state()
+        self._thread = ThreadPoolExecutor(1)
+        self._next = self._start()
+
+    def _start(self) -> Future[_Ready] | None:
+        call = next(self._calls, None)
+        return None if call is None else self._thread.submit(self._read, *call)
+
+    def _read(self, before: int, after: int) -> _Ready:
+        batches = self._make_ready(stack_batches(self._batches, after - before))
+        return _Ready((before, after), batches, self._batches.get_state())
+
+    def __iter__(self) -> "CallBatches":
+        return self
+
+    def __next__(self) -> tuple[int, int, dict[str, Any]]:
+        if self._next is None:
+            raise StopIteration
+        ready = self._next.result()
+        self._position = ready.position
+        self._next = self._start()
+        return *ready.call, ready.batches
+
+    def get_state(self) -> dict[str, Any]:
+        """The position of the batches after the calls that were handed out, for a checkpoint."""
+        return self._position
+
+    def close(self) -> None:
+        """Waits for the call that is being made ready; then the batches may be closed."""
+        self._thread.shutdown(cancel_futures=True)

@@ -6,6 +6,7 @@ when the image shrinks, and are whole multiples of 2⁻²². So all is whole num
 """
 
 import math
+import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -38,7 +39,6 @@ FILTERS: dict[str, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {
 }
 
 
-@lru_cache(maxsize=4096)
 def weights(size: int, out_size: int, resize: str) -> tuple[Int32[np.ndarray, " o"], Int32[np.ndarray, "o taps"]]:
     """The neighbours of every output pixel along one axis, and their weights.
 
@@ -93,6 +93,37 @@ def _resize(
     return _weighted(lambda tap: rows.at[images, first + tap].get(mode="clip"), weight[:, :, None, None])
 
 
+class _Table:
+    """The `weights` along one axis of all sizes that have come: many are looked up at once."""
+
+    def __init__(self, out_size: int, resize: str):
+        self._out_size, self._resize = out_size, resize
+        self._place = np.full(1, -1)  # of a size in the arrays
+        self._first = np.zeros((0, out_size), np.int32)
+        self._weight = np.zeros((0, out_size, 1), np.int32)
+
+    def weights(self, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those of images of `sizes`, int32[steps, b]: int32[steps, b, out] and int32[steps, b, out, taps]."""
+        largest = int(sizes.max())
+        if largest >= len(self._place):
+            self._place = np.concatenate([self._place, np.full(largest + 1 - len(self._place), -1)])
+        if (new := np.unique(sizes[self._place[sizes] < 0])).size:
+            self._add(new)
+        place = self._place[sizes]
+        return self._first[place], self._weight[place]
+
+    def _add(self, sizes: np.ndarray) -> None:
+        first, weight = zip(*(weights(size, self._out_size, self._resize) for size in sizes.tolist()), strict=True)
+        self._place[sizes] = len(self._first) + np.arange(len(sizes))
+        self._first = np.concatenate([self._first, np.stack(first)])
+        taps = max(rows.shape[-1] for rows in (self._weight, *weight))
+        self._weight = np.concatenate([_filled_up(rows, taps) for rows in (self._weight, *(w[None] for w in weight))])
+
+
+def _filled_up(weight: np.ndarray, taps: int) -> np.ndarray:
+    return np.pad(weight, ((0, 0), (0, 0), (0, taps - weight.shape[-1])))
+
+
 class DeviceResize:
     """Replaces the decoded images of batches by resized ones, on the devices that share a batch's rows.
 
@@ -106,7 +137,9 @@ class DeviceResize:
 
     def __init__(self, height: int, width: int, resize: str, devices: Parallel):
         self._height, self._width, self._resize, self._devices = height, width, resize, devices
-        self._num_rows, self._pixels_of_an_image, self._taps = 0, 0, [0, 0]
+        self._lock = threading.Lock()
+        self._num_rows, self._pixels_of_an_image = 0, 0
+        self._tables = [_Table(size, resize) for size in (height, width)]
 
     @classmethod
     def of(cls, data: DataSettings, devices: Parallel) -> "DeviceResize":
@@ -124,6 +157,10 @@ class DeviceResize:
         """
         if "pixels" not in batch:
             return batch
+        with self._lock:
+            return self._with_images(batch)
+
+    def _with_images(self, batch: dict[str, Any]) -> dict[str, Any]:
         rest = {name: rows for name, rows in batch.items() if name not in ("pixels", "sizes")}
         stacked = isinstance(batch["pixels"], list)
         pixels, sizes = (batch["pixels"], batch["sizes"]) if stacked else ([batch["pixels"]], batch["sizes"][None])
@@ -140,7 +177,7 @@ class DeviceResize:
         most = int(areas.reshape(num_steps, len(devices), share).sum(-1).max())
         self._pixels_of_an_image = max(self._pixels_of_an_image, padded_pixels(most, share))
         self._num_rows = max(self._num_rows, -(-int(sizes[..., 0].max()) // _ROWS) * _ROWS)
-        down, across = (self._weights(axis, sizes[..., axis]) for axis in (0, 1))
+        down, across = (table.weights(sizes[..., axis]) for axis, table in enumerate(self._tables))
         parts = []
         for place, device in enumerate(devices):
             rows = slice(place * share, (place + 1) * share)
@@ -157,18 +194,6 @@ class DeviceResize:
                 of_steps.append(_resize(*jax.device_put(arguments, device), num_rows=self._num_rows))
             parts.append(_stack(of_steps) if stacked else of_steps[0])
         return self._devices.join_rows(parts, stacked=stacked)
-
-    def _weights(self, axis: int, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The `weights` of images of `sizes`, int32[steps, b], along an axis: int32[…, out] and int32[…, out, taps]."""
-        out_size = (self._height, self._width)[axis]
-        distinct, place = np.unique(sizes, return_inverse=True)
-        found = [weights(size, out_size, self._resize) for size in distinct.tolist()]
-        self._taps[axis] = max(self._taps[axis], *(rows.shape[1] for _, rows in found))
-        table = np.zeros((len(distinct), out_size, self._taps[axis]), np.int32)
-        for i, (_, rows) in enumerate(found):
-            table[i, :, : rows.shape[1]] = rows
-        place = place.reshape(sizes.shape)
-        return np.stack([first for first, _ in found])[place], table[place]
 
     def _long_enough(self, pixels: np.ndarray, needed: int, num_images: int) -> np.ndarray:
         """`pixels`, of which the first `needed` are of `num_images`, at the length that the device gets.

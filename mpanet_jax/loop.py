@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from mpanet_jax import datasets
-from mpanet_jax.call_plan import cut_into_calls, most_steps_of_a_call, stack_batches
+from mpanet_jax.call_plan import CallBatches, cut_into_calls, most_steps_of_a_call
 from mpanet_jax.checkpoint import Checkpoints, latest_step
 from mpanet_jax.checkpoint_check import is_finite
 from mpanet_jax.compilation import end_start
@@ -97,8 +97,10 @@ def _train(
         # Only now: settings that do not fit the checkpoint must not replace those that do.
         if is_first_process():
             save_settings(settings, workdir)
-        with MetricLog(workdir, run.total_steps, first_step, active=is_first_process()) as log:
-            training = _Training(run, checkpoints, log, on_steps)
+        with (
+            MetricLog(workdir, run.total_steps, first_step, active=is_first_process()) as log,
+            contextlib.closing(_Training(run, checkpoints, log, on_steps, first_step)) as training,
+        ):
             training.train(first_step)
             results = training.final_results()
     run.feed.batches.close()
@@ -120,7 +122,7 @@ class _Run:
       state: after the steps done so far.
       run_steps: `make_train_steps`.
       traced: their `trace_steps`, under way.
-      resize: for batches whose images the device resizes.
+      make_ready: of stacked batches what `run_steps` takes.
       checkpoint_every, evaluate_every: in steps; 0: only at the end.
     """
 
@@ -144,7 +146,8 @@ class _Run:
         self.feed = feed or make_feed(self.method, self.train_split, parallel)
         watched = [self.watched_set.split] if settings.dataset.validation else []
         self.evaluated_records = RecordCheck(self.test_set.split, *watched)
-        self.resize = DeviceResize.of(settings.data, parallel)
+        resize = DeviceResize.of(settings.data, parallel)
+        self.make_ready = lambda batches: parallel.put_batches(resize(batches))
         steps_per_epoch = self.feed.steps_per_epoch
         self.total_steps = steps_per_epoch * settings.train.num_epochs
         self.checkpoint_every = steps_per_epoch * settings.train.checkpoint_every_epochs
@@ -200,9 +203,11 @@ class _Training:
         checkpoints: Checkpoints,
         log: MetricLog,
         on_steps: Callable[[int, float], None] | None,
+        first_step: int,
     ):
         self._run, self._checkpoints, self._log = run, checkpoints, log
         options, feed, split = run.settings.train, run.feed, run.train_split
+        self._calls = CallBatches(feed.batches, run.make_ready, run.calls(first_step))
         self._finite = FiniteCheck(
             options.on_nonfinite,
             run.workdir,
@@ -227,8 +232,7 @@ class _Training:
         if first_step and self._is_evaluation_due(first_step):
             self._evaluate_during_training(first_step)  # the run was stopped or killed before it had finished this
         run.traced.wait()  # an error of it comes again
-        for before, step in run.calls(first_step):
-            batches = run.resize(stack_batches(run.feed.batches, step - before))
+        for before, step, batches in self._calls:
             run.state, metrics = run.run_steps(run.state, batches, run.feed.images)
             end_start()
             # Not before the first call: tracing its program takes seconds, and longer if others take Python's lock.
@@ -251,6 +255,10 @@ class _Training:
                 raise run.stop.stopped(SAVED.format(step))
         self._reader.read_last()
 
+    def close(self) -> None:
+        """Ends the thread that reads ahead."""
+        self._calls.close()
+
     def final_results(self) -> Results:
         """Evaluates the trained network, and chooses the best checkpoint; returns the metrics of the test set."""
         run = self._run
@@ -266,7 +274,7 @@ class _Training:
         state = self._run.state
         if not is_finite((state.params, state.batch_stats, state.opt_state)):
             raise self._finite.error(step, "the weights are not finite any more", {})
-        self._checkpoints.save(step, state, self._run.feed.batches)
+        self._checkpoints.save(step, state, self._calls)
 
     def _is_evaluation_due(self, step: int) -> bool:
         """Whether to evaluate in the middle of training, after `step`; the end has its own evaluation."""
@@ -284,7 +292,7 @@ class _Training:
         results = run.evaluate(step, run.watched_set, self._pictures)
         self._log.evaluation(step, results)
         validation = run.settings.dataset.validation
-        keep_best(run.workdir, figure, step, results, run.state, run.feed.batches, validation=validation)
+        keep_best(run.workdir, figure, step, results, run.state, self._calls, validation=validation)
         return results
 
 

@@ -102,8 +102,8 @@ class Parallel:
           compiler_options: of XLA, for these programs alone.
 
         Returns:
-          The same function on all devices, of a replicated state, which is donated, NumPy batches [steps, rows, …] (on
-          several hosts, of this process's rows; arrays may also be of `join_rows`), and replicated images or None.
+          The same function on all devices, of a replicated state, which is donated, batches of `put_batches` or such as
+          that takes, and replicated images or None.
         """
         if self.num_devices == 1:
             return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options)
@@ -128,7 +128,7 @@ class Parallel:
         programs = {}
 
         def run(state: TrainState, batches: dict[str, np.ndarray], images: Any) -> tuple[TrainState, Any]:
-            arguments = state, {name: self._split_rows(rows) for name, rows in batches.items()}, images
+            arguments = state, self.put_batches(batches), images
             # One process does not compile ahead of the call: with JAX_ENABLE_PGLE jit compiles again, by a profile.
             if self._num_local == self.num_devices and not compiler_options:
                 return mapped(*arguments)
@@ -139,6 +139,16 @@ class Parallel:
             return programs[num_steps](*arguments)
 
         return run
+
+    def put_batches(self, batches: dict[str, Any]) -> dict[str, jax.Array]:
+        """Sends batches to the devices, for functions of `map_steps`.
+
+        Args:
+          batches: NumPy arrays [steps, rows, …], on several hosts of this process's rows; or arrays of `join_rows`.
+        """
+        if self.num_devices == 1:
+            return jax.device_put(batches, self._everywhere)
+        return {name: self._split_rows(rows) for name, rows in batches.items()}
 
     def join_rows(self, parts: Sequence[jax.Array], *, stacked: bool) -> jax.Array:
         """Makes an array that a mapped function takes out of the rows that each device has; nothing is copied.

@@ -138,9 +138,7 @@ def trace_steps(
     batches = {
         name: jax.ShapeDtypeStruct((after - before, *shape.shape), shape.dtype) for name, shape in feed.shapes.items()
     }
-    if feed.sends_decoded:
-        batches["images"] = parallel.replicated_shapes(batches["images"])
-    steps.lower(parallel.replicated_shapes(state), batches, parallel.replicated_shapes(feed.image_set))
+    steps.lower(*parallel.replicated_shapes((state, batches, feed.image_set)))
 
 
 class Programs:

@@ -26,7 +26,7 @@ PLACES = {
     "preparing data": ("mpanet_jax.datasets.builder", "RawDatasetBuilder._download_and_prepare"),
     "building the cache": ("mpanet_jax.data.cache", "_fill"),
     "checksums of the cache": ("mpanet_jax.data.cache", "write_sums"),
-    "training": ("mpanet_jax.loop", "stack_batches"),
+    "training": ("mpanet_jax.call_plan", "stack_batches"),
     "writing a checkpoint": ("mpanet_jax.checkpoint", "Checkpoints.save"),
     "checksums of a checkpoint": ("mpanet_jax.checkpoint", "write_checksums"),
     "evaluating": ("mpanet_jax.loop", "evaluate_set"),

@@ -43,7 +43,6 @@ class TrainFeed:
       steps_per_epoch: batches in an epoch.
       batch_size: P·K, over all processes.
       shapes: shapes and types of a batch's arrays once its images are resized.
-      sends_decoded: whether the device resizes them.
       image_set: shape and type of `images`, or None.
       uploaded: `images`, on their way.
       cache: the mode: 'device', 'host' or 'none'.
@@ -55,7 +54,6 @@ class TrainFeed:
     steps_per_epoch: int
     batch_size: int
     shapes: dict[str, jax.ShapeDtypeStruct]
-    sends_decoded: bool
     image_set: jax.ShapeDtypeStruct | None
     uploaded: InBackground[jax.Array] | None
     cache: str
@@ -133,7 +131,7 @@ def train_feed(
     share = slice(process_index * size, (process_index + 1) * size)
     dataset = grain.MapDataset.source(_TrainSource(plan, split.labels, split.modality, num_epochs, share))
     cache, images = open_images(split, data, cache_dir)
-    num_threads, num_workers, sent, image_set, uploaded = 1, 0, False, None, None
+    num_threads, num_workers, image_set, uploaded = 1, 0, None, None
     shapes = {name: jax.ShapeDtypeStruct((size,), np.int32) for name in ("labels", "modality", "index")}
     check = CacheCheck(Path(images.filename or "")) if isinstance(images, np.memmap) else None
     if cache != "device":
@@ -152,7 +150,7 @@ def train_feed(
         uploaded.start()
     batches = ResumableBatches(dataset, plan.signature, num_threads, num_workers)
     return TrainFeed(
-        batches, plan.steps_per_epoch, size * process_count, shapes, sent, image_set, uploaded, cache, plan, check
+        batches, plan.steps_per_epoch, size * process_count, shapes, image_set, uploaded, cache, plan, check
     )
 
 
