@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+
+from mpanet_jax.data.background import Ahead
 
 SENT_STEPS, SENT_BYTES = 5, 2**27
 
@@ -78,12 +79,6 @@ class Batches(Protocol):
     def get_state(self) -> dict[str, Any]: ...
 
 
-class _Ready(NamedTuple):
-    call: tuple[int, int]
-    batches: dict[str, Any]
-    position: dict[str, Any]
-
-
 class CallBatches:
     """The batches of a run's calls; those of the next call are made ready by a thread, while one is under way.
 
@@ -106,29 +101,18 @@ class CallBatches:
         make_ready: Callable[[dict[str, Any]], dict[str, Any]],
         calls: Iterator[tuple[int, int]],
     ):
-        self._batches, self._make_ready, self._calls = batches, make_ready, calls
         self._position = batches.get_state()
-        self._thread = ThreadPoolExecutor(1)
-        self._next = self._start()
-
-    def _start(self) -> Future[_Ready] | None:
-        call = next(self._calls, None)
-        return None if call is None else self._thread.submit(self._read, *call)
-
-    def _read(self, before: int, after: int) -> _Ready:
-        batches = self._make_ready(stack_batches(self._batches, after - before))
-        return _Ready((before, after), batches, self._batches.get_state())
+        self._ahead = Ahead(
+            (before, after, make_ready(stack_batches(batches, after - before)), batches.get_state())
+            for before, after in calls
+        )
 
     def __iter__(self) -> "CallBatches":
         return self
 
     def __next__(self) -> tuple[int, int, dict[str, Any]]:
-        if self._next is None:
-            raise StopIteration
-        ready = self._next.result()
-        self._position = ready.position
-        self._next = self._start()
-        return *ready.call, ready.batches
+        before, after, ready, self._position = next(self._ahead)
+        return before, after, ready
 
     def get_state(self) -> dict[str, Any]:
         """The position of the batches after the calls that were handed out, for a checkpoint."""
@@ -136,4 +120,4 @@ class CallBatches:
 
     def close(self) -> None:
         """Waits for the call that is being made ready; then the batches may be closed."""
-        self._thread.shutdown(cancel_futures=True)
+        self._ahead.close()

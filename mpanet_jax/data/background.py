@@ -1,8 +1,8 @@
-"""A function that runs in a thread beside the rest of the program."""
+"""Work that a thread does beside the rest of the program: a call, or an iterator's next element."""
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -43,3 +43,48 @@ class InBackground(Generic[T]):
         """Waits for the call, whether it succeeds or not."""
         self.start()
         wait([self._result])
+
+
+class Ahead(Generic[T]):
+    """An iterator whose next element is made by a thread while the last one is used; a context manager.
+
+    At its end it waits for the element that is being made, so that what the iterator reads may then be closed.
+    """
+
+    def __init__(self, iterator: Iterator[T]):
+        self._iterator = iterator
+        self._thread = ThreadPoolExecutor(1)
+        self._next = self._start()
+
+    def _start(self) -> Future[T]:
+        return self._thread.submit(self._make)
+
+    def _make(self) -> T:
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            raise _EndError from None  # a future must not raise StopIteration
+
+    def __iter__(self) -> "Ahead[T]":
+        return self
+
+    def __next__(self) -> T:
+        try:
+            made, self._next = self._next.result(), self._start()
+        except _EndError:
+            raise StopIteration from None
+        return made
+
+    def __enter__(self) -> "Ahead[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """As the end of the context."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+class _EndError(Exception):
+    """The iterator has no further element."""

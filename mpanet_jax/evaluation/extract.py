@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
+from mpanet_jax.data.background import Ahead
 from mpanet_jax.device_resize import DeviceResize
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import ArgumentError, UserError
@@ -138,10 +139,10 @@ def track_batches(batches: Iterable[Batch], total: int, *, active: bool = True) 
 
 
 def with_images(batches: Iterable[Batch], data: DataSettings) -> Iterator[dict[str, Any]]:
-    """The same eval batches, with the images that were sent decoded resized on this process's devices."""
+    """The same eval batches, with the images that were sent decoded resized on this process's devices, one ahead."""
     resize = DeviceResize.of(data, local_devices())
-    with closing(batches):
-        yield from map(resize, batches)
+    with closing(batches), Ahead(map(resize, batches)) as ready:
+        yield from ready
 
 
 def extract_embeddings(
