@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from mpanet_jax.data.background import Ahead
+from mpanet_jax.background import Ahead
 
 SENT_STEPS, SENT_BYTES = 5, 2**27
 

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 
 from mpanet_jax import datasets
+from mpanet_jax.background import InBackground
 from mpanet_jax.call_plan import CallBatches, cut_into_calls, most_steps_of_a_call
 from mpanet_jax.checkpoint import Checkpoints, latest_step
 from mpanet_jax.checkpoint_check import is_finite
 from mpanet_jax.compilation import end_start
-from mpanet_jax.data.background import InBackground
 from mpanet_jax.data.pipeline import TrainFeed
 from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.device_resize import DeviceResize

@@ -13,7 +13,8 @@ ALLOWED = {
     "cpus": set(),
     "progress": set(),
     "compilation": set(),
-    "call_plan": set(),
+    "background": set(),
+    "call_plan": {"background"},
     "losses": {"modality"},
     "name_map": set(),
     "row_norms": set(),
@@ -33,7 +34,10 @@ ALLOWED = {
     "lost_process": set(),
     "processes": {"errors", "lost_process", "progress"},
     "datasets": {"errors", "settings", "embeddings", "protocol", "modality", "files", "progress"},
-    "data": {"datasets", "modality", "settings", "processes", "errors", "cpus", "memory", "files", "progress"},
+    "data": {
+        *("background", "datasets", "modality", "settings", "processes", "errors", "cpus", "memory", "files"),
+        "progress",
+    },
     "parallel": {"state", "errors", "processes"},
     "device_resize": {"data", "parallel", "settings"},
     "checksums": {"files"},
@@ -52,7 +56,7 @@ ALLOWED = {
     "evaluation": {
         *("datasets", "data", "methods", "checkpoint", "run_files", "settings", "state", "errors", "cpus", "weights"),
         *("parallel", "processes", "embeddings", "protocol", "modality", "files", "progress", "row_norms"),
-        "device_resize",
+        *("background", "device_resize"),
     },
     "report": {
         *("model", "evaluation", "datasets", "data", "methods", "run_files", "settings", "errors", "cpus", "state"),

@@ -7,8 +7,8 @@ from itertools import count
 import numpy as np
 import pytest
 
+from mpanet_jax.background import Ahead, InBackground
 from mpanet_jax.call_plan import CallBatches
-from mpanet_jax.data.background import Ahead, InBackground
 from mpanet_jax.errors import UserError
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mpanet_jax.background import InBackground
 from mpanet_jax.cpus import available_cpus
-from mpanet_jax.data.background import InBackground
 from mpanet_jax.errors import UserError
 from mpanet_jax.files import write_whole
 

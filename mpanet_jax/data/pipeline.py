@@ -17,7 +17,7 @@ import grain
 import jax
 import numpy as np
 
-from mpanet_jax.data.background import InBackground
+from mpanet_jax.background import InBackground
 from mpanet_jax.data.cache import open_images
 from mpanet_jax.data.cache_check import CacheCheck, CacheFile
 from mpanet_jax.data.decode import SplitPixels, pixels_of, sent_of

@@ -1,6 +1,6 @@
 """A check that the prepared test images can be read, made while training runs and not after it."""
 
-from mpanet_jax.data.background import InBackground
+from mpanet_jax.background import InBackground
 from mpanet_jax.data.decode import encoded_image
 from mpanet_jax.datasets.schema import Split
 

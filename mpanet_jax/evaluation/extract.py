@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from mpanet_jax.data.background import Ahead
+from mpanet_jax.background import Ahead
 from mpanet_jax.device_resize import DeviceResize
 from mpanet_jax.embeddings import Embeddings
 from mpanet_jax.errors import ArgumentError, UserError
