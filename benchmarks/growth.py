@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -230,6 +231,7 @@ def _start(settings: Settings, cache_dir: str) -> dict[str, Any]:
         feed = train_feed(split, plan, data, num_epochs=1000, cache_dir=cache_dir)
         next(feed.batches)
         feed.require_sound_images()
+        jax.block_until_ready(feed.images)
         return split, feed
 
     row, (_, feed) = _measured(f"{cache}_start", start)

@@ -70,9 +70,10 @@ class Ahead(Generic[T]):
 
     def __next__(self) -> T:
         try:
-            made, self._next = self._next.result(), self._start()
+            made = self._next.result()
         except _EndError:
             raise StopIteration from None
+        self._next = self._start()
         return made
 
     def __enter__(self) -> "Ahead[T]":
@@ -84,6 +85,8 @@ class Ahead(Generic[T]):
     def close(self) -> None:
         """As the end of the context."""
         self._thread.shutdown(cancel_futures=True)
+        self._next = Future()  # lets go of an element that nobody has asked for
+        self._next.set_exception(_EndError())
 
 
 class _EndError(Exception):

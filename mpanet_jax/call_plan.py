@@ -82,9 +82,8 @@ class Batches(Protocol):
 class CallBatches:
     """The batches of a run's calls; those of the next call are made ready by a thread, while one is under way.
 
-    The thread that calls the compiled steps has no time for that on a GPU: XLA launches a call's kernels one by one,
-    and CUDA takes about a thousand ahead, fewer than a step has. So the thread comes back shortly before the call is
-    done.
+    On a GPU the thread that calls the compiled steps has little time for that: it comes back from a call shortly before
+    the call is done. The first call's are begun when they are asked for.
 
     Args:
       batches: the run's.
@@ -102,15 +101,17 @@ class CallBatches:
         calls: Iterator[tuple[int, int]],
     ):
         self._position = batches.get_state()
-        self._ahead = Ahead(
+        self._made = (
             (before, after, make_ready(stack_batches(batches, after - before)), batches.get_state())
             for before, after in calls
         )
+        self._ahead: Ahead | None = None
 
     def __iter__(self) -> "CallBatches":
         return self
 
     def __next__(self) -> tuple[int, int, dict[str, Any]]:
+        self._ahead = self._ahead or Ahead(self._made)
         before, after, ready, self._position = next(self._ahead)
         return before, after, ready
 
@@ -120,4 +121,5 @@ class CallBatches:
 
     def close(self) -> None:
         """Waits for the call that is being made ready; then the batches may be closed."""
-        self._ahead.close()
+        if self._ahead:
+            self._ahead.close()

@@ -114,10 +114,12 @@ class _Table:
 
     def _add(self, sizes: np.ndarray) -> None:
         first, weight = zip(*(weights(size, self._out_size, self._resize) for size in sizes.tolist()), strict=True)
-        self._place[sizes] = len(self._first) + np.arange(len(sizes))
-        self._first = np.concatenate([self._first, np.stack(first)])
         taps = max(rows.shape[-1] for rows in (self._weight, *weight))
-        self._weight = np.concatenate([_filled_up(rows, taps) for rows in (self._weight, *(w[None] for w in weight))])
+        weight = np.concatenate([_filled_up(rows, taps) for rows in (self._weight, *(w[None] for w in weight))])
+        first = np.concatenate([self._first, np.stack(first)])
+        # Last, when there was memory for all.
+        self._place[sizes] = len(self._first) + np.arange(len(sizes))
+        self._first, self._weight = first, weight
 
 
 def _filled_up(weight: np.ndarray, taps: int) -> np.ndarray:

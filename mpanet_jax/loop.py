@@ -122,6 +122,7 @@ class _Run:
       state: after the steps done so far.
       run_steps: `make_train_steps`.
       traced: their `trace_steps`, under way.
+      images: the feed's, on the devices.
       make_ready: of stacked batches what `run_steps` takes.
       checkpoint_every, evaluate_every: in steps; 0: only at the end.
     """
@@ -159,6 +160,7 @@ class _Run:
         )
         self.traced.start()
         self.state = parallel.replicate(initial_state(self.method, make_variables(), steps_per_epoch))
+        self.images = self.feed.images  # if the devices have no room for them, the run ends here
 
     def calls(self, first_step: int) -> Iterator[tuple[int, int]]:
         """The run's `cut_into_calls`."""
@@ -231,11 +233,12 @@ class _Training:
         run.stop.defer()
         if first_step and self._is_evaluation_due(first_step):
             self._evaluate_during_training(first_step)  # the run was stopped or killed before it had finished this
-        run.traced.wait()  # an error of it comes again
+        # Before images are decoded, which takes Python's lock too. An error of it comes again.
+        run.traced.wait()
         for before, step, batches in self._calls:
-            run.state, metrics = run.run_steps(run.state, batches, run.feed.images)
+            run.state, metrics = run.run_steps(run.state, batches, run.images)
             end_start()
-            # Not before the first call: tracing its program takes seconds, and longer if others take Python's lock.
+            # Not before the first call: a run's start is mostly Python's work, and others would take its lock.
             run.feed.start_check()
             run.evaluated_records.start()
             # The metrics of the last call are read now, with this call on its way: the device always has work.

@@ -58,8 +58,8 @@ def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _decode_jpeg_into(encoded: bytes, place: np.ndarray) -> None:
-    """Puts Pillow's pixels of a JPEG file, which has a `_jpeg_size`, into uint8[h·w·3].
+def _decode_jpeg_into(encoded: bytes, size: tuple[int, int], place: np.ndarray) -> None:
+    """Puts Pillow's pixels of a JPEG file whose `_jpeg_size` is `size` into uint8[h·w·3].
 
     Raises:
       BadImageError: as `decode_rgb`.
@@ -67,10 +67,10 @@ def _decode_jpeg_into(encoded: bytes, place: np.ndarray) -> None:
     try:
         simplejpeg.decode_jpeg(encoded, "RGB", buffer=place)
     except ValueError:
-        pixels = np.asarray(_decode_by_pillow(encoded)).reshape(-1)
-        if len(pixels) != len(place):
+        pixels = np.asarray(_decode_by_pillow(encoded))
+        if pixels.shape[:2] != size:
             raise BadImageError("damaged: its decoders find different sizes") from None
-        place[:] = pixels
+        place[:] = pixels.reshape(-1)
 
 
 def _decode_by_pillow(encoded: bytes) -> Image.Image:
@@ -137,7 +137,7 @@ def sent_image(encoded: bytes, data: DataSettings) -> SentImage:
     """
     size = _jpeg_size(encoded)
     if size and device_resizes(*size, data):
-        return SentImage(*size, partial(_decode_jpeg_into, encoded))
+        return SentImage(*size, partial(_decode_jpeg_into, encoded, size))
     return sent_of_image(decode_rgb(encoded), data)
 
 

@@ -4,6 +4,7 @@ The workarounds for grain are all here, each with its reason; the rest of the pa
 """
 
 import atexit
+import contextlib
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -13,6 +14,8 @@ import signal
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -26,6 +29,8 @@ from mpanet_jax.errors import SettingsError, UserError
 
 Batch = dict[str, np.ndarray]
 
+# Ctrl-C, and what some schedulers send, go to all processes of a program.
+SIGNALS_TO_ALL = (signal.SIGINT, signal.SIGTERM)
 # The most processes that `num_workers` = -1 starts: with more, the feeding process is busy copying their batches.
 MAX_WORKERS = 16
 
@@ -97,8 +102,12 @@ class ResumableBatches(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
-        self.start_prefetch()
-        batch = next(self._running[0])
+        if self._running:
+            batch = next(self._running[0])
+        else:
+            self.start_prefetch()
+            with self._starting():  # grain starts most processes now
+                batch = next(self._running[0])
         self._next_index += 1
         # A worker's arrays lie in shared memory. The caller gets copies: shared memory that is still in use when the
         # program ends (by a batch in a traceback, say) would be reported as leaked.
@@ -116,8 +125,12 @@ class ResumableBatches(grain.DatasetIterator):
                 )
             else:
                 rest = rest.to_iter_dataset(_read_options(self._num_threads))
-            self._running.append(iter(rest))
-            self._running[0].start_prefetch()
+            with self._starting():
+                self._running.append(iter(rest))
+                self._running[0].start_prefetch()
+
+    def _starting(self) -> contextlib.AbstractContextManager[None]:
+        return _no_signals_in_children() if self._num_workers else contextlib.nullcontext()
 
     def get_state(self) -> dict[str, Any]:
         return {"next_index": self._next_index, "plan": self._plan}
@@ -156,6 +169,17 @@ class ResumableBatches(grain.DatasetIterator):
         return f"ResumableBatches(next_index={self._next_index} of {len(self._dataset)})"
 
 
+@contextlib.contextmanager
+def _no_signals_in_children() -> Iterator[None]:
+    """Processes that this thread starts are not ended by the signals that go to all, even before `_start_worker`."""
+    resource_tracker.ensure_running()  # otherwise the first process starts it, which unblocks the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TO_ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _own(value: Any) -> Any:
     return np.array(value) if isinstance(value, np.ndarray) else value
 
@@ -170,8 +194,8 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     del worker_index, worker_count
     # A worker does not use JAX; if it ever does, it must not claim the accelerator's memory.
     jax.config.update("jax_platforms", "cpu")
-    # Ctrl-C, and the signals of some schedulers, go to all processes; a worker ends with its parent.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # A worker ends with its parent.
+    for number in SIGNALS_TO_ALL:
         signal.signal(number, signal.SIG_IGN)
 
     parent = multiprocessing.parent_process()

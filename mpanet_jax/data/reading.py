@@ -1,9 +1,11 @@
 """Reads many images in their order, ahead of their use: in threads or, where those are slower, in processes."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,6 +23,7 @@ from mpanet_jax.settings import DataSettings
 # threads read 2,000 images/s.
 MANY_IMAGES = 10_000
 PARTS_IN_FLIGHT = 3
+MOST_AHEAD = 2**31  # bytes
 
 # row → the image, uint8[data.height, data.width, 3], or a `SentImage` if it is sent decoded; may raise `UserError`.
 # Processes need one that pickles.
@@ -51,11 +54,17 @@ class Part:
 
 
 class _Reading:
-    """A part that is being read: all its rows by `read`, after that `make_room`, after that all by `decode`."""
+    """A part that is being read: all its rows by `read`, after that `make_room`, after that all by `decode`.
 
-    def __init__(self, rows: range, images: Any):
-        self.rows = rows
-        self._images = images  # uint8[size, height, width, 3], or a list of `SentImage`
+    Args:
+      rows: which images.
+      images: uint8[size, height, width, 3], or a list of `SentImage`, to be filled.
+      stopped: tells that nobody waits for the part any more.
+    """
+
+    def __init__(self, rows: range, images: Any, stopped: Callable[[], bool]):
+        self.rows, self._stopped = rows, stopped
+        self._images = images
         self._packed: Packed | None = None
         self._mask = np.zeros(len(images), bool)
         self._faults: list[tuple[int, str]] = []
@@ -63,6 +72,8 @@ class _Reading:
     def read(self, rows: range, pixels: Pixels) -> None:
         """Puts some images of `rows` in their places, or their faults on the list."""
         for row in rows:
+            if self._stopped():
+                return
             place = row - self.rows.start
             try:
                 self._images[place] = pixels(row)
@@ -79,9 +90,9 @@ class _Reading:
 
     def decode(self, rows: range) -> None:
         """Decodes those of some images that are sent, or puts their faults on the list."""
-        if self._packed is None:
-            return
         for row in rows:
+            if self._packed is None or self._stopped():
+                return
             place = row - self.rows.start
             try:
                 self._packed.decode(place)
@@ -111,12 +122,13 @@ class _Parts:
     def rows(self, index: int) -> range:
         return range(index * self.size, min((index + 1) * self.size, self.num_images))
 
-    def empty(self, index: int) -> _Reading:
+    def empty(self, index: int, stopped: Callable[[], bool]) -> _Reading:
         shape = (self.size, self.height, self.width, 3)
-        return _Reading(self.rows(index), [NO_IMAGE] * self.size if self.sent else np.zeros(shape, np.uint8))
+        images = [NO_IMAGE] * self.size if self.sent else np.zeros(shape, np.uint8)
+        return _Reading(self.rows(index), images, stopped)
 
-    def read(self, index: int) -> Part:
-        reading = self.empty(index)
+    def read(self, index: int, stopped: Callable[[], bool] = lambda: False) -> Part:
+        reading = self.empty(index, stopped)
         reading.read(reading.rows, self.pixels)
         reading.make_room()
         reading.decode(reading.rows)
@@ -166,38 +178,49 @@ def read_parts(
 
     Yields:
       The parts in order. Read ahead are four in each process; in threads, one in each and another one, or
-      PARTS_IN_FLIGHT that the threads share, if there are not two for each thread.
+      PARTS_IN_FLIGHT that the threads share, if there are not two for each thread, or might be more than MOST_AHEAD.
     """
     parts = _Parts(pixels, num_images, size, data.height, data.width, sent)
+    part_bytes = size * image_bytes(data, sent=sent)
     if num_workers is None:
-        num_workers = processes_for(num_images, data.num_workers, size * image_bytes(data, sent=sent), sent=sent)
-    return _by_processes(parts, num_workers) if num_workers else _by_threads(parts)
+        num_workers = processes_for(num_images, data.num_workers, part_bytes, sent=sent)
+    return _by_processes(parts, num_workers) if num_workers else _by_threads(parts, part_bytes)
 
 
-def _by_threads(parts: _Parts) -> Generator[Part]:
-    num_threads = decoding_threads()
+def _by_threads(parts: _Parts, part_bytes: int) -> Generator[Part]:
+    num_threads, stop = decoding_threads(), threading.Event()
     pool = ThreadPoolExecutor(num_threads)
     size_of_share = -(-parts.size // num_threads)
 
     def read_in_shares(index: int) -> Part:
-        reading = parts.empty(index)
+        reading = parts.empty(index, stop.is_set)
         shares = [reading.rows[first : first + size_of_share] for first in range(0, len(reading.rows), size_of_share)]
         deque(pool.map(lambda share: reading.read(share, parts.pixels), shares), 0)
         reading.make_room()
         deque(pool.map(reading.decode, shares), 0)
         return reading.part()
 
-    # Each thread a part of its own, or all threads the same one: then another thread waits for them.
-    many = len(parts) >= 2 * num_threads
-    readers, read = (pool, parts.read) if many else (ThreadPoolExecutor(PARTS_IN_FLIGHT), read_in_shares)
+    # Each thread a part of its own, which keeps them from waiting for each other; or all threads the same one, and
+    # another thread waits for them.
+    many = len(parts) >= 2 * num_threads and (num_threads + 1) * part_bytes <= MOST_AHEAD
+    readers = pool if many else ThreadPoolExecutor(PARTS_IN_FLIGHT)
+    ahead = num_threads + 1 if many else PARTS_IN_FLIGHT
     indices = iter(range(len(parts)))
-    in_flight = deque(readers.submit(read, i) for i in islice(indices, num_threads + 1 if many else PARTS_IN_FLIGHT))
+
+    def start(count: int) -> list[Future[Part]]:
+        read = partial(parts.read, stopped=stop.is_set) if many else read_in_shares
+        return [readers.submit(read, index) for index in islice(indices, count)]
+
     try:
+        first = [read_in_shares(index) for index in islice(indices, int(many))]  # it comes sooner
+        in_flight = deque(start(ahead))
+        yield from first
         while in_flight:
             part = in_flight.popleft().result()
-            in_flight.extend(readers.submit(read, i) for i in islice(indices, 1))
+            in_flight.extend(start(1))
             yield part
     finally:
+        stop.set()
         readers.shutdown(cancel_futures=True)
         pool.shutdown(cancel_futures=True)
 

@@ -154,7 +154,7 @@ def rows_of_images(
         batches = eval_batches(rows, FilePixels(files, data, sent), data, size, on_fault, sent=sent)
     else:  # images in memory are read where they are
         batches = eval_batches(rows, pixels, data, size, on_fault, num_workers=0, sent=sent)
-    batches = with_images(track_batches(batches, len(images)), data)
+    batches = track_batches(with_images(batches, data), len(images))
     return [rows for _, rows in run_batches(function, batches)], skipped
 
 

@@ -43,8 +43,9 @@ def embed_rows(split: Split, rows: np.ndarray, embed: Embed, data: DataSettings,
     num_devices = jax.local_device_count()
     batch_size = -(-batch_size // num_devices) * num_devices
     own = share_of_process(rows)
-    batches = track_batches(split_batches(split, own, data, batch_size), len(own), active=is_first_process())
-    share = extract_embeddings(embed, with_images(batches, data), split.paths, len(own))
+    batches = with_images(split_batches(split, own, data, batch_size), data)
+    batches = track_batches(batches, len(own), active=is_first_process())
+    share = extract_embeddings(embed, batches, split.paths, len(own))
     features = gather_shares(share.features, len(rows), "the embeddings of the test set")
     pid_names = None if split.pid_names is None else split.pid_names[rows]
     return Embeddings(

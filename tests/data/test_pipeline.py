@@ -7,6 +7,7 @@ import os
 import signal
 import time
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from mpanet_jax.data import cache_check
 from mpanet_jax.data import grain_batches as grain_batches_module
 from mpanet_jax.data.cache import cache_path, choose_cache, open_images
 from mpanet_jax.data.cache_check import sums_path
-from mpanet_jax.data.grain_batches import choose_num_workers
+from mpanet_jax.data.grain_batches import ResumableBatches, choose_num_workers
 from mpanet_jax.data.pipeline import split_batches
 from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.errors import UserError
@@ -380,3 +381,26 @@ def test_batches_are_prepared_while_the_device_works():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     feed.batches.close()
+
+
+class BlockedSignals:
+    """Element i says whether the process that reads it has been started with SIGINT and SIGTERM blocked."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return {"blocked": np.array({signal.SIGINT, signal.SIGTERM} <= blocked), "pid": np.array(os.getpid())}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_ctrl_c_does_not_end_workers_that_start(num_workers):
+    """It comes to all processes, and a new one has no handlers yet."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    batches = ResumableBatches(grain.MapDataset.source(BlockedSignals()), "", 1, num_workers)
+    read = list(batches)
+    batches.close()
+    assert all(element["blocked"] for element in read)
+    assert len({int(element["pid"]) for element in read} - {os.getpid()}) == num_workers
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
