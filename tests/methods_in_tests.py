@@ -70,7 +70,7 @@ class LinenNetwork(nn.Module):
     @nn.compact
     def __call__(self, images, modality, *, train):
         norm = {"use_running_average": not train, "momentum": 0.9, "axis_name": self.axis_name}
-        options = {"dtype": self.dtype, "param_dtype": self.dtype}
+        options = {"dtype": self.dtype, "param_dtype": jnp.promote_types(self.dtype, jnp.float32)}
         x = nn.Conv(8, (3, 3), 2, **options)(images)
         x = nn.relu(nn.BatchNorm(**norm, **options)(x))
         # A layer that does not treat both modalities alike.
