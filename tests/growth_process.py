@@ -2,7 +2,7 @@
 
     python -m tests.growth_process OVER=SIZES,OVER=SIZES FLAGS OF scripts/benchmark.py …
 
-SIZES are joined by '+'. Writes what benchmark.py writes, and prints what it prints.
+SIZES are joined by '+'. Writes what benchmark.py writes, and prints what it prints. METHODS has 'linen' too.
 """
 
 import pickle
@@ -11,7 +11,10 @@ from typing import Any
 from unittest import mock
 
 from benchmarks import growth
+from mpanet_jax.methods import METHODS, Entry
+from mpanet_jax.settings import Settings
 from tests import scripts_in_process
+from tests.methods_in_tests import LinenMethod
 
 
 def in_this_process(*function_and_arguments: Any) -> Any:
@@ -21,6 +24,7 @@ def in_this_process(*function_and_arguments: Any) -> Any:
 
 
 def main(tables: str, flags: list[str]) -> int:
+    METHODS["linen"] = Entry(LinenMethod, Settings)
     for table in tables.split(","):
         over, sizes = table.split("=")
         table_flags = [f"--over={over}", f"--sizes={sizes.replace('+', ',')}"]

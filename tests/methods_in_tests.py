@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpanet_jax.losses import identity_loss
 from mpanet_jax.methods.method import Method, compute_dtype
@@ -43,9 +44,27 @@ def small_mpanet(**fields: Any) -> MPANet:
     return MPANet(replace(MPANetSettings(), {**SMALL, **{k.replace("__", "."): v for k, v in fields.items()}}))
 
 
+def drawn_variables(network: nn.Module, height: int, width: int) -> dict[str, Any]:
+    """A network's variables, drawn by NumPy: its own draws compile for seconds."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        names = tuple(entry.key for entry in path)
+        if len(leaf.shape) > 1:
+            values = rng.standard_normal(leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        elif names[-1] == "bias":  # not 0, for some have no gradient, and Adam would follow its rounding
+            values = rng.uniform(-0.1, 0.1, leaf.shape)
+        else:  # the scale of a non-local block's batch norm begins at 0
+            values = np.full(leaf.shape, float(names[-1] in ("scale", "var") and names[-2:] != ("bn", "scale")))
+        return jnp.asarray(values, leaf.dtype)
+
+    shapes = jax.eval_shape(lambda key: init_variables(network, key, height, width), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def start(method: Method, num_ids: int, height: int, width: int, steps_per_epoch: int = 10) -> TrainState:
-    """The state before the first step."""
-    variables = init_variables(method.network(num_ids), jax.random.key(0), height, width)
+    """The state before the first step, with `drawn_variables`."""
+    variables = drawn_variables(method.network(num_ids), height, width)
     if method.settings.dtype == "float64":  # flax.linen's batch norm starts in float32
         variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
     optimizer = method.optimizer(method.learning_rate(steps_per_epoch))
@@ -70,7 +89,7 @@ class LinenNetwork(nn.Module):
     @nn.compact
     def __call__(self, images, modality, *, train):
         norm = {"use_running_average": not train, "momentum": 0.9, "axis_name": self.axis_name}
-        options = {"dtype": self.dtype, "param_dtype": self.dtype}
+        options = {"dtype": self.dtype, "param_dtype": jnp.promote_types(self.dtype, jnp.float32)}
         x = nn.Conv(8, (3, 3), 2, **options)(images)
         x = nn.relu(nn.BatchNorm(**norm, **options)(x))
         # A layer that does not treat both modalities alike.

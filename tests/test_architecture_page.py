@@ -59,7 +59,10 @@ def train_one_step(settings):
 
 
 def test_added_loss_is_logged_and_weighted():
-    fields = {**SMALL, "model.backbone": "resnet18", "data.images_per_id": K}
+    # What is left compiles in half the time.
+    fields = {"model.channel_module": "none", "model.pattern_module": "none", "data.images_per_id": K}
+    fields |= {f"loss.{name}": 0.0 for name in ("center_cluster", "separation", "modality_identity", "mutual_mean")}
+    fields |= {**SMALL, "model.backbone": "resnet18"}
     plain = train_one_step(replace(METHODS["mpanet"].settings(), fields))
     found = train_one_step(replace(METHODS["mpanet_norm"].settings(), {**fields, "norm_weight": 0.5}))
     assert found["loss"] == pytest.approx(plain["loss"] + 0.5 * found["norm"], rel=1e-5)

@@ -20,10 +20,12 @@ from benchmarks.train import _timed_calls
 from configs import sysu
 from mpanet_jax.datasets.synthetic import write_dataset
 from mpanet_jax.errors import UserError
-from mpanet_jax.methods import settings_of
+from mpanet_jax.methods import METHODS, Entry, settings_of
+from mpanet_jax.settings import Settings
 from mpanet_jax.settings_base import to_dict
 from tests import scripts_in_process
 from tests.growth_process import in_this_process
+from tests.methods_in_tests import LinenMethod
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/synthetic.py", "--config.data.height=32", "--config.data.width=16"]
@@ -32,6 +34,7 @@ TINY += ["--config.model.backbone=resnet18", "--config.model.width=4", "--config
 TINY += ["--config.model.channel_module=none", "--config.model.pattern_module=none"]
 TINY += [f"--config.loss.{term}=0" for term in ("center_cluster", "separation", "modality_identity", "mutual_mean")]
 TINY += ["--config.augment.crop_padding=0", "--config.augment.flip_probability=0"]
+LINEN = [f"--config={ROOT}/tests/linen_config.py", "--config.train.steps_per_call=2", "--config.eval.batch_size=8"]
 RATES = {"images_per_second", "median_ms", "p10_ms", "p90_ms", "peak_gib"}
 
 
@@ -42,6 +45,13 @@ def data(tmp_path_factory):
         "sysu_mm01", folder / "raw", num_train_ids=6, num_test_ids=2, images_per_camera=(3, 5), height=(48, 56)
     )
     return [f"--config.dataset.source={folder}/raw", f"--config.dataset.data_dir={folder}/prepared"]
+
+
+@pytest.fixture
+def linen(monkeypatch):
+    """The flags of a method whose network compiles in a moment, for what does not depend on the network."""
+    monkeypatch.setitem(METHODS, "linen", Entry(LinenMethod, Settings))
+    return LINEN
 
 
 @pytest.fixture
@@ -89,10 +99,10 @@ def test_step(tmp_path):
     assert list(profile.rglob("*.xplane.pb"))
 
 
-def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
+def test_tries_take_turns_with_the_step_as_it_is(linen, tmp_path):
     both = "xla_llvm_disable_expensive_passes=true xla_backend_optimization_level=1"
     process, report = run(
-        tmp_path, "step", *TINY, "--steps=5", "--images=16", f"--try={both}", "--try=xla_no_such=1", out="tries"
+        tmp_path, "step", *linen, "--steps=5", "--images=16", f"--try={both}", "--try=xla_no_such=1", out="tries"
     )
     assert process.returncode == 0, process.stderr
     none, tried, failed = report["results"]["rows"]
@@ -105,10 +115,10 @@ def test_tries_take_turns_with_the_step_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("cache", ["device", "none"])
-def test_train(cache, data, tmp_path):
+def test_train(cache, data, linen, tmp_path):
     arguments = ["--steps=9", f"--config.data.cache={cache}", "--config.train.checkpoint_every_epochs=1"]
     arguments += ["--config.train.steps_per_call=1"]  # one program less to compile
-    process, report = run(tmp_path, "train", *TINY, *data, *arguments)
+    process, report = run(tmp_path, "train", *linen, *data, *arguments)
     results = check(process, report, "train", *RATES, "share_of_step", "seconds_to_first_step")
     assert results["cache"] == cache
     assert results["checkpoints"] == 9 // results["steps_per_epoch"] == 1
@@ -161,12 +171,12 @@ def test_data(data, tmp_path):
 
 
 @pytest.mark.parametrize("cache", ["host", "device"])
-def test_precision_of_bfloat16_against_float32(cache, data, tmp_path):
+def test_precision_of_bfloat16_against_float32(cache, data, linen, tmp_path):
     # More steps than the five of the one epoch of the run; in one call, or from the host one by one.
     arguments = ["--steps=50", "--config.train.num_epochs=1", f"--config.data.cache={cache}"]
     arguments += ["--config.train.steps_per_call=5"]
     arguments += ["--config.optim.learning_rate=1e-6", "--config.augment.flip_probability=0.5", "--starts=2"]
-    process, report = run(tmp_path, "precision", *TINY, *data, *arguments)
+    process, report = run(tmp_path, "precision", *linen, *data, *arguments)
     # Starts next to each other: their curves differ, but by little.
     results = check(process, report, "precision", "largest_difference", "spread_float32", "spread_bfloat16")
     assert results["spread_float32"] < 1e-3 and results["spread_bfloat16"] < 0.01
@@ -273,7 +283,7 @@ def step_tables(tmp_path_factory):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     process = subprocess.run(
         # The last program of either table is the same.
-        [sys.executable, "-m", "tests.growth_process", "batch=8+12,devices=1+2", *TINY, "--steps=5"],
+        [sys.executable, "-m", "tests.growth_process", "batch=8+12,devices=1+2", *LINEN, "--steps=5"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
         capture_output=True,

@@ -12,8 +12,8 @@ from mpanet_jax.log_pictures import LogPictures
 from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.metric_log import MetricLog
 from mpanet_jax.settings_base import replace
-from mpanet_jax.weights.convert import initial_variables
-from tests.report.sources import FIELDS, known
+from tests.methods_in_tests import drawn_variables
+from tests.report.sources import FIELDS, HEIGHT, WIDTH, known
 from tests.report.test_augmented import split
 from tests.test_metric_log import read_events
 
@@ -30,7 +30,7 @@ def embeddings(images, *, nan_row=None):
 def test_pictures_are_written_and_a_fault_in_them_does_not_end_training(tmp_path, capsys):
     method = MPANet(replace(MPANetSettings(), FIELDS | {"data.num_ids_per_batch": 2, "data.images_per_id": 4}))
     images = split()
-    variables = initial_variables(method, num_ids=4)
+    variables = drawn_variables(method.network(4), HEIGHT, WIDTH)
     with MetricLog(tmp_path, total_steps=10, first_step=0) as log:
         pictures = LogPictures(log, method, images, lambda step: np.arange(8), images)
         pictures.write(1, variables, embeddings(images))

@@ -16,7 +16,14 @@ from mpanet_jax.settings import Settings
 from mpanet_jax.settings_base import replace
 from mpanet_jax.state import init_variables
 from mpanet_jax.step import total_gradients, train_step
-from tests.methods_in_tests import NO_AUGMENTATION, LinenMethod, MPANetOfTwoBlocks, small_mpanet, start
+from tests.methods_in_tests import (
+    NO_AUGMENTATION,
+    LinenMethod,
+    MPANetOfTwoBlocks,
+    drawn_variables,
+    small_mpanet,
+    start,
+)
 
 P, K, HEIGHT, WIDTH = 4, 4, 64, 32
 
@@ -177,7 +184,7 @@ def test_losses_that_are_off_are_not_computed():
 def test_embedding_does_not_depend_on_the_rest_of_the_batch():
     method = small_mpanet()
     network = method.build(P)
-    variables = init_variables(method.network(P), jax.random.key(0), HEIGHT, WIDTH)
+    variables = drawn_variables(method.network(P), HEIGHT, WIDTH)
     images = jnp.asarray(make_batch()["images"])
     embed = jax.jit(partial(method.embed, network))
     together, alone = embed(variables, images), embed(variables, images[3:4])

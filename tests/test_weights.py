@@ -24,11 +24,11 @@ from mpanet_jax.methods.mpanet import MPANetSettings  # noqa: E402
 from mpanet_jax.run_files import load_settings, save_settings  # noqa: E402
 from mpanet_jax.run_setup import initial_state  # noqa: E402
 from mpanet_jax.settings_base import replace, to_dict  # noqa: E402
-from mpanet_jax.state import init_variables  # noqa: E402
 from mpanet_jax.weights.convert import convert, read_weights, start_from, template_of  # noqa: E402
 from mpanet_jax.weights.files import read_metadata, read_state_dict, write_state_dict  # noqa: E402
 from mpanet_jax.weights.hub import resolve  # noqa: E402
 from mpanet_jax.weights.names import from_state_dict, to_state_dict  # noqa: E402
+from tests.methods_in_tests import drawn_variables  # noqa: E402
 from tests.reference.model import MPANet, randomise  # noqa: E402
 from tests.reference.resnet import ResNet  # noqa: E402
 from tests.scripts_in_process import process  # noqa: E402
@@ -312,7 +312,7 @@ def test_other_architectures_are_named_as_such(torchvision):
 
 
 def random_variables():
-    return init_variables(SMALL_METHOD.network(5), jax.random.key(1), 32, 32)
+    return drawn_variables(SMALL_METHOD.network(5), 32, 32)
 
 
 @functools.cache

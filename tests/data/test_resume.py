@@ -17,12 +17,12 @@ from tests.data.toy import batch_hash, toy_feed, toy_plan, toy_split
 from tests.limits import HANGS_AFTER
 
 ROOT = Path(__file__).resolve().parents[2]
-MODES = [("none", 0), ("none", 2), ("host", 0), ("device", 0)]
+MODES = ("none0", "none2", "host0", "device0")
 
 
-def start(folder: Path, cache: str, num_workers: int) -> subprocess.Popen:
+def start(folder: Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.data.feed_process", str(folder), cache, str(num_workers)]
+    command = [sys.executable, "-m", "tests.data.feed_process", str(folder), *MODES]
     # A new file: what cleans up behind a killed process may still write to the old one.
     (folder / "stderr.txt").unlink(missing_ok=True)
     with open(folder / "stderr.txt", "w") as stderr:
@@ -61,36 +61,29 @@ def test_batches_after_a_kill_are_bit_identical_in_all_modes(tmp_path):
     feed = toy_feed(toy_split(), cache="none")
     expected = [batch_hash(batch) for batch in feed.batches]
     assert len(expected) == 3 * feed.steps_per_epoch == len(set(expected))
-    folders = {mode: tmp_path / f"{mode[0]}{mode[1]}" for mode in MODES}
-    for folder in folders.values():
-        folder.mkdir()
+    for mode in MODES:
+        (tmp_path / mode).mkdir()
 
-    # The modes run side by side. Each is killed at another step, after its first checkpoint or its second.
-    processes = {mode: start(folders[mode], *mode) for mode in MODES}
-    waiting = {mode: 4 + number for number, mode in enumerate(MODES)}
-    workers = []
+    # One process runs all modes in turn. It is killed when each is at another step, after its first checkpoint.
+    process = start(tmp_path)
     deadline = time.monotonic() + HANGS_AFTER
-    while waiting:
-        assert time.monotonic() < deadline, f"waited too long for {waiting}"
-        for mode, count in list(waiting.items()):
-            if len(lines(folders[mode])) >= count and checkpoints(folders[mode]):
-                del waiting[mode]
-                workers += children(processes[mode].pid)
-                processes[mode].send_signal(signal.SIGKILL)
-                processes[mode].wait()
-                assert "end" not in lines(folders[mode])
+    while not all(len(lines(tmp_path / mode)) >= 4 and checkpoints(tmp_path / mode) for mode in MODES):
+        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "stderr.txt").read_text()
         time.sleep(0.02)
-    assert len(workers) >= 2  # those of ("none", 2)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(workers) >= 2  # those of none2
     deadline = time.monotonic() + HANGS_AFTER
     while any(map(running, workers)):
         assert time.monotonic() < deadline, "orphans are left"
         time.sleep(0.02)
 
-    for mode, process in {mode: start(folders[mode], *mode) for mode in MODES}.items():
-        stderr = folders[mode] / "stderr.txt"
-        assert process.wait(timeout=HANGS_AFTER) == 0, (mode, stderr.read_text())
-        assert "leaked" not in stderr.read_text()  # the workers' shared memory
-        log = lines(folders[mode])
+    process = start(tmp_path)
+    assert process.wait(timeout=HANGS_AFTER) == 0, (tmp_path / "stderr.txt").read_text()
+    assert "leaked" not in (tmp_path / "stderr.txt").read_text()  # the workers' shared memory
+    for mode in MODES:
+        log = lines(tmp_path / mode)
         assert log[-1] == "end"
         (restart,) = [number for number, line in enumerate(log) if line.startswith("restored")]
         step = int(log[restart].split()[1])

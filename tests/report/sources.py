@@ -11,7 +11,7 @@ from mpanet_jax.methods.mpanet import MPANet, MPANetSettings
 from mpanet_jax.model import Model
 from mpanet_jax.report.sources import Source
 from mpanet_jax.settings_base import replace
-from mpanet_jax.weights.convert import initial_variables
+from tests.methods_in_tests import drawn_variables
 
 HEIGHT, WIDTH = 64, 32
 FIELDS = {
@@ -23,7 +23,7 @@ FIELDS = {
 def model(**fields):
     """An untrained network whose batch norms have statistics that are not those of the start."""
     method = MPANet(replace(MPANetSettings(), FIELDS | fields))
-    variables = initial_variables(method, num_ids=1)
+    variables = drawn_variables(method.network(1), HEIGHT, WIDTH)
     generator = np.random.default_rng(0)
 
     def statistic(path, leaf):

@@ -19,12 +19,18 @@ def plain(x, scale, bias, residual=None):
 
 def assert_same_values_and_gradients(ours, expected, arguments, seed=0):
     """Of functions of arrays; the gradients are those of a random weighted sum."""
-    values = ours(*arguments)
-    np.testing.assert_allclose(values, expected(*arguments), rtol=1e-10, atol=1e-12)
-    weights = jnp.asarray(np.random.default_rng(seed).normal(size=values.shape))
-    which = tuple(range(len(arguments)))
-    actual = jax.grad(lambda *a: (ours(*a) * weights).sum(), which)(*arguments)
-    wanted = jax.grad(lambda *a: (expected(*a) * weights).sum(), which)(*arguments)
+    shape = jax.eval_shape(expected, *arguments).shape
+    weights = jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+    def weighted(function):
+        def total(*arrays):
+            values = function(*arrays)
+            return (values * weights).sum(), values
+
+        return jax.jit(jax.grad(total, tuple(range(len(arguments))), has_aux=True))
+
+    (actual, values), (wanted, expected_values) = (weighted(f)(*arguments) for f in (ours, expected))
+    np.testing.assert_allclose(values, expected_values, rtol=1e-10, atol=1e-12)
     for a, b in zip(actual, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
