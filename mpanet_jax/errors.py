@@ -133,11 +133,17 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 _in_script = False
+_interrupted: int | None = None
 
 
 def in_script() -> bool:
     """Whether `run_script` runs in this process, so that its main module is guarded by `if __name__ == "__main__":`."""
     return _in_script
+
+
+def interrupted_with() -> int | None:
+    """The exit code of a script that Ctrl-C or a SIGTERM has ended; None of any other."""
+    return _interrupted
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
@@ -147,6 +153,12 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     be parsed, for a `UserError`, and for a file or folder that the system refuses (missing, no permission, disk full).
     It is 130 after Ctrl-C, and 143 after a SIGTERM that was caught.
     """
+
+    def interrupted(exit_code: int) -> int:
+        global _interrupted
+        _interrupted = exit_code
+        _silence()
+        return exit_code
 
     def guarded(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)
@@ -159,12 +171,10 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         except Stopped as stopped:
             if message := str(stopped):
                 print(message, file=sys.stderr, flush=True)
-            _silence()
-            return stopped.exit_code
+            return interrupted(stopped.exit_code)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr, flush=True)
-            _silence()
-            return 128 + signal.SIGINT
+            return interrupted(128 + signal.SIGINT)
         except Exception as error:
             if lacks_room(error):
                 _fail(f"{os.strerror(errno.ENOSPC)}: make room where this program writes, or name another place for it")
