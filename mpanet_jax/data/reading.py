@@ -214,7 +214,8 @@ def _by_threads(parts: _Parts, part_bytes: int) -> Generator[Part]:
     try:
         first = [read_in_shares(index) for index in islice(indices, int(many))]  # it comes sooner
         in_flight = deque(start(ahead))
-        yield from first
+        while first:
+            yield first.pop()
         while in_flight:
             part = in_flight.popleft().result()
             in_flight.extend(start(1))
