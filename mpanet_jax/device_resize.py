@@ -183,8 +183,9 @@ class DeviceResize:
         parts = []
         for place, device in enumerate(devices):
             rows = slice(place * share, (place + 1) * share)
-            # Each step is sent by itself: one array of all would first have to be made.
-            of_steps = []
+            # Each step is sent by itself: one array of all would first have to be made. All are sent before the first
+            # is resized: the device may not yet have taken up what another thread has it compute.
+            sent = []
             for step in range(num_steps):
                 first = ends[step, rows.start]
                 arguments = (
@@ -193,7 +194,8 @@ class DeviceResize:
                     np.ascontiguousarray(sizes[step, rows, 1]),
                     *((neighbour[step, rows], weight[step, rows]) for neighbour, weight in (across, down)),
                 )
-                of_steps.append(_resize(*jax.device_put(arguments, device), num_rows=self._num_rows))
+                sent.append(jax.device_put(arguments, device))
+            of_steps = [_resize(*arguments, num_rows=self._num_rows) for arguments in sent]
             parts.append(_stack(of_steps) if stacked else of_steps[0])
         return self._devices.join_rows(parts, stacked=stacked)
 
