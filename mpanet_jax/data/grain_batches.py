@@ -94,7 +94,7 @@ class ResumableBatches(grain.DatasetIterator):
         self._num_workers = num_workers
         self._next_index = 0
         self._running = []  # grain's iterator, once the first batch is asked for: `set_state` before costs nothing
-        stop = weakref.finalize(self, self._stop, self._running, num_workers)
+        stop = weakref.finalize(self, self._stop, self._running)
         # It must also run at exit, before multiprocessing ends the threads and processes that it waits for. A finalizer
         # may run later than that, depending on what was imported first.
         stop.atexit = False
@@ -147,23 +147,21 @@ class ResumableBatches(grain.DatasetIterator):
                 f"the checkpoint's next batch is {state['next_index']}, but this run has {len(self._dataset)} batches; "
                 "raise train.num_epochs, or start in a new workdir"
             )
-        self._stop(self._running, self._num_workers)
+        self._stop(self._running)
         self._next_index = state["next_index"]
 
     def close(self) -> None:
         """Stops threads and worker processes."""
         self._closed = True
-        self._stop(self._running, self._num_workers)
+        self._stop(self._running)
 
     @staticmethod
-    def _stop(running: list[grain.DatasetIterator], num_workers: int) -> None:
+    def _stop(running: list[grain.DatasetIterator]) -> None:
         if running:
             running.pop().close()
             # grain's iterators form a reference cycle, which keeps the shared memory of the last batches:
             # https://github.com/google/grain/issues/398
             gc.collect()
-            if num_workers:
-                _wait_until_shared_memory_is_unlinked()
 
     def __str__(self) -> str:
         return f"ResumableBatches(next_index={self._next_index} of {len(self._dataset)})"
@@ -209,14 +207,19 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _wait_until_shared_memory_is_unlinked() -> None:
-    """Waits for the thread in which grain unlinks the shared memory of dropped batches, or the exit would cut it off.
+def _unlink_where_dropped() -> None:
+    """Has the shared memory of a batch unlinked by the thread that drops it.
 
-    See https://github.com/google/grain/issues/1031.
+    grain would leave that to a thread of its own, which the exit would cut off
+    (https://github.com/google/grain/issues/1031). And if the batch is in a reference cycle, Python's garbage collector
+    closes the shared memory meanwhile; then the thread fails to close it again, and does not unlink it (grain 0.2.18).
     """
-    pool = shared_memory_array.SharedMemoryArray._del_thread_pool
-    if pool is not None:
-        pool.apply(int)  # the thread does this after everything that it was asked to do before
+    shared_memory_array.SharedMemoryArray.enable_async_del = staticmethod(
+        lambda num_threads=1, max_outstanding_requests=50: None
+    )
+
+
+_unlink_where_dropped()
 
 
 def _free_shared_memory() -> int:

@@ -1,16 +1,19 @@
 import dataclasses
 import errno
+import gc
 import io
 import itertools
 import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.shared_memory import SharedMemory
 
 import grain
 import jax
 import numpy as np
 import pytest
+from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
 from PIL import Image
 
 from mpanet_jax.data import cache as cache_module
@@ -404,3 +407,17 @@ def test_ctrl_c_does_not_end_workers_that_start(num_workers):
     assert all(element["blocked"] for element in read)
     assert len({int(element["pid"]) for element in read} - {os.getpid()}) == num_workers
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_shared_memory_of_a_dropped_batch_is_gone_at_once():
+    """Also if the batch is in a reference cycle, as the last ones are: an exception's traceback holds them."""
+    array = SharedMemoryArray((3, 4), np.uint8)
+    name, metadata = array.metadata.name, array.metadata
+    SharedMemoryArray.enable_async_del()  # as grain's iterators do
+    cycle = {"batch": SharedMemoryArray.from_metadata(metadata)}
+    cycle["batch"].unlink_on_del()
+    cycle["itself"] = cycle
+    del array, cycle
+    gc.collect()
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(name)
