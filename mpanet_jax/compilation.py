@@ -1,14 +1,10 @@
 """A script's start: devices that start while it imports, and the cache of compiled programs."""
 
-import atexit
 import contextlib
 import gc
 import os
-import sys
 import threading
 from pathlib import Path
-
-from mpanet_jax.errors import interrupted_with
 
 # Scripts read it before JAX is imported.
 DEFAULT_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/mpanet_jax/xla"
@@ -49,21 +45,6 @@ def set_compilation_cache(folder: str | None) -> None:
     """Keeps compiled programs in `folder`, or none if it is None or ''; call this before anything is compiled."""
     import jax
 
-    atexit.register(_leave_if_interrupted)  # called before JAX's own function, which is registered by now
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if folder else None)
     # Small programs too: dozens of them are compiled before the first step.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def _leave_if_interrupted() -> None:
-    """Ends a script that was interrupted without what JAX does at the end.
-
-    XLA compiles in threads of its own. JAX does not wait for them, takes apart what they use, and the process crashes.
-    """
-    import jax
-
-    exit_code = interrupted_with()
-    if exit_code is not None and not jax.distributed.is_initialized():  # the other processes wait for JAX's end
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)

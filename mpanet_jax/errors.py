@@ -1,5 +1,6 @@
 """The exceptions that mean "your input is wrong, and this is the fix", and how scripts end on them."""
 
+import atexit
 import errno
 import os
 import re
@@ -87,6 +88,26 @@ def _silence() -> None:
     warnings.simplefilter("ignore")
 
 
+def _interrupted(exit_code: int) -> int:
+    """Prepares the end of a script that Ctrl-C or a SIGTERM has stopped."""
+    _silence()
+    atexit.register(_leave_without_jax, exit_code)  # the last one is called first
+    return exit_code
+
+
+def _leave_without_jax(exit_code: int) -> None:
+    """Ends the process without what JAX does at its end.
+
+    XLA compiles in threads of its own. JAX does not wait for them, takes apart what they use, and the process crashes.
+    Other processes of a run do wait for JAX's end.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and not jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         positional = flags.FLAGS(argv)
@@ -133,17 +154,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 _in_script = False
-_interrupted: int | None = None
 
 
 def in_script() -> bool:
     """Whether `run_script` runs in this process, so that its main module is guarded by `if __name__ == "__main__":`."""
     return _in_script
-
-
-def interrupted_with() -> int | None:
-    """The exit code of a script that Ctrl-C or a SIGTERM has ended; None of any other."""
-    return _interrupted
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
@@ -153,12 +168,6 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     be parsed, for a `UserError`, and for a file or folder that the system refuses (missing, no permission, disk full).
     It is 130 after Ctrl-C, and 143 after a SIGTERM that was caught.
     """
-
-    def interrupted(exit_code: int) -> int:
-        global _interrupted
-        _interrupted = exit_code
-        _silence()
-        return exit_code
 
     def guarded(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)
@@ -171,10 +180,10 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         except Stopped as stopped:
             if message := str(stopped):
                 print(message, file=sys.stderr, flush=True)
-            return interrupted(stopped.exit_code)
+            return _interrupted(stopped.exit_code)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr, flush=True)
-            return interrupted(128 + signal.SIGINT)
+            return _interrupted(128 + signal.SIGINT)
         except Exception as error:
             if lacks_room(error):
                 _fail(f"{os.strerror(errno.ENOSPC)}: make room where this program writes, or name another place for it")

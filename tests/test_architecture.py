@@ -12,7 +12,7 @@ ALLOWED = {
     "errors": {"lost_process"},
     "cpus": set(),
     "progress": set(),
-    "compilation": {"errors"},
+    "compilation": set(),
     "background": set(),
     "call_plan": {"background"},
     "losses": {"modality"},

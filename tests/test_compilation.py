@@ -1,7 +1,6 @@
 """What a script does before it imports the rest."""
 
 import gc
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -10,7 +9,6 @@ import jax
 import pytest
 
 from mpanet_jax.compilation import end_start, start_fast
-from tests.limits import HANGS_AFTER
 from tests.scripts_in_process import early_start
 
 
@@ -89,37 +87,3 @@ def test_training_starts_devices_early_unless_it_joins_others(monkeypatch, tmp_p
     words = words.replace("flags.txt", str(tmp_path / "flags.txt"))
     monkeypatch.setattr(sys, "argv", ["scripts/train.py", *words.split()])
     assert early_start(Path("scripts/train.py")) == {"devices": early}
-
-
-INTERRUPTED = """
-import threading, time
-import jax
-import jax.numpy as jnp
-from mpanet_jax.compilation import set_compilation_cache
-from mpanet_jax.errors import run_script
-
-
-def long_to_compile(x):
-    for i in range(4000):
-        x = jnp.sin(x @ x) + i
-    return x
-
-
-def main(arguments):
-    set_compilation_cache(None)
-    lowered = jax.jit(long_to_compile).lower(jnp.ones((9, 9)))
-    threading.Thread(target=lowered.compile, daemon=True).start()
-    time.sleep(1)
-    raise KeyboardInterrupt
-
-
-run_script(main)
-"""
-
-
-def test_ctrl_c_while_a_program_is_compiled_is_no_crash(tmp_path):
-    (tmp_path / "script.py").write_text(INTERRUPTED)
-    done = subprocess.run(
-        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=False, timeout=HANGS_AFTER
-    )
-    assert (done.returncode, done.stderr) == (130, "stopped\n")

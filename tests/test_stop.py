@@ -10,6 +10,7 @@ import pytest
 
 from mpanet_jax.errors import Stopped
 from mpanet_jax.stop import StopRequest
+from tests.limits import HANGS_AFTER
 
 ROOT = Path(__file__).parent.parent
 # Deaf for an hour, as in a compilation: Python's own handlers do not run meanwhile.
@@ -77,3 +78,35 @@ def test_second_signal_ends_the_process_whatever_it_does():
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
         assert process.wait() in (130, 143)  # two signals that are sent at once come in either order
+
+
+INTERRUPTED = """
+import threading, time
+import jax
+import jax.numpy as jnp
+from mpanet_jax.errors import run_script
+
+
+def long_to_compile(x):
+    for i in range(4000):
+        x = jnp.sin(x @ x) + i
+    return x
+
+
+def main(arguments):
+    lowered = jax.jit(long_to_compile).lower(jnp.ones((9, 9)))
+    threading.Thread(target=lowered.compile, daemon=True).start()
+    time.sleep(1)
+    raise KeyboardInterrupt
+
+
+run_script(main)
+"""
+
+
+def test_ctrl_c_while_a_program_is_compiled_is_no_crash(tmp_path):
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=False, timeout=HANGS_AFTER
+    )
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
