@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
+import grain
 import jax
 import numpy as np
 
@@ -69,16 +70,6 @@ def stack_batches(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[
     return {name: np.stack([batch[name] for batch in taken]) for name in others} | pixels
 
 
-class Batches(Protocol):
-    """An iterator over batches, whose position a checkpoint can hold."""
-
-    def __next__(self) -> dict[str, np.ndarray]: ...
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
-
-    def get_state(self) -> dict[str, Any]: ...
-
-
 class CallBatches:
     """The batches of a run's calls; those of the next call are made ready by a thread, while one is under way.
 
@@ -96,7 +87,7 @@ class CallBatches:
 
     def __init__(
         self,
-        batches: Batches,
+        batches: grain.DatasetIterator,
         make_ready: Callable[[dict[str, Any]], dict[str, Any]],
         calls: Iterator[tuple[int, int]],
     ):

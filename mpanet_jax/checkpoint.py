@@ -14,7 +14,7 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import jax
@@ -41,13 +41,6 @@ OLD_NAMES = {"mean_classifiers": "averages"}  # of items' fields in checkpoints 
 # Which checkpoint → its folder in the workdir.
 FOLDERS = {"last": "checkpoints", "best": "checkpoints_best"}
 DAMAGED_FOLDER = "checkpoints_damaged"
-
-
-class Positioned(Protocol):
-    """What has a position that a checkpoint can hold, such as an iterator over batches."""
-
-    def get_state(self) -> Any: ...
-
 
 # Held while orbax starts a save: two that start at the same time make each other's folders (orbax-checkpoint 0.12.8).
 _STARTING = threading.Lock()
@@ -106,7 +99,7 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state: TrainState, batches: Positioned) -> None:
+    def save(self, step: int, state: TrainState, batches: Any) -> None:
         """Starts to save the state; when this returns, the next step may donate it.
 
         orbax takes half a second to copy the arrays off the device, which would wait. So a thread gives it a copy on
@@ -116,7 +109,7 @@ class Checkpoints:
         Args:
           step: how many steps are done; the checkpoint's name.
           state: after them.
-          batches: what has given the batches of these steps; its position is saved.
+          batches: what has given the batches of these steps; its position is saved, as its `get_state` gives it.
 
         Raises:
           UserError: there was no room for the save before this one.

@@ -98,12 +98,13 @@ def _train(
         if is_first_process():
             save_settings(settings, workdir)
         with (
+            contextlib.closing(run.feed.batches) as batches,
+            contextlib.closing(CallBatches(batches, run.make_ready, run.calls(first_step))) as calls,
             MetricLog(workdir, run.total_steps, first_step, active=is_first_process()) as log,
-            contextlib.closing(_Training(run, checkpoints, log, on_steps, first_step)) as training,
         ):
+            training = _Training(run, checkpoints, log, on_steps, calls)
             training.train(first_step)
             results = training.final_results()
-    run.feed.batches.close()
     results = with_checkpoint(results, "last", run.total_steps)
     if is_first_process():
         write_metrics(workdir / METRICS_FILES["last"], results)
@@ -205,11 +206,10 @@ class _Training:
         checkpoints: Checkpoints,
         log: MetricLog,
         on_steps: Callable[[int, float], None] | None,
-        first_step: int,
+        calls: CallBatches,
     ):
-        self._run, self._checkpoints, self._log = run, checkpoints, log
+        self._run, self._checkpoints, self._log, self._calls = run, checkpoints, log, calls
         options, feed, split = run.settings.train, run.feed, run.train_split
-        self._calls = CallBatches(feed.batches, run.make_ready, run.calls(first_step))
         self._finite = FiniteCheck(
             options.on_nonfinite,
             run.workdir,
@@ -257,10 +257,6 @@ class _Training:
                 self._checkpoints.wait()
                 raise run.stop.stopped(SAVED.format(step))
         self._reader.read_last()
-
-    def close(self) -> None:
-        """Ends the thread that reads ahead."""
-        self._calls.close()
 
     def final_results(self) -> Results:
         """Evaluates the trained network, and chooses the best checkpoint; returns the metrics of the test set."""

@@ -102,12 +102,10 @@ class ResumableBatches(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
-        if self._running:
-            batch = next(self._running[0])
-        else:
+        starts_processes = self._num_workers and not self._running
+        with _no_signals_in_children() if starts_processes else contextlib.nullcontext():
             self.start_prefetch()
-            with self._starting():  # grain starts most processes now
-                batch = next(self._running[0])
+            batch = next(self._running[0])
         self._next_index += 1
         # A worker's arrays lie in shared memory. The caller gets copies: shared memory that is still in use when the
         # program ends (by a batch in a traceback, say) would be reported as leaked.
@@ -125,12 +123,8 @@ class ResumableBatches(grain.DatasetIterator):
                 )
             else:
                 rest = rest.to_iter_dataset(_read_options(self._num_threads))
-            with self._starting():
-                self._running.append(iter(rest))
-                self._running[0].start_prefetch()
-
-    def _starting(self) -> contextlib.AbstractContextManager[None]:
-        return _no_signals_in_children() if self._num_workers else contextlib.nullcontext()
+            self._running.append(iter(rest))
+            self._running[0].start_prefetch()
 
     def get_state(self) -> dict[str, Any]:
         return {"next_index": self._next_index, "plan": self._plan}
