@@ -63,11 +63,8 @@ def test_five_training_steps_in_float64(preset, epoch, form):
         assert not beyond(values, BACKWARD_BOUND), quantity
 
 
-# Variants of the losses alone have the network of the five steps, in either form.
-@pytest.mark.parametrize(
-    ("variant", "form"),
-    [(v, form) for v in compare.VARIANTS for form in compare.FORMS if form == "plain" or v not in ("ML off", "CC off")],
-)
+@pytest.mark.parametrize("form", compare.FORMS)
+@pytest.mark.parametrize("variant", compare.VARIANTS)
 def test_ablation_variants_forward_and_gradient(variant, form):
     # What varies comes after stage 3 and later.
     options = {**compare.VARIANTS[variant], "stage_sizes": (0, 0, 1, 1), "width": 4}

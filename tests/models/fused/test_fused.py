@@ -68,8 +68,7 @@ def make_network(channel_module, pattern_module):
     return MPANet(5, backbone, **modules, dtype=jnp.float64, param_dtype=jnp.float64)
 
 
-# tests/test_parity.py compares the gradients and statistics of both forms of the others with PyTorch's, as closely.
-@pytest.mark.parametrize(("channel_module", "pattern_module"), [("mam", "pam"), ("cbam", "pam")])
+@pytest.mark.parametrize(("channel_module", "pattern_module"), ABLATIONS)
 def test_fused_equals_plain_in_training(channel_module, pattern_module):
     with jax.enable_x64(True):
         network = make_network(channel_module, pattern_module)
