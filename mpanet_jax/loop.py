@@ -146,6 +146,8 @@ class _Run:
         num_ids = self.train_split.num_ids
         make_variables = starting_variables(self.method, num_ids, workdir)
         self.feed = feed or make_feed(self.method, self.train_split, parallel)
+        if latest_step(workdir) is None:  # else `resume` first restores where they begin
+            self.feed.batches.start_processes()
         watched = [self.watched_set.split] if settings.dataset.validation else []
         self.evaluated_records = RecordCheck(self.test_set.split, *watched)
         resize = DeviceResize.of(settings.data, parallel)
@@ -175,6 +177,7 @@ class _Run:
             return 0
         check_same_run(self.settings, self.workdir)
         self.state = checkpoints.restore(self.state, self.feed.batches)
+        self.feed.batches.start_processes()
         return int(self.state.step)
 
     def evaluate(self, step: int, tested: datasets.EvaluationSet, pictures: LogPictures | None = None) -> Results:

@@ -15,6 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 from absl import flags
 from grain._src.python.ipc import shared_memory_array
 
+from mpanet_jax.background import InBackground
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.errors import SettingsError, UserError
 
@@ -35,13 +37,12 @@ SIGNALS_TO_ALL = (signal.SIGINT, signal.SIGTERM)
 MAX_WORKERS = 16
 
 
-def choose_num_workers(num_workers: int, batch_bytes: int, *, sent: bool = False, quiet: bool = False) -> int:
+def choose_num_workers(num_workers: int, batch_bytes: int, *, quiet: bool = False) -> int:
     """How many processes decode images; 0: threads of this process do.
 
     For `num_workers` = -1 this depends on the machine. Below 8 CPUs threads are as fast as processes and start at once.
     With more CPUs threads wait for each other; three quarters of the CPUs then get a process each, at most MAX_WORKERS,
-    and the others are left to the feeding process and the system. Images that are sent decoded are less work, and
-    copying them out of shared memory takes longer than threads wait: threads decode them.
+    and the others are left to the feeding process and the system.
 
     Workers hand over their batches in shared memory, and containers often have only 64 MiB of it. If it is short, -1
     chooses threads and says so on stderr.
@@ -49,7 +50,6 @@ def choose_num_workers(num_workers: int, batch_bytes: int, *, sent: bool = False
     Args:
       num_workers: settings.data.num_workers; -1: choose.
       batch_bytes: of one batch's images.
-      sent: whether they are sent decoded.
       quiet: do not say why threads were chosen.
 
     Raises:
@@ -57,7 +57,7 @@ def choose_num_workers(num_workers: int, batch_bytes: int, *, sent: bool = False
     """
     chosen = num_workers
     if num_workers < 0:
-        chosen = min(available_cpus() * 3 // 4, MAX_WORKERS) if available_cpus() >= 8 and not sent else 0
+        chosen = min(available_cpus() * 3 // 4, MAX_WORKERS) if available_cpus() >= 8 else 0
     # A worker has at most four batches in shared memory: two in its hand and its queue, two where grain receives them.
     needed, free = chosen * 4 * batch_bytes, _free_shared_memory()
     if needed <= free:
@@ -93,7 +93,7 @@ class ResumableBatches(grain.DatasetIterator):
         self._num_threads = num_threads
         self._num_workers = num_workers
         self._next_index = 0
-        self._running = []  # grain's iterator, once the first batch is asked for: `set_state` before costs nothing
+        self._running = []  # a `_Reading`, once it is needed: `set_state` before costs nothing
         stop = weakref.finalize(self, self._stop, self._running)
         # It must also run at exit, before multiprocessing ends the threads and processes that it waits for. A finalizer
         # may run later than that, depending on what was imported first.
@@ -102,10 +102,8 @@ class ResumableBatches(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
-        starts_processes = self._num_workers and not self._running
-        with _no_signals_in_children() if starts_processes else contextlib.nullcontext():
-            self.start_prefetch()
-            batch = next(self._running[0])
+        self.start_prefetch()
+        batch = next(self._running[0])
         self._next_index += 1
         # A worker's arrays lie in shared memory. The caller gets copies: shared memory that is still in use when the
         # program ends (by a batch in a traceback, say) would be reported as leaked.
@@ -123,8 +121,12 @@ class ResumableBatches(grain.DatasetIterator):
                 )
             else:
                 rest = rest.to_iter_dataset(_read_options(self._num_threads))
-            self._running.append(iter(rest))
-            self._running[0].start_prefetch()
+            self._running.append(_Reading(iter(rest), in_processes=bool(self._num_workers)))
+
+    def start_processes(self) -> None:
+        """As `start_prefetch`, if processes read: they start for seconds, and leave Python's lock to other work."""
+        if self._num_workers:
+            self.start_prefetch()
 
     def get_state(self) -> dict[str, Any]:
         return {"next_index": self._next_index, "plan": self._plan}
@@ -150,7 +152,7 @@ class ResumableBatches(grain.DatasetIterator):
         self._stop(self._running)
 
     @staticmethod
-    def _stop(running: list[grain.DatasetIterator]) -> None:
+    def _stop(running: list["_Reading"]) -> None:
         if running:
             running.pop().close()
             # grain's iterators form a reference cycle, which keeps the shared memory of the last batches:
@@ -159,6 +161,36 @@ class ResumableBatches(grain.DatasetIterator):
 
     def __str__(self) -> str:
         return f"ResumableBatches(next_index={self._next_index} of {len(self._dataset)})"
+
+
+class _Reading:
+    """Grain's iterator, reading ahead."""
+
+    def __init__(self, iterator: grain.DatasetIterator, *, in_processes: bool):
+        self._iterator = iterator
+        self._first: InBackground[Batch] | None = None
+        if in_processes:  # grain starts them when the first batch is asked for
+            self._first = InBackground(partial(_first_of_processes, iterator))
+            self._first.start()
+        else:
+            iterator.start_prefetch()
+
+    def __next__(self) -> Batch:
+        if self._first is None:
+            return next(self._iterator)
+        batch = self._first.result()
+        self._first = None
+        return batch
+
+    def close(self) -> None:
+        if self._first:  # until then, grain may start processes
+            self._first.wait()
+        self._iterator.close()
+
+
+def _first_of_processes(iterator: grain.DatasetIterator) -> Batch:
+    with _no_signals_in_children():
+        return next(iterator)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ class TrainFeed:
       check: the check of the cache file, in the background once it is started; None if no file is read.
     """
 
-    batches: grain.DatasetIterator
+    batches: ResumableBatches
     steps_per_epoch: int
     batch_size: int
     shapes: dict[str, jax.ShapeDtypeStruct]
@@ -140,7 +140,7 @@ def train_feed(
         sent = sends_decoded(data, size)
         dataset = dataset.map(_Decode(split, data, sent))
         num_threads = decoding_threads()
-        num_workers = choose_num_workers(data.num_workers, size * image_bytes(data, sent=sent), sent=sent)
+        num_workers = choose_num_workers(data.num_workers, size * image_bytes(data, sent=sent))
     elif cache == "host":
         dataset = dataset.map(_Gather(CacheFile(images).rows if isinstance(images, np.memmap) else images.__getitem__))
     else:

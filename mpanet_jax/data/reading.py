@@ -1,5 +1,6 @@
 """Reads many images in their order, ahead of their use: in threads or, where those are slower, in processes."""
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
@@ -12,6 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from mpanet_jax.background import Ahead
 from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.decode import MAX_THREADS
 from mpanet_jax.data.grain_batches import ResumableBatches, choose_num_workers
@@ -19,9 +21,9 @@ from mpanet_jax.data.sent_images import MOST_SCALE, NO_IMAGE, PIXELS_OF_AN_IMAGE
 from mpanet_jax.errors import UserError, in_script
 from mpanet_jax.settings import DataSettings
 
-# Of fewer images, threads have read most before the processes are up: on 16 cores twelve take 3.8 s to start, and
-# threads read 2,000 images/s.
-MANY_IMAGES = 10_000
+# Of fewer images, threads have read most before the processes are up: on 16 cores twelve take 3.8 s to start. Threads
+# read 2,000 images/s, and 5,400 to 11,000 of those that are sent decoded.
+MANY_IMAGES, MANY_SENT = 10_000, 100_000
 PARTS_IN_FLIGHT = 3
 MOST_AHEAD = 2**31  # bytes
 
@@ -151,9 +153,9 @@ def processes_for(num_images: int, num_workers: int, part_bytes: int, *, sent: b
       part_bytes: of a part's images.
       sent: whether the images are sent decoded.
     """
-    if num_images < MANY_IMAGES or not num_workers or not in_script():
+    if num_images < (MANY_SENT if sent else MANY_IMAGES) or not num_workers or not in_script():
         return 0
-    chosen = choose_num_workers(-1, part_bytes, sent=sent and num_workers < 0, quiet=True)
+    chosen = choose_num_workers(-1, part_bytes, quiet=True)
     return chosen if num_workers < 0 else min(chosen, num_workers)
 
 
@@ -177,7 +179,7 @@ def read_parts(
       sent: whether the images are sent decoded.
 
     Yields:
-      The parts in order. Read ahead are four in each process; in threads, one in each and another one, or
+      The parts in order. Read ahead are four in each process, and one; in threads, one in each and another one, or
       PARTS_IN_FLIGHT that the threads share, if there are not two for each thread, or might be more than MOST_AHEAD.
     """
     parts = _Parts(pixels, num_images, size, data.height, data.width, sent)
@@ -228,12 +230,11 @@ def _by_threads(parts: _Parts, part_bytes: int) -> Generator[Part]:
 
 def _by_processes(parts: _Parts, num_workers: int) -> Generator[Part]:
     batches = ResumableBatches(grain.MapDataset.source(parts), "", 0, num_workers)
-    try:
-        for index, read in enumerate(batches):
-            mask, faults = read.pop("mask"), read.pop("faults")
-            yield Part(parts.rows(index), read, mask, faults)
-    finally:
-        batches.close()
+    # A thread copies a part out of shared memory while the last one is used.
+    with contextlib.closing(batches), Ahead(batches) as read:
+        for index, arrays in enumerate(read):
+            mask, faults = arrays.pop("mask"), arrays.pop("faults")
+            yield Part(parts.rows(index), arrays, mask, faults)
 
 
 def image_bytes(data: DataSettings, *, sent: bool) -> int:

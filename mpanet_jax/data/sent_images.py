@@ -94,13 +94,13 @@ def sends_decoded(data: DataSettings, num_images: int) -> bool:
     """Whether images are sent as they were decoded, and not resized before.
 
     Args:
-      data: `resize_on`: 'device', 'host', or 'auto': the device if it is a GPU, gets FEWEST images or more, and
-        `num_workers` asks for no processes, which resize beside each other; and the size of resized images.
+      data: `resize_on`: 'device', 'host', or 'auto': the device if it is a GPU and gets FEWEST images or more; and the
+        size of resized images.
       num_images: images that are sent at once; if they might have more pixels than 32 bits number, the host resizes.
     """
     fits = num_images * math.prod(most_pixels(data)) < 2**31
     if data.resize_on == "auto":
-        return fits and num_images >= FEWEST and data.num_workers <= 0 and jax.default_backend() == "gpu"
+        return fits and num_images >= FEWEST and jax.default_backend() == "gpu"
     return fits and data.resize_on == "device"
 
 

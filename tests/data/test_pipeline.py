@@ -200,6 +200,30 @@ def test_workers_leave_the_accelerator_alone_and_end_with_the_parent_only():
     assert not any(worker.is_alive() for worker in workers)
 
 
+def test_workers_start_before_a_batch_is_asked_for_and_end_if_none_is():
+    before = set(multiprocessing.active_children())
+    feed = toy_feed(toy_split(), cache="none", num_workers=2)
+    feed.batches.start_processes()
+    while len(workers := set(multiprocessing.active_children()) - before) < 2:
+        time.sleep(0.01)
+    feed.batches.close()  # while they start: none may come later
+    assert not any(worker.is_alive() for worker in workers)
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_started_workers_go_on_where_a_checkpoint_says():
+    feed, other = (toy_feed(toy_split(), cache="none", num_workers=number) for number in (2, 0))
+    for _ in range(3):
+        next(other.batches)
+    feed.batches.start_processes()
+    feed.batches.set_state(other.batches.get_state())
+    feed.batches.start_processes()
+    np.testing.assert_array_equal(next(feed.batches)["images"], next(other.batches)["images"])
+    feed.batches.close()
+    other.batches.start_processes()  # threads read: it does nothing
+    other.batches.close()
+
+
 class CountedReads(list):
     """Encoded images that count how often one is read."""
 

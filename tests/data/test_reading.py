@@ -11,7 +11,7 @@ import mpanet_jax.data.grain_batches as grain_batches_module
 import mpanet_jax.data.reading as reading_module
 from mpanet_jax.data.decode import SplitPixels
 from mpanet_jax.data.pipeline import eval_batches, split_batches
-from mpanet_jax.data.reading import MANY_IMAGES, processes_for, read_parts
+from mpanet_jax.data.reading import MANY_IMAGES, MANY_SENT, processes_for, read_parts
 from mpanet_jax.errors import UserError
 from mpanet_jax.evaluation.given_images import rows_of_images
 from mpanet_jax.settings import DataSettings
@@ -74,8 +74,9 @@ def test_scripts_read_many_images_in_processes_on_many_cpus(monkeypatch, capsys)
     monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 16)
     monkeypatch.setattr(grain_batches_module, "_free_shared_memory", lambda: 2**40)
     assert processes_for(MANY_IMAGES, -1, 1000) == processes_for(MANY_IMAGES, 20, 1000) == 12
-    assert processes_for(MANY_IMAGES, 3, 1000) == processes_for(MANY_IMAGES, 3, 1000, sent=True) == 3
-    assert processes_for(MANY_IMAGES, -1, 1000, sent=True) == 0  # then threads are faster
+    assert processes_for(MANY_IMAGES, 3, 1000) == processes_for(MANY_SENT, 3, 1000, sent=True) == 3
+    assert processes_for(MANY_SENT, -1, 1000, sent=True) == 12
+    assert processes_for(MANY_SENT - 1, -1, 1000, sent=True) == 0
     assert processes_for(MANY_IMAGES - 1, -1, 1000) == processes_for(MANY_IMAGES, 0, 1000) == 0
     with monkeypatch.context() as patch:
         patch.setattr(reading_module, "in_script", lambda: False)  # its main module may have no guard
