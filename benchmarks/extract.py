@@ -20,7 +20,12 @@ from mpanet_jax.state import init_variables
 
 
 def benchmark_extract(
-    settings: Settings, *, num_steps: int = 60, num_images: int = 2048, from_files: bool = False
+    settings: Settings,
+    *,
+    num_steps: int = 60,
+    num_images: int = 2048,
+    from_files: bool = False,
+    num_files: int | None = None,
 ) -> dict[str, Any]:
     """Measure the embedding of batches of settings.eval.batch_size images by a random network, as evaluation runs it.
 
@@ -29,12 +34,13 @@ def benchmark_extract(
       num_steps: timed batches from device memory.
       num_images: random images in device memory; at least one batch.
       from_files: also embed the training images of config.dataset, the most that it has, through the host's pipeline.
+      num_files: how many images that is, the training images again and again; None: each once.
 
     Returns:
       images_per_second, median_ms, p10_ms, p90_ms: of a batch in device memory, whose embeddings stay there.
       fetched_images_per_second: the same with every embedding fetched to the host, in wall-clock time.
       files_images_per_second: with `from_files`, read, decoded, resized, embedded and fetched, in wall-clock time;
-        read_images_per_second: read and decoded alone, and resized if the host does that.
+        read_images_per_second: read and decoded alone, and resized if the host does that; files: how many.
       compile_seconds, programs_from_cache, peak_gib: as for `benchmark_step`; peak_gib is read before the files.
       tflops: TFLOP/s of convolutions and matrix products; share_of_arithmetic: the same over the measured ceiling.
     """
@@ -73,13 +79,15 @@ def benchmark_extract(
     }
     if from_files:
         split = datasets.open_split(settings.dataset, "train")
+        rows = np.resize(np.arange(len(split)), num_files or len(split))
         started = time.perf_counter()
-        embed_rows(split, np.arange(len(split)), embed, settings.data, settings.eval.batch_size)
-        results["files_images_per_second"] = len(split) / (time.perf_counter() - started)
+        embed_rows(split, rows, embed, settings.data, settings.eval.batch_size)
+        results["files_images_per_second"] = len(rows) / (time.perf_counter() - started)
         started = time.perf_counter()
-        for _ in split_batches(split, np.arange(len(split)), settings.data, settings.eval.batch_size):
+        for _ in split_batches(split, rows, settings.data, settings.eval.batch_size):
             pass
-        results["read_images_per_second"] = len(split) / (time.perf_counter() - started)
+        results["read_images_per_second"] = len(rows) / (time.perf_counter() - started)
+        results["files"] = len(rows)
     ceilings = measure.ceilings(compute_dtype(settings.dtype))
     tflops = forward_work(settings)[0] * results["images_per_second"] / 1e12
     share = tflops / ceilings["matmul_ceiling_tflops"] / num_devices

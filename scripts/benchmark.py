@@ -5,7 +5,7 @@ Prints a table and writes runs/benchmark/NAME.json. It uses all accelerators; CU
 python scripts/benchmark.py step --config.dtype=float32 --profile=runs/profile
 python scripts/benchmark.py step --try=xla_gpu_autotune_level=0 --try=xla_gpu_triton_gemm_any=true
 python scripts/benchmark.py train --config=configs/sysu.py --config.dataset.data_dir=data --config.data.cache=none
-python scripts/benchmark.py extract --files
+python scripts/benchmark.py extract --files --num_files=200000
 python scripts/benchmark.py evaluate --dimensions=256,14336 --permutation=SYSU-MM01/exp/rand_perm_cam.mat
 python scripts/benchmark.py gallery --gallery=100000 --queries=1000 --rerank
 python scripts/benchmark.py search --gallery=1000000 --queries=100 --dimension=2048     (writes 8 GB beside --out)
@@ -46,6 +46,9 @@ IMAGES = flags.DEFINE_integer(
 )
 PROFILE = flags.DEFINE_string("profile", None, "step: a folder for a jax.profiler trace")
 FILES = flags.DEFINE_bool("files", False, "extract: also from the files of config.dataset's training images")
+NUM_FILES = flags.DEFINE_integer(
+    "num_files", None, "extract --files: how many, the images again and again; default: each once", lower_bound=1
+)
 DIMENSIONS = flags.DEFINE_list("dimensions", ["256", "14336"], "evaluate: lengths of the features")
 PERMUTATION = flags.DEFINE_string(
     "permutation", None, "evaluate: SYSU-MM01's rand_perm_cam.mat; default: one with its counts"
@@ -125,7 +128,9 @@ def main(arguments: list[str]) -> None:
             )
         ),
         "train": lambda: train.benchmark_train(settings, out.parent, **number),
-        "extract": lambda: extract.benchmark_extract(settings, **number, **images, from_files=FILES.value),
+        "extract": lambda: extract.benchmark_extract(
+            settings, **number, **images, from_files=FILES.value, num_files=NUM_FILES.value
+        ),
         "evaluate": lambda: evaluation.benchmark_all(
             DIMENSIONS.value, PERMUTATION.value, rerank=RERANK.value, on_device=measure.has_accelerator()
         ),

@@ -128,10 +128,11 @@ def test_train(cache, data, linen, tmp_path):
 
 
 def test_extract(data, tmp_path):
-    process, report = run(tmp_path, "extract", *TINY, *data, "--steps=4", "--images=20", "--files")
+    process, report = run(tmp_path, "extract", *TINY, *data, "--steps=4", "--images=20", "--files", "--num_files=500")
     figures = ("fetched_images_per_second", "files_images_per_second", "read_images_per_second", "tflops")
     results = check(process, report, "extract", *RATES, *figures)
     assert (results["timed_batches"], results["batch_size"], results["dimension"]) == (4, 8, 32)
+    assert results["files"] == 500  # more than there are
 
 
 def test_evaluate(tmp_path, monkeypatch):
