@@ -77,8 +77,7 @@ def _fail(message: object) -> NoReturn:
         suppress_abort_line()
         sys.stdout.flush()
         os._exit(2)
-    _silence()
-    sys.exit(2)
+    sys.exit(_cut_short(2))
 
 
 def _silence() -> None:
@@ -88,8 +87,8 @@ def _silence() -> None:
     warnings.simplefilter("ignore")
 
 
-def _interrupted(exit_code: int) -> int:
-    """Prepares the end of a script that Ctrl-C or a SIGTERM has stopped."""
+def _cut_short(exit_code: int) -> int:
+    """Prepares the end of a script that an error, Ctrl-C or a SIGTERM has stopped."""
     _silence()
     atexit.register(_leave_without_jax, exit_code)  # the last one is called first
     return exit_code
@@ -180,14 +179,15 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
         except Stopped as stopped:
             if message := str(stopped):
                 print(message, file=sys.stderr, flush=True)
-            return _interrupted(stopped.exit_code)
+            return _cut_short(stopped.exit_code)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr, flush=True)
-            return _interrupted(128 + signal.SIGINT)
+            return _cut_short(128 + signal.SIGINT)
         except Exception as error:
             if lacks_room(error):
                 _fail(f"{os.strerror(errno.ENOSPC)}: make room where this program writes, or name another place for it")
             if not isinstance(error, OSError) or error.filename is None:
+                atexit.register(_leave_without_jax, 1)
                 raise
             _fail(f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}); name another place")
 

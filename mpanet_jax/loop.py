@@ -17,7 +17,7 @@ from mpanet_jax.compilation import end_start
 from mpanet_jax.data.pipeline import TrainFeed
 from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.device_resize import DeviceResize
-from mpanet_jax.errors import Stopped
+from mpanet_jax.errors import Stopped, in_script
 from mpanet_jax.evaluation.best import check_best, keep_best
 from mpanet_jax.evaluation.metrics_output import write_metrics
 from mpanet_jax.evaluation.workdir import evaluate_set, with_checkpoint
@@ -30,11 +30,11 @@ from mpanet_jax.processes import check_same_workdir, is_first_process, raise_los
 from mpanet_jax.run_files import METRICS_FILES, check_init_from, check_same_run, save_settings
 from mpanet_jax.run_setup import (
     Programs,
+    compile_steps,
     initial_state,
     make_feed,
     starting_variables,
     state_shapes,
-    trace_steps,
 )
 from mpanet_jax.settings import Settings
 from mpanet_jax.stop import StopRequest
@@ -122,7 +122,7 @@ class _Run:
       evaluated_records: the check of the records that evaluations read, in the background once it is started.
       state: after the steps done so far.
       run_steps: `make_train_steps`.
-      traced: their `trace_steps`, under way.
+      compiled: their `compile_steps`, under way.
       images: the feed's, on the devices.
       make_ready: of stacked batches what `run_steps` takes.
       checkpoint_every, evaluate_every: in steps; 0: only at the end.
@@ -158,10 +158,11 @@ class _Run:
         self.evaluate_every = steps_per_epoch * settings.train.eval_every_epochs
         self.run_steps, self._make_embedder = programs.for_run(self.method, num_ids, steps_per_epoch, parallel)
         shapes, calls = state_shapes(self.method, num_ids, steps_per_epoch), self.calls(latest_step(workdir) or 0)
-        self.traced = InBackground(
-            partial(trace_steps, self.run_steps, shapes, self.feed, calls, parallel), cut_off=False
+        # At its end Python waits for the thread; scripts do not, as they leave without JAX's end.
+        self.compiled = InBackground(
+            partial(compile_steps, self.run_steps, shapes, self.feed, calls, parallel), cut_off=in_script()
         )
-        self.traced.start()
+        self.compiled.start()
         self.state = parallel.replicate(initial_state(self.method, make_variables(), steps_per_epoch))
         self.images = self.feed.images  # if the devices have no room for them, the run ends here
 
@@ -236,8 +237,8 @@ class _Training:
         run.stop.defer()
         if first_step and self._is_evaluation_due(first_step):
             self._evaluate_during_training(first_step)  # the run was stopped or killed before it had finished this
-        # Before images are decoded, which takes Python's lock too. An error of it comes again.
-        run.traced.wait()
+        # Before threads decode images, which takes Python's lock too. An error of it comes again.
+        run.compiled.wait()
         for before, step, batches in self._calls:
             run.state, metrics = run.run_steps(run.state, batches, run.images)
             end_start()

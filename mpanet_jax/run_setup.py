@@ -117,13 +117,13 @@ def state_shapes(method: Method, num_ids: int, steps_per_epoch: int) -> TrainSta
     return jax.eval_shape(partial(initial_state, method, steps_per_epoch=steps_per_epoch), template)
 
 
-def trace_steps(
+def compile_steps(
     steps: Any, state: TrainState, feed: TrainFeed, calls: Iterator[tuple[int, int]], parallel: Parallel
 ) -> None:
-    """Traces and lowers `make_train_steps`, as their first call would, which then begins with the compilation.
+    """Traces and compiles `make_train_steps`, as their first call would, which then has the program.
 
-    It needs no arrays, so a thread can do this while others are read, drawn and sent. With several devices it does
-    nothing.
+    It needs no arrays, so a thread can do this while others are read, drawn and sent, and the programs that do so are
+    compiled. With several devices it does nothing.
 
     Args:
       steps: the compiled steps.
@@ -138,7 +138,7 @@ def trace_steps(
     batches = {
         name: jax.ShapeDtypeStruct((after - before, *shape.shape), shape.dtype) for name, shape in feed.shapes.items()
     }
-    steps.lower(*parallel.replicated_shapes((state, batches, feed.image_set)))
+    steps.lower(*parallel.replicated_shapes((state, batches, feed.image_set))).compile()
 
 
 class Programs:

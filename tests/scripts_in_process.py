@@ -112,6 +112,7 @@ def process(script: str, *arguments: object, cwd: Path | None = None) -> subproc
             mock.patch.object(errors.app, "run", lambda main, flags_parser: sys.exit(main(flags_parser(sys.argv)))),
             # What holds for the rest of a process: it would hold for the other tests too.
             mock.patch.object(errors, "_silence"),
+            mock.patch.object(errors, "_leave_without_jax"),
             mock.patch.object(compilation, "set_compilation_cache"),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),

@@ -26,6 +26,30 @@ with StopRequest() as stop:
 """
 
 
+# Something fails while the step is compiled in a thread, which seems to take for ever.
+FAILING = """
+import threading
+import jax
+from mpanet_jax.background import InBackground
+from mpanet_jax.errors import UserError, in_script, run_script
+
+def main(arguments):
+    InBackground(threading.Event().wait, cut_off=in_script()).start()
+    raise {error}("not so")
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "error, code, said", [("UserError", 2, "error: not so\n"), ("ValueError", 1, "ValueError: not so\n")]
+)
+def test_a_script_that_fails_does_not_wait_for_what_is_compiled(error, code, said):
+    words = [sys.executable, "-c", FAILING.format(error=error)]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=HANGS_AFTER)
+    assert result.returncode == code and result.stderr.endswith(said)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_before_the_first_step_ends_the_run_where_it_is(number, code):
     before = signal.getsignal(number)

@@ -282,17 +282,25 @@ def test_batches_with_images_are_sent_several_a_call(linen, tmp_path, monkeypatc
     [{"cache": "device"}, {"cache": "host"}, *({"cache": "none", "resize_on": who} for who in ("host", "device"))],
     ids=["device", "host", "none", "none, resized by the device"],
 )
-def test_the_step_is_traced_once_beside_the_rest(linen, tmp_path, monkeypatch, data):
+def test_the_step_is_traced_and_compiled_once_beside_the_rest(linen, tmp_path, monkeypatch, data):
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 2)
-    traced_in = []
+    traced_in, compiled_in = [], []
 
-    def traced(*arguments, **options):
+    def traced_steps(*arguments, **options):
         traced_in.append(threading.current_thread())
         return train_steps(*arguments, **options)
 
-    monkeypatch.setattr("mpanet_jax.run_setup.train_steps", traced)
-    train(linen.replace({f"data.{name}": value for name, value in data.items()}), tmp_path / "run")
-    assert len(traced_in) == 1 and traced_in[0] is not threading.current_thread()
+    def on_duration(event, _, fun_name=None, **__):
+        if event == "/jax/core/compile/backend_compile_duration" and fun_name == "jit(traced_steps)":
+            compiled_in.append(threading.current_thread())
+
+    monkeypatch.setattr("mpanet_jax.run_setup.train_steps", traced_steps)
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    try:
+        train(linen.replace({f"data.{name}": value for name, value in data.items()}), tmp_path / "run")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_duration)
+    assert len(traced_in) == 1 and traced_in == compiled_in and traced_in[0] is not threading.current_thread()
 
 
 def test_an_error_in_the_step_is_raised_as_it_is(linen, tmp_path, monkeypatch):
