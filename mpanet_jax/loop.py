@@ -30,8 +30,8 @@ from mpanet_jax.processes import check_same_workdir, is_first_process, raise_los
 from mpanet_jax.run_files import METRICS_FILES, check_init_from, check_same_run, save_settings
 from mpanet_jax.run_setup import (
     Programs,
-    compile_steps,
     initial_state,
+    lower_steps,
     make_feed,
     starting_variables,
     state_shapes,
@@ -122,7 +122,7 @@ class _Run:
       evaluated_records: the check of the records that evaluations read, in the background once it is started.
       state: after the steps done so far.
       run_steps: `make_train_steps`.
-      compiled: their `compile_steps`, under way.
+      compiled: their compilation, under way.
       images: the feed's, on the devices.
       make_ready: of stacked batches what `run_steps` takes.
       checkpoint_every, evaluate_every: in steps; 0: only at the end.
@@ -158,10 +158,10 @@ class _Run:
         self.evaluate_every = steps_per_epoch * settings.train.eval_every_epochs
         self.run_steps, self._make_embedder = programs.for_run(self.method, num_ids, steps_per_epoch, parallel)
         shapes, calls = state_shapes(self.method, num_ids, steps_per_epoch), self.calls(latest_step(workdir) or 0)
+        # Tracing keeps Python's lock; compiling, or reading what was compiled, does not.
+        compile_steps = lower_steps(self.run_steps, shapes, self.feed, calls, parallel)
         # At its end Python waits for the thread; scripts do not, as they leave without JAX's end.
-        self.compiled = InBackground(
-            partial(compile_steps, self.run_steps, shapes, self.feed, calls, parallel), cut_off=in_script()
-        )
+        self.compiled = InBackground(compile_steps, cut_off=in_script())
         self.compiled.start()
         self.state = parallel.replicate(initial_state(self.method, make_variables(), steps_per_epoch))
         self.images = self.feed.images  # if the devices have no room for them, the run ends here
@@ -237,9 +237,8 @@ class _Training:
         run.stop.defer()
         if first_step and self._is_evaluation_due(first_step):
             self._evaluate_during_training(first_step)  # the run was stopped or killed before it had finished this
-        # Before threads decode images, which takes Python's lock too. An error of it comes again.
-        run.compiled.wait()
         for before, step, batches in self._calls:
+            run.compiled.wait()  # an error of it comes again
             run.state, metrics = run.run_steps(run.state, batches, run.images)
             end_start()
             # Not before the first call: a run's start is mostly Python's work, and others would take its lock.

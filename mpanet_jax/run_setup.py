@@ -117,13 +117,13 @@ def state_shapes(method: Method, num_ids: int, steps_per_epoch: int) -> TrainSta
     return jax.eval_shape(partial(initial_state, method, steps_per_epoch=steps_per_epoch), template)
 
 
-def compile_steps(
+def lower_steps(
     steps: Any, state: TrainState, feed: TrainFeed, calls: Iterator[tuple[int, int]], parallel: Parallel
-) -> None:
-    """Traces and compiles `make_train_steps`, as their first call would, which then has the program.
+) -> Callable[[], object]:
+    """Traces and lowers `make_train_steps`, as their first call would; returns what compiles them.
 
-    It needs no arrays, so a thread can do this while others are read, drawn and sent, and the programs that do so are
-    compiled. With several devices it does nothing.
+    It needs no arrays, so a thread can compile while they are read, drawn and sent; the first call then has the
+    program. With several devices nothing is done before that.
 
     Args:
       steps: the compiled steps.
@@ -134,11 +134,11 @@ def compile_steps(
     """
     before, after = next(calls, (0, 0))
     if before == after or parallel.num_devices > 1:
-        return
+        return lambda: None
     batches = {
         name: jax.ShapeDtypeStruct((after - before, *shape.shape), shape.dtype) for name, shape in feed.shapes.items()
     }
-    steps.lower(*parallel.replicated_shapes((state, batches, feed.image_set))).compile()
+    return steps.lower(*parallel.replicated_shapes((state, batches, feed.image_set))).compile
 
 
 class Programs:

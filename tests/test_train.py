@@ -282,7 +282,7 @@ def test_batches_with_images_are_sent_several_a_call(linen, tmp_path, monkeypatc
     [{"cache": "device"}, {"cache": "host"}, *({"cache": "none", "resize_on": who} for who in ("host", "device"))],
     ids=["device", "host", "none", "none, resized by the device"],
 )
-def test_the_step_is_traced_and_compiled_once_beside_the_rest(linen, tmp_path, monkeypatch, data):
+def test_the_step_is_traced_once_and_compiled_once_beside_the_rest(linen, tmp_path, monkeypatch, data):
     monkeypatch.setattr("mpanet_jax.data.sampling.most_batches", lambda groups, p: 2)
     traced_in, compiled_in = [], []
 
@@ -300,7 +300,8 @@ def test_the_step_is_traced_and_compiled_once_beside_the_rest(linen, tmp_path, m
         train(linen.replace({f"data.{name}": value for name, value in data.items()}), tmp_path / "run")
     finally:
         jax.monitoring.unregister_event_duration_listener(on_duration)
-    assert len(traced_in) == 1 and traced_in == compiled_in and traced_in[0] is not threading.current_thread()
+    assert len(traced_in) == len(compiled_in) == 1
+    assert traced_in[0] is threading.current_thread() is not compiled_in[0]
 
 
 def test_an_error_in_the_step_is_raised_as_it_is(linen, tmp_path, monkeypatch):
