@@ -156,7 +156,7 @@ _in_script = False
 
 
 def in_script() -> bool:
-    """Whether `run_script` runs in this process, so that its main module is guarded by `if __name__ == "__main__":`."""
+    """Whether `run_script` runs in this process, so that it ends at once if it is cut short."""
     return _in_script
 
 

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, spawn
 from typing import Any
 
 import grain
@@ -233,6 +233,22 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+def _without_the_main_module() -> None:
+    """Has grain's processes not run the caller's main module again, as new processes do.
+
+    They need nothing of it. It would run without its `if __name__ == "__main__":`, or train once more if it has none.
+    """
+    prepare = spawn.get_preparation_data
+
+    def prepare_grain(name: str) -> dict[str, Any]:
+        data = prepare(name)
+        if name.startswith("grain-process"):
+            data = {key: value for key, value in data.items() if not key.startswith("init_main_from")}
+        return data
+
+    spawn.get_preparation_data = prepare_grain
+
+
 def _unlink_where_dropped() -> None:
     """Has the shared memory of a batch unlinked by the thread that drops it.
 
@@ -245,6 +261,7 @@ def _unlink_where_dropped() -> None:
     )
 
 
+_without_the_main_module()
 _unlink_where_dropped()
 
 

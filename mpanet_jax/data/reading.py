@@ -18,7 +18,7 @@ from mpanet_jax.cpus import available_cpus
 from mpanet_jax.data.decode import MAX_THREADS
 from mpanet_jax.data.grain_batches import ResumableBatches, choose_num_workers
 from mpanet_jax.data.sent_images import MOST_SCALE, NO_IMAGE, PIXELS_OF_AN_IMAGE, Packed, SentImage
-from mpanet_jax.errors import UserError, in_script
+from mpanet_jax.errors import UserError
 from mpanet_jax.settings import DataSettings
 
 # Of fewer images, threads have read most before the processes are up: on 16 cores twelve take 3.8 s to start. Threads
@@ -144,16 +144,13 @@ class _Parts:
 def processes_for(num_images: int, num_workers: int, part_bytes: int, *, sent: bool = False) -> int:
     """How many processes should read the images; 0: threads.
 
-    A new process runs the caller's main module again, which has to have its `if __name__ == "__main__":`. The package's
-    scripts have it; what others have is not known, so for them threads read.
-
     Args:
       num_images: how many images are read.
       num_workers: settings.data.num_workers; the machine chooses at most as many, or with -1 freely.
       part_bytes: of a part's images.
       sent: whether the images are sent decoded.
     """
-    if num_images < (MANY_SENT if sent else MANY_IMAGES) or not num_workers or not in_script():
+    if num_images < (MANY_SENT if sent else MANY_IMAGES) or not num_workers:
         return 0
     chosen = choose_num_workers(-1, part_bytes, quiet=True)
     return chosen if num_workers < 0 else min(chosen, num_workers)

@@ -1,7 +1,11 @@
 """Images read in threads and in processes are the same, in the same order, with the same faults."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +21,14 @@ from mpanet_jax.evaluation.given_images import rows_of_images
 from mpanet_jax.settings import DataSettings
 from tests.data.toy import toy_split
 
+ROOT = Path(__file__).parents[2]
 DATA = DataSettings(height=4, width=2)
+# A script without `if __name__ == "__main__":`.
+UNGUARDED = """
+print("main", flush=True)
+from tests.data.test_reading import DATA, Numbered, read_parts
+print([int(part.arrays["images"][0, 0, 0, 0]) for part in read_parts(Numbered(), 7, DATA, size=3, num_workers=2)])
+"""
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,7 @@ def test_a_fault_stops_the_batches_or_is_told(num_workers):
     assert batches[1]["mask"].tolist() == [True, False, False, False]
 
 
-def test_scripts_read_many_images_in_processes_on_many_cpus(monkeypatch, capsys):
-    monkeypatch.setattr(reading_module, "in_script", lambda: True)
+def test_processes_read_many_images_on_many_cpus(monkeypatch, capsys):
     monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 16)
     monkeypatch.setattr(grain_batches_module, "_free_shared_memory", lambda: 2**40)
     assert processes_for(MANY_IMAGES, -1, 1000) == processes_for(MANY_IMAGES, 20, 1000) == 12
@@ -79,14 +89,19 @@ def test_scripts_read_many_images_in_processes_on_many_cpus(monkeypatch, capsys)
     assert processes_for(MANY_SENT - 1, -1, 1000, sent=True) == 0
     assert processes_for(MANY_IMAGES - 1, -1, 1000) == processes_for(MANY_IMAGES, 0, 1000) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(reading_module, "in_script", lambda: False)  # its main module may have no guard
-        assert processes_for(MANY_IMAGES, -1, 1000) == 0
-    with monkeypatch.context() as patch:
         patch.setattr(grain_batches_module, "_free_shared_memory", lambda: 64 * 2**20)
         assert processes_for(MANY_IMAGES, -1, 10 * 2**20) == 0
     monkeypatch.setattr(grain_batches_module, "available_cpus", lambda: 4)
     assert processes_for(MANY_IMAGES, -1, 1000) == 0
     assert not capsys.readouterr().err  # an evaluation would say it each time
+
+
+def test_processes_do_not_run_the_main_module_again(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text(UNGUARDED)
+    words = [sys.executable, script]
+    found = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (found.returncode, found.stdout) == (0, "main\n[0, 3, 6]\n"), found.stderr
 
 
 @pytest.fixture
