@@ -98,10 +98,9 @@ def _leave_without_jax(exit_code: int) -> None:
     """Ends the process without what JAX does at its end.
 
     XLA compiles in threads of its own. JAX does not wait for them, takes apart what they use, and the process crashes.
-    Other processes of a run do wait for JAX's end.
+    Other processes of a run do wait for JAX's end. Nothing that was registered with atexit before is called any more.
     """
-    jax = sys.modules.get("jax")
-    if jax is not None and not jax.distributed.is_initialized():
+    if "jax" in sys.modules and leaves_at_once():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
@@ -155,9 +154,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 _in_script = False
 
 
-def in_script() -> bool:
-    """Whether `run_script` runs in this process, so that it ends at once if it is cut short."""
-    return _in_script
+def leaves_at_once() -> bool:
+    """Whether this process, if it is cut short, ends while threads of it compile: `run_script` runs in it, alone."""
+    jax = sys.modules.get("jax")
+    return _in_script and not (jax is not None and jax.distributed.is_initialized())
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
@@ -165,7 +165,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
 
     The exit code is 0, or what `main` returns. It is 2, with one line on stderr, for a flag or config field that cannot
     be parsed, for a `UserError`, and for a file or folder that the system refuses (missing, no permission, disk full).
-    It is 130 after Ctrl-C, and 143 after a SIGTERM that was caught.
+    It is 130 after Ctrl-C, 143 after a SIGTERM that was caught, and 1 for any other exception, with its traceback. Then
+    the process leaves at once (`_leave_without_jax`).
     """
 
     def guarded(argv: list[str]) -> int:

@@ -17,7 +17,7 @@ from mpanet_jax.compilation import end_start
 from mpanet_jax.data.pipeline import TrainFeed
 from mpanet_jax.data.record_check import RecordCheck
 from mpanet_jax.device_resize import DeviceResize
-from mpanet_jax.errors import Stopped, in_script
+from mpanet_jax.errors import Stopped, leaves_at_once
 from mpanet_jax.evaluation.best import check_best, keep_best
 from mpanet_jax.evaluation.metrics_output import write_metrics
 from mpanet_jax.evaluation.workdir import evaluate_set, with_checkpoint
@@ -90,16 +90,17 @@ def _train(
     programs: Programs,
     stop: StopRequest,
 ) -> Results:
-    run = _Run(settings, workdir, feed, programs, stop)
-    check_same_workdir(workdir)
-    with locked_workdir(workdir), Checkpoints(workdir, settings.train.keep_checkpoints) as checkpoints:
+    with contextlib.ExitStack() as ends:
+        run = _Run(settings, workdir, feed, programs, stop, ends)
+        check_same_workdir(workdir)
+        ends.enter_context(locked_workdir(workdir))
+        checkpoints = ends.enter_context(Checkpoints(workdir, settings.train.keep_checkpoints))
         first_step = run.resume(checkpoints)
         # Only now: settings that do not fit the checkpoint must not replace those that do.
         if is_first_process():
             save_settings(settings, workdir)
         with (
-            contextlib.closing(run.feed.batches) as batches,
-            contextlib.closing(CallBatches(batches, run.make_ready, run.calls(first_step))) as calls,
+            contextlib.closing(CallBatches(run.feed.batches, run.make_ready, run.calls(first_step))) as calls,
             MetricLog(workdir, run.total_steps, first_step, active=is_first_process()) as log,
         ):
             training = _Training(run, checkpoints, log, on_steps, calls)
@@ -129,7 +130,13 @@ class _Run:
     """
 
     def __init__(
-        self, settings: Settings, workdir: Path, feed: TrainFeed | None, programs: Programs, stop: StopRequest
+        self,
+        settings: Settings,
+        workdir: Path,
+        feed: TrainFeed | None,
+        programs: Programs,
+        stop: StopRequest,
+        ends: contextlib.ExitStack,  # closes the batches, however the run ends
     ):
         self.settings, self.workdir, self.stop = settings, workdir, stop
         self.method = make_method(settings)
@@ -146,6 +153,7 @@ class _Run:
         num_ids = self.train_split.num_ids
         make_variables = starting_variables(self.method, num_ids, workdir)
         self.feed = feed or make_feed(self.method, self.train_split, parallel)
+        ends.enter_context(contextlib.closing(self.feed.batches))
         if latest_step(workdir) is None:  # else `resume` first restores where they begin
             self.feed.batches.start_processes()
         watched = [self.watched_set.split] if settings.dataset.validation else []
@@ -160,8 +168,8 @@ class _Run:
         shapes, calls = state_shapes(self.method, num_ids, steps_per_epoch), self.calls(latest_step(workdir) or 0)
         # Tracing keeps Python's lock; compiling, or reading what was compiled, does not.
         compile_steps = lower_steps(self.run_steps, shapes, self.feed, calls, parallel)
-        # At its end Python waits for the thread; scripts do not, as they leave without JAX's end.
-        self.compiled = InBackground(compile_steps, cut_off=in_script())
+        # If the run fails meanwhile, Python waits for the thread at its end, unless a script leaves at once.
+        self.compiled = InBackground(compile_steps, cut_off=leaves_at_once())
         self.compiled.start()
         self.state = parallel.replicate(initial_state(self.method, make_variables(), steps_per_epoch))
         self.images = self.feed.images  # if the devices have no room for them, the run ends here

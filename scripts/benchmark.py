@@ -102,6 +102,8 @@ def main(arguments: list[str]) -> None:
     out = Path(OUT.value or f"runs/benchmark/{default_out}.json")
     cache = CACHE.value if CACHE.value is not None else DEFAULT_CACHE if name == "train" else None
     set_compilation_cache(cache)
+    if NUM_FILES.value and not FILES.value:
+        raise UserError("--num_files goes with --files")
     if not DIMENSIONS.value:
         raise UserError("--dimensions: expected numbers, like 256,14336")
     options = xla_options("compiler_option", COMPILER_OPTIONS.value)

@@ -41,7 +41,9 @@ def _script(path: Path) -> Iterator[Callable[[list[str]], Any]]:
             mock.patch.object(compilation, "start_fast", lambda **options: _starts.append(options)),
         ):
             runpy.run_path(str(path), run_name="__main__")
-        yield mains[0]
+        # What holds for the rest of a process: it would hold for the other tests too.
+        with mock.patch.object(errors, "_silence"), mock.patch.object(errors, "_leave_without_jax"):
+            yield mains[0]
     finally:
         state.clear()
         state.update(before)
@@ -111,8 +113,6 @@ def process(script: str, *arguments: object, cwd: Path | None = None) -> subproc
             mock.patch.object(sys, "argv", words),
             mock.patch.object(errors.app, "run", lambda main, flags_parser: sys.exit(main(flags_parser(sys.argv)))),
             # What holds for the rest of a process: it would hold for the other tests too.
-            mock.patch.object(errors, "_silence"),
-            mock.patch.object(errors, "_leave_without_jax"),
             mock.patch.object(compilation, "set_compilation_cache"),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),

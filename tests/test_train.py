@@ -1,6 +1,7 @@
 """Training, killed and resumed, evaluated from its checkpoint; and what it says to bad input."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -302,6 +303,17 @@ def test_the_step_is_traced_once_and_compiled_once_beside_the_rest(linen, tmp_pa
         jax.monitoring.unregister_event_duration_listener(on_duration)
     assert len(traced_in) == len(compiled_in) == 1
     assert traced_in[0] is threading.current_thread() is not compiled_in[0]
+
+
+def test_a_run_that_fails_at_its_start_leaves_no_process(linen, tmp_path, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("no weights")
+
+    monkeypatch.setattr("mpanet_jax.loop.initial_state", wrong)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(RuntimeError, match="no weights") as raised:
+        train(linen.replace({"data.cache": "none", "data.num_workers": 2}), tmp_path / "run")
+    assert raised and set(multiprocessing.active_children()) <= before  # while the exception holds the run
 
 
 def test_an_error_in_the_step_is_raised_as_it_is(linen, tmp_path, monkeypatch):

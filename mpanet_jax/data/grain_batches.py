@@ -93,7 +93,7 @@ class ResumableBatches(grain.DatasetIterator):
         self._num_threads = num_threads
         self._num_workers = num_workers
         self._next_index = 0
-        self._running = []  # a `_Reading`, once it is needed: `set_state` before costs nothing
+        self._running = []  # a `_GrainReading`, once it is needed: `set_state` before costs nothing
         stop = weakref.finalize(self, self._stop, self._running)
         # It must also run at exit, before multiprocessing ends the threads and processes that it waits for. A finalizer
         # may run later than that, depending on what was imported first.
@@ -121,11 +121,12 @@ class ResumableBatches(grain.DatasetIterator):
                 )
             else:
                 rest = rest.to_iter_dataset(_read_options(self._num_threads))
-            self._running.append(_Reading(iter(rest), in_processes=bool(self._num_workers)))
+            self._running.append(_GrainReading(iter(rest), in_processes=bool(self._num_workers)))
+            self._running[0].start()
 
     def start_processes(self) -> None:
-        """As `start_prefetch`, if processes read: they start for seconds, and leave Python's lock to other work."""
-        if self._num_workers:
+        """As `start_prefetch`, if processes read: starting them takes seconds, mostly outside of this process."""
+        if self._num_workers and self._next_index < len(self._dataset):
             self.start_prefetch()
 
     def get_state(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class ResumableBatches(grain.DatasetIterator):
         self._stop(self._running)
 
     @staticmethod
-    def _stop(running: list["_Reading"]) -> None:
+    def _stop(running: list["_GrainReading"]) -> None:
         if running:
             running.pop().close()
             # grain's iterators form a reference cycle, which keeps the shared memory of the last batches:
@@ -163,7 +164,7 @@ class ResumableBatches(grain.DatasetIterator):
         return f"ResumableBatches(next_index={self._next_index} of {len(self._dataset)})"
 
 
-class _Reading:
+class _GrainReading:
     """Grain's iterator, reading ahead."""
 
     def __init__(self, iterator: grain.DatasetIterator, *, in_processes: bool):
@@ -171,9 +172,12 @@ class _Reading:
         self._first: InBackground[Batch] | None = None
         if in_processes:  # grain starts them when the first batch is asked for
             self._first = InBackground(partial(_first_of_processes, iterator))
+
+    def start(self) -> None:
+        if self._first:
             self._first.start()
         else:
-            iterator.start_prefetch()
+            self._iterator.start_prefetch()
 
     def __next__(self) -> Batch:
         if self._first is None:

@@ -204,7 +204,9 @@ def test_workers_start_before_a_batch_is_asked_for_and_end_if_none_is():
     before = set(multiprocessing.active_children())
     feed = toy_feed(toy_split(), cache="none", num_workers=2)
     feed.batches.start_processes()
+    started = time.monotonic()
     while len(workers := set(multiprocessing.active_children()) - before) < 2:
+        assert time.monotonic() - started < HANGS_AFTER
         time.sleep(0.01)
     feed.batches.close()  # while they start: none may come later
     assert not any(worker.is_alive() for worker in workers)
