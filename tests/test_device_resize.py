@@ -180,6 +180,7 @@ def test_who_resizes(monkeypatch):
     monkeypatch.setattr(sent_images.jax, "default_backend", lambda: "gpu")
     assert sends_decoded(data, FEWEST) and not sends_decoded(data, FEWEST - 1)
     assert not sends_decoded(DataSettings(resize_on="host"), 128)
+    assert sends_decoded(DataSettings(num_workers=0), 128) and sends_decoded(DataSettings(num_workers=8), 128)
     for who in ("auto", "device"):  # more pixels than 32 bits can number
         assert not sends_decoded(DataSettings(4096, 4096, resize_on=who), 128)
 
