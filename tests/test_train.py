@@ -21,7 +21,7 @@ from ml_collections import config_flags  # noqa: F401 - the scripts' flags come 
 from configs import regdb as regdb_config
 from configs import synthetic as synthetic_config
 from configs import sysu as sysu_config
-from mpanet_jax import checkpoint, datasets
+from mpanet_jax import checkpoint, datasets, run_setup
 from mpanet_jax.checkpoint import Checkpoints, latest_step, load_model
 from mpanet_jax.checkpoint_check import model_shapes
 from mpanet_jax.checksums import CHECKSUMS_FILE
@@ -295,6 +295,15 @@ def test_the_step_is_traced_once_and_compiled_once_beside_the_rest(linen, tmp_pa
         if event == "/jax/core/compile/backend_compile_duration" and fun_name == "jit(traced_steps)":
             compiled_in.append(threading.current_thread())
 
+    def without_the_device(function):
+        def call(*arguments):
+            with jax.transfer_guard("disallow"):  # a GPU answers only after it has got the run's images
+                return function(*arguments)
+
+        return call
+
+    for function in (run_setup.state_shapes, run_setup.lower_steps):
+        monkeypatch.setattr(f"mpanet_jax.loop.{function.__name__}", without_the_device(function))
     monkeypatch.setattr("mpanet_jax.run_setup.train_steps", traced_steps)
     jax.monitoring.register_event_duration_secs_listener(on_duration)
     try:

@@ -33,8 +33,10 @@ BACKBONE_FIELDS = {f"model.{field.name}" for field in fields(ModelSettings)} - {
 def template_of(method: Method, num_ids: int) -> Variables:
     """Shapes and types of the {"params", "batch_stats", "averages"} of a method's network for `num_ids` identities."""
     network, data = method.network(num_ids), method.settings.data
-    # With the images' size of a run, so that a run that starts from weights traces its network once.
-    variables = jax.eval_shape(lambda key: init_variables(network, key, data.height, data.width), jax.random.key(0))
+    # With the images' size of a run, so that a run that starts from weights traces its network once. And no key is
+    # made: a GPU would do that only after it has got the run's images.
+    key = jax.eval_shape(jax.random.key, 0)
+    variables = jax.eval_shape(lambda key: init_variables(network, key, data.height, data.width), key)
     return {**variables, "averages": method.averaged(variables["params"])}
 
 
