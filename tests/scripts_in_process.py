@@ -39,6 +39,7 @@ def _script(path: Path) -> Iterator[Callable[[list[str]], Any]]:
         with (
             mock.patch.object(errors, "run_script", mains.append),
             mock.patch.object(compilation, "start_fast", lambda **options: _starts.append(options)),
+            mock.patch.object(compilation, "time_fewer_kernels"),
         ):
             runpy.run_path(str(path), run_name="__main__")
         # What holds for the rest of a process: it would hold for the other tests too.
