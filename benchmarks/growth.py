@@ -125,6 +125,12 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
+def environment(compilation_cache: str | None) -> dict[str, Any]:
+    """`measure.environment` of a process with this folder of compiled programs."""
+    set_compilation_cache(compilation_cache)
+    return measure.environment()
+
+
 # ---- the step ----
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import threading
@@ -12,14 +13,15 @@ DEFAULT_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/mpanet_
 # How many objects are made between two searches for garbage, while a script starts and after that.
 _AT_START, _LATER = 1_000_000, 10_000
 _TILINGS = "--xla_gpu_experimental_cost_model_gemm_tiling_options"
-# Releases of JAX that know it. In another, a flag that XLA does not know would end the process.
-_KNOW_TILINGS = (0, 10, 2), (0, 13)
+# The releases of jaxlib that were seen to have it. XLA ends a process with a flag that it does not know.
+_HAVE_TILINGS = ("0.10.1", "0.10.2", "0.11.0", "0.11.1", "0.11.2", "0.12.0", "0.12.0.1")
 
 
 def start_fast(*, devices: bool) -> None:
     """Shortens the start of a script that traces large programs; call this before other modules are imported.
 
-    Until `end_start` is called, Python hardly looks for garbage. XLA times fewer kernels (`time_fewer_kernels`).
+    Until `end_start` is called, Python hardly looks for garbage. XLA compiles faster for NVIDIA GPUs
+    (`autotune_fewer_tilings`).
 
     Args:
       devices: whether to start the accelerators at once, in a thread: their driver takes seconds, in which the script
@@ -29,7 +31,7 @@ def start_fast(*, devices: bool) -> None:
     # Imports and tracing make objects by the million, and few of them are garbage: by Python's own threshold, looking
     # for it takes a seventh of the time.
     gc.set_threshold(_AT_START)
-    time_fewer_kernels()
+    autotune_fewer_tilings()
     if devices:
         import jax
 
@@ -46,21 +48,18 @@ def end_start() -> None:
         gc.set_threshold(_LATER)
 
 
-def time_fewer_kernels() -> None:
+def autotune_fewer_tilings() -> None:
     """Has XLA compile programs for NVIDIA GPUs faster, in this process and those that it starts.
 
-    For a matrix product XLA compiles and times some fourteen tilings of a Triton kernel, beside cuBLAS's kernels. This
+    For a matrix product XLA compiles and times about fourteen tilings of a Triton kernel, beside cuBLAS's kernels. This
     leaves it the four of them that its cost model takes for the fastest. Call it before anything asks for a device.
-    The option is added to XLA_FLAGS in the environment, unless it is there; without an NVIDIA plugin nothing is done.
+    The option is added to XLA_FLAGS in the environment, unless it is there or XLA_FLAGS names a file of flags. Without
+    JAX's plugin for NVIDIA GPUs, or with a jaxlib that is not known to have the option, nothing is done.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-    if not plugin or _TILINGS in flags:
-        return
-    import jax
-
-    least, beyond = _KNOW_TILINGS
-    if least <= jax.__version_info__ < beyond:
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    plugin = any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13))
+    of_ones_own = _TILINGS in flags or (flags and not flags.startswith("-"))
+    if plugin and not of_ones_own and importlib.metadata.version("jaxlib") in _HAVE_TILINGS:
         os.environ["XLA_FLAGS"] = f"{flags} {_TILINGS}=top=4,top_from_default=1".strip()
 
 

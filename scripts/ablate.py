@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from mpanet_jax.compilation import DEFAULT_CACHE, time_fewer_kernels
+from mpanet_jax.compilation import DEFAULT_CACHE, autotune_fewer_tilings
 from mpanet_jax.errors import UserError, run_script
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -113,5 +113,5 @@ def settings_of_row(row: Any) -> Any:
 
 
 if __name__ == "__main__":
-    time_fewer_kernels()
+    autotune_fewer_tilings()
     run_script(main)

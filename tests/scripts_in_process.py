@@ -17,7 +17,7 @@ from mpanet_jax import compilation, errors
 from mpanet_jax.methods import settings_of
 
 ROOT = Path(__file__).parent.parent
-_starts: list[dict[str, Any]] = []  # the arguments of calls of `compilation.start_fast`, which would hold for all tests
+_early = mock.Mock()  # in place of functions of `compilation` whose effect would last for all tests
 
 
 class Refused(Exception):
@@ -38,8 +38,8 @@ def _script(path: Path) -> Iterator[Callable[[list[str]], Any]]:
     try:
         with (
             mock.patch.object(errors, "run_script", mains.append),
-            mock.patch.object(compilation, "start_fast", lambda **options: _starts.append(options)),
-            mock.patch.object(compilation, "time_fewer_kernels"),
+            mock.patch.object(compilation, "start_fast", _early.start_fast),
+            mock.patch.object(compilation, "autotune_fewer_tilings", _early.autotune_fewer_tilings),
         ):
             runpy.run_path(str(path), run_name="__main__")
         # What holds for the rest of a process: it would hold for the other tests too.
@@ -56,12 +56,11 @@ def _copied(value: Any) -> Any:
     return {name: list(item) if isinstance(item, list) else item for name, item in value.items()}
 
 
-def early_start(path: Path) -> dict[str, Any]:
-    """What a script that is run with the present `sys.argv` passes to `compilation.start_fast`."""
-    _starts.clear()
+def early_start(path: Path) -> list[Any]:
+    """The calls of `compilation` that a script makes before its `main`, with the present `sys.argv`."""
+    _early.reset_mock()
     with _script(ROOT / path):
-        (options,) = _starts
-    return options
+        return _early.mock_calls
 
 
 def flags_of(name: str) -> set[str]:

@@ -329,8 +329,13 @@ def test_growth_with_the_gallery(tmp_path, one_process):
 
 
 def test_growth_with_the_gallery_re_ranked(tmp_path):
-    process, report = run(tmp_path, "growth", *GALLERY, "--rerank", out="growth_gallery", alone=True)
+    programs, cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), tmp_path / "xla"
+    programs.mkdir(parents=True, exist_ok=True)
+    cache.symlink_to(programs)  # the suite's, by another name
+    options = [*GALLERY, "--rerank", f"--compilation_cache={cache}"]
+    process, report = run(tmp_path, "growth", *options, out="growth_gallery", alone=True)
     check_growth(process, report, "gallery", [200, 400], {"rerank_cpu_seconds"})
+    assert report["compilation_cache"] == str(cache)
 
 
 def check_growth(process, report, over, sizes, columns):
