@@ -56,7 +56,6 @@ class Asked:
       folder: for temporary files, removed afterwards.
       num_steps: timed steps; None: as many as `benchmark_step` times.
       num_query, dimension, rerank: of the gallery.
-      compilation_cache: a folder, or None.
       compiler_options: of XLA, for the step's program alone.
     """
 
@@ -66,7 +65,6 @@ class Asked:
     num_query: int = 1000
     dimension: int = 2048
     rerank: bool = False
-    compilation_cache: str | None = None
     compiler_options: dict[str, str | bool] | None = None
 
 
@@ -120,15 +118,10 @@ def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, a module's function, in a process that ends with it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    """`function(*arguments)`, a module's function, in a process that ends with it. It has our compilation cache."""
+    spawn, cache = multiprocessing.get_context("spawn"), jax.config.jax_compilation_cache_dir
+    with ProcessPoolExecutor(1, spawn, initializer=set_compilation_cache, initargs=(cache,)) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def environment(compilation_cache: str | None) -> dict[str, Any]:
-    """`measure.environment` of a process with this folder of compiled programs."""
-    set_compilation_cache(compilation_cache)
-    return measure.environment()
 
 
 # ---- the step ----
@@ -151,7 +144,6 @@ def _devices(size: int, asked: Asked) -> dict[str, Any]:
 
 
 def _step(asked: Asked, options: dict[str, int]) -> dict[str, Any]:
-    set_compilation_cache(asked.compilation_cache)
     steps = {"num_steps": asked.num_steps} if asked.num_steps else {}
     results = benchmark_step(asked.settings, **steps, **options, compiler_options=asked.compiler_options)
     names = ("images_per_second", "median_ms", "host_cpu_ms", "compile_seconds")

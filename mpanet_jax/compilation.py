@@ -1,4 +1,4 @@
-"""A script's start: devices that start while it imports, and the cache of compiled programs."""
+"""A script's start: devices that start while it imports, faster compilation, and the cache of compiled programs."""
 
 import contextlib
 import gc

@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
     images = {"num_images": IMAGES.value} if IMAGES.value else {}
 
     # How cost grows is measured in processes of their own, for which the accelerator is left.
-    environment = growth.in_new_process(growth.environment, cache) if name == "growth" else measure.environment()
+    environment = growth.in_new_process(measure.environment) if name == "growth" else measure.environment()
     command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
 
     def write(results: dict) -> dict:
@@ -159,7 +159,6 @@ def main(arguments: list[str]) -> None:
                 QUERIES.value,
                 DIMENSION.value,
                 RERANK.value,
-                cache,
                 options or None,
             ),
             whole_numbers("sizes", SIZES.value),
